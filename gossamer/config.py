@@ -1,0 +1,274 @@
+"""Frozen configuration: what the user may set (the command line is generated from these fields), and `resolve()`.
+
+`None` means auto. `resolve()` returns a new object in which nothing is auto any more; nothing mutates a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from gossamer.core import StartupError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field that the command line shows: `--field-name`, with this help text."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding. `kind` is the checkpoint's `rope_type`; `parameters` its other fields as published."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    rotary_dim: int | None = None
+    """Leading dimensions of each head that rotate; None: all of head_dim."""
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """YaRN's scale on cos and sin; None: derived from factor (and mscale, mscale_all_dim)."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Routed experts of an MoE layer (TECHNIQUES 1)."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool = True
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    dense_layers: frozenset[int] = frozenset()
+    """Layers that keep a dense MLP of ModelConfig.intermediate_size."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The architecture of a decoder, whatever family it came from. Made by `models/<family>.py: from_hf`."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """"head": RMSNorm over each head's dimensions (Qwen3); "full": over all heads at once (OLMoE)."""
+    clip_qkv: float | None = None
+    sliding_windows: tuple[int | None, ...] = ()
+    """Per layer: a token sees this many tokens, itself included; None: all. Empty: no layer has a window."""
+    attention: str = "gqa"
+    moe: MoEConfig | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+    """The checkpoint's own."""
+
+    def sliding_window(self, layer: int) -> int | None:
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """Which model, and in what form it is held in memory."""
+
+    model: str = option("", "local folder, .gguf file, or hub id of the model", positional=True)
+    tokenizer: str | None = option(None, "folder with tokenizer.json (default: the model's own)")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
+        "auto", "weights to load; dummy draws seeded random ones"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of activations and unquantised weights")
+    quantization: Literal["auto", "none", "int8", "int4"] = option(
+        "auto", "weight-only quantisation; auto: int4 or int8 for a quantised GGUF, else none"
+    )
+    max_model_len: int | None = option(None, "longest prompt + output in tokens (default: the model's, if it fits)")
+    upcycle_experts: int | None = option(None, "load a dense checkpoint as an MoE of this many identical experts")
+    upcycle_topk: int = option(2, "experts per token with --upcycle-experts")
+    seed: int = option(0, "seed of dummy weights and of requests without a seed of their own")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of the KV cache (default: --dtype)")
+    kv_cache_memory_bytes: int | None = option(
+        None, "bytes for the KV cache; takes suffixes K, M, G (default: from free memory)", size=True
+    )
+    gpu_memory_utilization: float = option(0.9, "fraction of device memory that the engine may use")
+    enable_prefix_caching: bool = option(True, "reuse KV pages between requests with a common prefix")
+    page_size: int = option(64, "tokens per KV page")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Continuous batching."""
+
+    max_num_seqs: int | None = option(None, "most sequences that run at once (default: 32 on a CPU, 256 on a GPU)")
+    max_num_batched_tokens: int | None = option(
+        None, "token budget of a step, decode and prefill together (default: 512 on a CPU, 8192 on a GPU)"
+    )
+    max_num_queued: int = option(1024, "requests that may wait; further ones get 503 and Retry-After")
+    enable_chunked_prefill: bool = option(True, "split long prompts over steps")
+    overlap: bool = option(True, "schedule the next step while the device runs this one")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All that an engine needs to start."""
+
+    load: LoadConfig = LoadConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    ops_backend: Literal["auto", "reference"] = option("auto", "reference: plain torch instead of kernels")
+    num_threads: int | None = option(None, "CPU threads for the model (default: all physical cores)")
+    disable_progress: bool = option(False, "no progress bars")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on")
+    served_model_name: str | None = option(None, "name in the API (default: the model folder's basename)")
+    api_key: str | None = option(None, "require this bearer token on every /v1 route")
+    chat_template: str | None = option(None, "file with a Jinja chat template instead of the model's own")
+    max_body_bytes: int = option(16 << 20, "largest request body; takes suffixes K, M, G", size=True)
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "how much to log")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What the engine found on this machine; `memory_bytes` is free memory on the device that runs the model."""
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int
+    num_cores: int
+
+
+SECTIONS: dict[str, type] = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+
+
+def make_engine_config(**options: Any) -> EngineConfig:
+    """Builds an EngineConfig from flat keyword arguments, as `LLM(...)` and the command line take them.
+
+    Raises StartupError for an unknown name (suggesting the nearest) or a value outside a field's choices.
+    """
+    known = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    known |= {f.name: "" for f in dataclasses.fields(EngineConfig) if f.name not in SECTIONS}
+    grouped: dict[str, dict[str, Any]] = {section: {} for section in ["", *SECTIONS]}
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise StartupError(f"Unknown engine option {name!r}.{hint}")
+        grouped[known[name]][name] = value
+    sections = {name: cls(**grouped[name]) for name, cls in SECTIONS.items()}
+    config = EngineConfig(**sections, **grouped[""])
+    for part in (config, *sections.values()):
+        check_choices(part)
+    _check_values(config)
+    return config
+
+
+def check_choices(part: Any) -> None:
+    """Raises StartupError if a `Literal` field of a config dataclass holds a value that is not one of its choices."""
+    for name, hint in get_type_hints(type(part)).items():
+        choices = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
+        value = getattr(part, name)
+        if choices and value not in choices:
+            raise StartupError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_values(config: EngineConfig) -> None:
+    load, cache, sched = config.load, config.cache, config.scheduler
+    at_least_one = {
+        "max_model_len": load.max_model_len,
+        "upcycle_experts": load.upcycle_experts,
+        "upcycle_topk": load.upcycle_topk,
+        "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
+        "page_size": cache.page_size,
+        "max_num_seqs": sched.max_num_seqs,
+        "max_num_batched_tokens": sched.max_num_batched_tokens,
+        "max_num_queued": sched.max_num_queued,
+        "num_threads": config.num_threads,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise StartupError(f"{flag(name)} must be at least 1; got {value}.")
+    if not 0.0 < cache.gpu_memory_utilization <= 1.0:
+        raise StartupError(f"--gpu-memory-utilization must be in (0, 1]; got {cache.gpu_memory_utilization}.")
+    if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
+        raise StartupError(
+            f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}."
+        )
+
+
+def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> EngineConfig:
+    """Fills in every auto field that depends on the machine or the model alone.
+
+    `kv_cache_memory_bytes` and the final `max_model_len` follow in `kv_cache.ledger.plan_memory`, which knows what
+    the weights take.
+    """
+    load, cache, sched = config.load, config.cache, config.scheduler
+    on_cpu = hardware.device == "cpu"
+    dtype = load.dtype if load.dtype != "auto" else (model.dtype if model.dtype in DTYPE_BYTES else "bfloat16")
+    kv_dtype = cache.kv_cache_dtype if cache.kv_cache_dtype != "auto" else dtype
+    max_num_seqs = sched.max_num_seqs or (32 if on_cpu else 256)
+    longest = load.max_model_len or model.max_position_embeddings
+    if load.max_model_len is not None and load.max_model_len > model.max_position_embeddings:
+        raise StartupError(
+            f"--max-model-len {load.max_model_len} is more than the model's context of "
+            f"{model.max_position_embeddings} tokens.\nSet --max-model-len {model.max_position_embeddings} or less."
+        )
+    budget = sched.max_num_batched_tokens or max(512 if on_cpu else 8192, max_num_seqs)
+    if not sched.enable_chunked_prefill:
+        budget = sched.max_num_batched_tokens or max(budget, longest)
+        if budget < longest:
+            raise StartupError(
+                f"--max-num-batched-tokens {budget} is less than --max-model-len {longest}, and chunked prefill is "
+                f"off.\nRaise --max-num-batched-tokens to {longest}, or drop --no-enable-chunked-prefill."
+            )
+    if budget < max_num_seqs:
+        raise StartupError(
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}: a decode step would not "
+            f"fit.\nRaise --max-num-batched-tokens to {max_num_seqs} or lower --max-num-seqs."
+        )
+    return dataclasses.replace(
+        config,
+        device=hardware.device,
+        num_threads=config.num_threads or hardware.num_cores,
+        load=dataclasses.replace(load, dtype=dtype, max_model_len=longest),
+        cache=dataclasses.replace(cache, kv_cache_dtype=kv_dtype),
+        scheduler=dataclasses.replace(sched, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+    )

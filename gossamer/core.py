@@ -1,0 +1,410 @@
+"""Plain data that every layer of Gossamer shares: requests, batches, results, layouts, costs.
+
+Nothing here imports torch, so the scheduler, the planner and the command line stay light. All types are
+stdlib dataclasses; the server's wire format encodes them as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_SEED = 2**63 - 1
+
+
+class GossamerError(Exception):
+    """An error whose message is meant for the user: what, why, and the remedy. Shown without a traceback."""
+
+
+class StartupError(GossamerError):
+    """The engine cannot start with this configuration, model or machine."""
+
+
+class InvalidRequest(GossamerError, ValueError):
+    """A request that can never be served. `param` names the offending field, as OpenAI's error shape does."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineOverloaded(GossamerError):
+    """The waiting queue is full; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDead(GossamerError):
+    """The engine process has died or stopped; no request can be served."""
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How to sample a continuation. Field names, defaults and meanings are vLLM's.
+
+    `temperature == 0` is greedy. `top_k` of 0 or -1 is off. `logprobs=k` returns the k most likely tokens and the
+    sampled one. `seed` makes the request reproducible whatever else is in its batch.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The one validator that every entry point runs before a request is expanded, queued or allocated for.
+
+    `max_model_len` is the longest prompt + output in tokens that the engine and its KV pool can hold.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_n: int = 64
+    max_logprobs: int = 20
+    max_stop: int = 16
+    max_stop_chars: int = 1024
+    max_logit_bias: int = 1024
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequest, naming the parameter, unless the request can be served."""
+        self.check_prompt(prompt_token_ids)
+        self.check_params(params)
+        room = self.max_model_len - len(prompt_token_ids)
+        if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
+            wanted = "at least 1" if params.max_tokens is None else str(params.max_tokens)
+            raise InvalidRequest(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
+                f"{len(prompt_token_ids)} prompt tokens and {wanted} output tokens (max_tokens). Shorten one of them.",
+                "max_tokens" if room >= 1 else "prompt",
+                "context_length_exceeded",
+            )
+        if params.max_tokens is None and params.min_tokens > room:
+            raise InvalidRequest(
+                f"min_tokens={params.min_tokens} does not fit: {room} tokens of context are left after the prompt.",
+                "min_tokens",
+            )
+
+    def check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
+        if len(prompt_token_ids) == 0:
+            raise InvalidRequest("The prompt is empty: give at least one token.", "prompt")
+        low, high = min(prompt_token_ids), max(prompt_token_ids)
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise InvalidRequest(
+                f"Token id {bad} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}.", "prompt"
+            )
+
+    def check_params(self, p: SamplingParams) -> None:
+        """The checks that need no prompt: ranges, caps, consistency. Runs in microseconds whatever the values."""
+        _range("n", p.n, 1, self.max_n)
+        _range("presence_penalty", p.presence_penalty, -2.0, 2.0)
+        _range("frequency_penalty", p.frequency_penalty, -2.0, 2.0)
+        _range("repetition_penalty", p.repetition_penalty, 1e-2, 100.0)
+        _range("temperature", p.temperature, 0.0, 100.0)
+        _range("top_p", p.top_p, 0.0, 1.0)
+        if p.top_p == 0.0:
+            raise InvalidRequest("top_p must be in (0, 1], got 0.", "top_p")
+        _range("top_k", p.top_k, -1, 2**31 - 1)
+        _range("min_p", p.min_p, 0.0, 1.0)
+        if p.max_tokens is not None:
+            _range("max_tokens", p.max_tokens, 1, 2**31 - 1)
+        _range("min_tokens", p.min_tokens, 0, self.max_model_len)
+        if p.max_tokens is not None and p.min_tokens > p.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens={p.min_tokens} is greater than max_tokens={p.max_tokens}.", "min_tokens"
+            )
+        if p.seed is not None:
+            _range("seed", p.seed, -MAX_SEED, MAX_SEED)
+        if p.logprobs is not None:
+            _range("logprobs", p.logprobs, 0, self.max_logprobs)
+        if p.prompt_logprobs is not None:
+            _range("prompt_logprobs", p.prompt_logprobs, 0, self.max_logprobs)
+        if p.greedy and p.n > 1:
+            raise InvalidRequest("n must be 1 with greedy sampling (temperature 0): all n would be equal.", "n")
+        self._check_stop(p)
+        self._check_token_lists(p)
+
+    def _check_stop(self, p: SamplingParams) -> None:
+        stops = p.stop_strings
+        if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+            raise InvalidRequest("stop must be a string or a list of strings.", "stop")
+        if len(stops) > self.max_stop:
+            raise InvalidRequest(f"stop takes at most {self.max_stop} strings, got {len(stops)}.", "stop")
+        for s in stops:
+            if not 0 < len(s) <= self.max_stop_chars:
+                raise InvalidRequest(
+                    f"each stop string must have 1 to {self.max_stop_chars} characters, got {len(s)}.", "stop"
+                )
+        if stops and not p.detokenize:
+            raise InvalidRequest("stop strings need detokenize=True.", "stop")
+
+    def _check_token_lists(self, p: SamplingParams) -> None:
+        for name, ids in (
+            ("stop_token_ids", p.stop_token_ids or ()),
+            ("logit_bias", p.logit_bias or ()),
+            ("allowed_token_ids", p.allowed_token_ids or ()),
+        ):
+            cap = self.max_logit_bias if name != "allowed_token_ids" else self.vocab_size
+            if len(ids) > cap:
+                raise InvalidRequest(f"{name} takes at most {cap} entries, got {len(ids)}.", name)
+            for token in ids:
+                if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    raise InvalidRequest(
+                        f"{name} has token id {token!r}: the vocabulary has ids 0 to {self.vocab_size - 1}.", name
+                    )
+        if p.allowed_token_ids is not None and not p.allowed_token_ids:
+            raise InvalidRequest("allowed_token_ids must not be empty.", "allowed_token_ids")
+        for bias in (p.logit_bias or {}).values():
+            _range("logit_bias", bias, -100.0, 100.0)
+
+
+def _range(name: str, value: float, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequest(f"{name} must be between {low} and {high}, got {value!r}.", name)
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"  # never scheduled, or preempted and waiting to be recomputed
+    RUNNING = "running"  # holds pages and a slot
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence in the engine. The scheduler owns and mutates it; nobody else does.
+
+    `num_computed_tokens` counts tokens whose KV is written or will be by a batch already scheduled.
+    `num_in_flight` counts scheduled samples whose token ids are not committed yet (they live on the device only).
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    """Output length limit with the context length already taken into account."""
+    seed: int
+    """Always set: the request's own seed or one drawn by the engine."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """End-of-sequence ids (unless ignore_eos) and the request's own stop_token_ids."""
+    arrival_time: float = 0.0
+    cache_salt: str | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_in_flight: int = 0
+    slot: int = -1
+    page_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = -1
+    """Prompt tokens served by the prefix cache when first scheduled; -1 before."""
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids the host knows: prompt and committed output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, those still in flight included."""
+        return self.num_known_tokens + self.num_in_flight
+
+
+@dataclass(slots=True)
+class AdmittedSequence:
+    """Sent to the executor once, in the batch that (re)admits a request into a slot: all that the slot needs.
+
+    `output_token_ids` is non-empty when a preempted request comes back.
+    """
+
+    slot: int
+    request_id: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """One sequence's share of a step: `num_tokens` new tokens at positions start_pos .. start_pos + num_tokens - 1.
+
+    `token_ids` holds a prefill chunk's ids. It is empty for a decode row: its one input id is the token that the slot
+    sampled last, which may exist on the device only. `new_page_ids` extends the slot's page table (the first row
+    after admission brings all of it). `samples` is false for a chunk that does not end its prompt.
+    """
+
+    slot: int
+    start_pos: int
+    num_tokens: int
+    token_ids: list[int]
+    new_page_ids: list[int]
+    samples: bool
+    output_index: int = 0
+    """Index in the output of the token this row samples: the position of the seeded random stream."""
+
+    @property
+    def is_decode(self) -> bool:
+        return not self.token_ids
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """What one step computes. Decode rows come first, then prefill chunks; never empty.
+
+    Executors run batches strictly in order, so a page freed by the host while a batch is in flight may be handed
+    to a later batch at once.
+    """
+
+    step_id: int
+    admitted: list[AdmittedSequence]
+    rows: list[ScheduledRow]
+    requests: list[Request] = field(default_factory=list, repr=False)
+    """The request of each row, for the scheduler's commit. Executors do not read it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_decode_rows(self) -> int:
+        return sum(row.is_decode for row in self.rows)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities of one position: the chosen token first, then the top k by falling probability.
+
+    `ranks[i]` is the 1-based rank of `token_ids[i]` in the vocabulary. The values are of the unmodified
+    log-softmax of the logits (vLLM's `raw_logprobs`).
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced: one entry in each list per row of its batch.
+
+    `token_ids[i]` is -1 where row i does not sample. `prompt_logprobs[i]` has one entry per prompt token that row i
+    computed and whose successor's probability it therefore knows.
+    """
+
+    step_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
+    device_seconds: float = 0.0
+    start_time: float = 0.0
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What one commit adds to one request: the engine's output to whoever holds the request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot for metrics. Counters are totals since the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_pages_in_use: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found there."""
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    num_generation_tokens: int = 0
+    device_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What one layer stores per token, as an attention kind declares it.
+
+    The pool allocates `[num_pages, page_size, *entry_shape]` of `dtype` for each layer; a KV transfer moves whole
+    pages of it. GQA's entry is `(2, num_kv_heads, head_dim)`.
+    """
+
+    entry_shape: tuple[int, ...]
+    dtype: str
+    itemsize: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return math.prod(self.entry_shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """FLOPs (a multiply-add counts 2) and bytes read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: OpCost) -> OpCost:
+        return OpCost(self.flops + other.flops, self.bytes + other.bytes)

@@ -1,0 +1,1 @@
+"""The engine loop, and the process that runs it behind the server."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: host-side page bookkeeping, tensors, and the memory ledger."""

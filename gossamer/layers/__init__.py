@@ -1,0 +1,1 @@
+"""Modules a decoder is built of."""

@@ -1,0 +1,1 @@
+"""One decoder, one small file per model family, and the loaders."""

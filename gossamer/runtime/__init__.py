@@ -1,0 +1,1 @@
+"""Executors: what turns a ScheduledBatch into a StepResult."""

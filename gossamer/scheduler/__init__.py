@@ -1,0 +1,1 @@
+"""Continuous batching in pure Python."""

@@ -1,0 +1,1 @@
+"""Entry points: Python API, HTTP server, command line."""
