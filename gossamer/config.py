@@ -103,7 +103,9 @@ class LoadConfig:
     quantization: Literal["auto", "none", "int8", "int4"] = option(
         "auto", "weight-only quantisation; auto: int4 or int8 for a quantised GGUF, else none"
     )
-    max_model_len: int | None = option(None, "longest prompt + output in tokens (default: the model's, if it fits)")
+    max_model_len: int | None = option(
+        None, "longest prompt + output in tokens, also as 32K (default: the model's, if it fits)", size=True
+    )
     upcycle_experts: int | None = option(None, "load a dense checkpoint as an MoE of this many identical experts")
     upcycle_topk: int = option(2, "experts per token with --upcycle-experts")
     seed: int = option(0, "seed of dummy weights and of requests without a seed of their own")
@@ -155,7 +157,7 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on")
     served_model_name: str | None = option(None, "name in the API (default: the model folder's basename)")
-    api_key: str | None = option(None, "require this bearer token on every /v1 route")
+    api_key: str | None = option(None, "bearer token that every /v1 route requires (default: $GOSSAMER_API_KEY)")
     chat_template: str | None = option(None, "file with a Jinja chat template instead of the model's own")
     max_body_bytes: int = option(16 << 20, "largest request body; takes suffixes K, M, G", size=True)
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "how much to log")
@@ -229,9 +231,7 @@ def _check_values(config: EngineConfig) -> None:
     if not 0.0 < cache.gpu_memory_utilization <= 1.0:
         raise StartupError(f"--gpu-memory-utilization must be in (0, 1]; got {cache.gpu_memory_utilization}.")
     if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
-        raise StartupError(
-            f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}."
-        )
+        raise StartupError(f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}.")
 
 
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> EngineConfig:

