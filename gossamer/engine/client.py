@@ -1,0 +1,223 @@
+"""Starts the engine's process and carries messages to and from it, inside an asyncio event loop.
+
+Nothing here waits: frames are read when the loop says that the socket is readable and handed to one callback, in
+the order in which the engine sent them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from gossamer.config import EngineConfig
+from gossamer.core import EngineDead, SamplingParams, StartupError
+from gossamer.engine import messages
+from gossamer.engine.info import EngineInfo, ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.2
+MAX_SOCKET_PATH = 100
+"""A unix socket's path has at most 104 (BSD) to 108 (Linux) bytes."""
+MAX_FRAMES_AT_ONCE = 64
+"""Frames handled before other tasks of the event loop get a turn."""
+
+
+class EngineClient:
+    """One engine process, started by the constructor so that it loads while the caller builds everything else.
+
+    `wait_ready` must be awaited before any other method, in the event loop that will use the client.
+    """
+
+    def __init__(self, config: EngineConfig, *, factory: str = messages.DEFAULT_FACTORY, log_level: str = "info"):
+        self._directory = _private_directory()
+        requests_address = f"ipc://{self._directory / 'requests'}"
+        outputs_address = f"ipc://{self._directory / 'outputs'}"
+        self._context = zmq.Context()
+        self._requests: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        self._outputs: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        for sock in (self._requests, self._outputs):
+            sock.set(zmq.LINGER, 0)
+            # Unlimited: the number of open requests is bounded instead, and neither side may block on a send.
+            sock.set(zmq.SNDHWM if sock is self._requests else zmq.RCVHWM, 0)
+        self._outputs.set(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
+        self._outputs.bind(outputs_address)
+        self._requests.connect(requests_address)
+        self._decoder = messages.client_side_decoder()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._on_message: Callable[[messages.FromEngine], None] = self._on_start_message
+        self._on_death: Callable[[str], None] | None = None
+        self._on_progress: ProgressCallback | None = None
+        self._info: asyncio.Future[EngineInfo] | None = None
+        self._last_words = ""
+        self._dead = False
+        self._stopping = False
+        self.last_heard = time.monotonic()
+        start = messages.StartConfig(
+            engine=config,
+            requests_address=requests_address,
+            outputs_address=outputs_address,
+            factory=factory,
+            log_level=log_level,
+        )
+        self._process = _spawn(start)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead and not self._stopping
+
+    async def wait_ready(self, on_progress: ProgressCallback | None = None) -> EngineInfo:
+        """Waits until the engine is built. Raises StartupError with the engine's own explanation if it cannot be."""
+        self._loop = asyncio.get_running_loop()
+        self._info = self._loop.create_future()
+        self._on_progress = on_progress
+        self._loop.add_reader(self._outputs.FD, self._read)
+        self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_process)
+        self._read()
+        return await self._info
+
+    def listen(self, on_message: Callable[[messages.FromEngine], None], on_death: Callable[[str], None]) -> None:
+        """Hands every message from now on to `on_message`; calls `on_death(why)` once if the engine dies."""
+        self._on_message, self._on_death = on_message, on_death
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None
+    ) -> None:
+        self._send(messages.AddRequest(request_id, prompt_token_ids, params, cache_salt, time.monotonic()))
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Aborts before the engine's next step; does nothing if the engine is dead or knows no such request."""
+        if self.alive:
+            self._send(messages.AbortRequests(request_ids))
+
+    def _send(self, message: messages.ToEngine) -> None:
+        if not self.alive:
+            raise EngineDead(self._last_words or "The engine has been shut down.")
+        self._requests.send(messages.encode(message), zmq.NOBLOCK)
+
+    def _read(self) -> None:
+        # ZMQ's descriptor is edge-triggered: it is silent until everything has been read, so come back if not.
+        for _ in range(MAX_FRAMES_AT_ONCE):
+            if self._outputs.closed:
+                return
+            try:
+                frames = self._outputs.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = self._decoder.decode(frames)
+            if message is None:
+                continue
+            self.last_heard = time.monotonic()
+            if isinstance(message, messages.Fatal):
+                self._last_words = f"The engine has failed: {message.message}"
+            self._on_message(message)
+        if self._loop is not None:
+            self._loop.call_soon(self._read)
+
+    def _on_start_message(self, message: messages.FromEngine) -> None:
+        if self._info is None or self._info.done():
+            return
+        match message:
+            case messages.Progress():
+                if self._on_progress is not None:
+                    self._on_progress(message.stage, message.fraction)
+            case messages.Ready():
+                self._info.set_result(message.info)
+            case messages.StartupFailed():
+                self._info.set_exception(StartupError(message.message))
+            case _:
+                logger.debug("message before the engine is ready: %r", message)
+
+    def _watch_process(self) -> None:
+        status = self._process.poll()
+        if status is None or self._stopping:
+            if self._loop is not None and not self._stopping:
+                self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_process)
+            return
+        # What it said before it died may still be in the socket: give the transport a moment to deliver it.
+        self._outputs.poll(50)
+        self._read()
+        self._dead = True
+        why = self._last_words or f"The engine process has died ({_describe_status(status)})."
+        self._last_words = why
+        if self._info is not None and not self._info.done():
+            self._info.set_exception(StartupError(f"{why}\nIt had not finished loading the model; see its log above."))
+        elif self._on_death is not None:
+            self._on_death(why)
+
+    async def shutdown(self, timeout: float = 5.0) -> None:
+        """Stops the engine: asked first, killed after `timeout` seconds. Safe to call twice."""
+        if not self._stopping and self._process.poll() is None:
+            self._requests.send(messages.encode(messages.Shutdown()), zmq.NOBLOCK)
+            self._process.send_signal(signal.SIGTERM)
+        self._stopping = True
+        deadline = time.monotonic() + timeout
+        while self._process.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.close()
+
+    def close(self) -> None:
+        """Kills the engine if it still runs and releases the sockets and their directory. Safe to call twice."""
+        self._stopping = True
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if not self._outputs.closed:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._outputs.FD)
+            self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _private_directory() -> Path:
+    """A new directory that only this user can enter (mkdtemp makes it 0700), short enough for a socket's path."""
+    directory = tempfile.mkdtemp(prefix="gossamer-")
+    if len(os.fsencode(directory)) > MAX_SOCKET_PATH - len("/requests"):
+        Path(directory).rmdir()
+        directory = tempfile.mkdtemp(prefix="gossamer-", dir="/tmp")
+    return Path(directory)
+
+
+def _spawn(start: messages.StartConfig) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gossamer.engine.process"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    if process.stdin is None:
+        raise EngineDead("The engine process has no standard input.")
+    try:
+        process.stdin.write(msgspec.json.encode(start) + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        # It died before reading a line; `wait_ready` will find it dead and say so.
+        logger.debug("the engine process left before it read its configuration")
+    return process
+
+
+def _describe_status(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
