@@ -241,6 +241,16 @@ class Request:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    arrival_index: int = 0
+    """Order of entry into the scheduler: breaks ties of arrival_time."""
+    num_prefill_tokens: int = 0
+    """Tokens known when the request was last admitted, which that admission prefills; then it decodes."""
+    page_digests: list[bytes] = field(default_factory=list, repr=False)
+    """Digests of its first full pages, as far as they were needed; they outlive a preemption."""
+    num_registered_pages: int = 0
+    """Leading entries of page_ids that the prefix cache has been told of (or has given)."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list, repr=False)
+    """What chunks have produced so far; delivered with the first token."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -255,6 +265,19 @@ class Request:
     def num_tokens(self) -> int:
         """All tokens, those still in flight included."""
         return self.num_known_tokens + self.num_in_flight
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Running, but the chunk that samples is not scheduled yet."""
+        return self.num_computed_tokens < self.num_prefill_tokens
+
+    def known_token_ids(self, start: int, stop: int) -> list[int]:
+        """A copy of tokens start .. stop - 1 of prompt + committed output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        tail = self.output_token_ids[max(start - num_prompt, 0) : stop - num_prompt]
+        return self.prompt_token_ids[start:] + tail if start < num_prompt else tail
 
 
 @dataclass(slots=True)
@@ -384,13 +407,13 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """What one layer stores per token, as an attention kind declares it.
+    """What one layer stores per token, as an attention kind declares it: `entry_shape` is (planes, heads, dim).
 
-    The pool allocates `[num_pages, page_size, *entry_shape]` of `dtype` for each layer; a KV transfer moves whole
-    pages of it. GQA's entry is `(2, num_kv_heads, head_dim)`.
+    The pool allocates each plane of a layer as [num_pages, heads, page_size, dim] of `dtype`; a KV transfer moves
+    whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values.
     """
 
-    entry_shape: tuple[int, ...]
+    entry_shape: tuple[int, int, int]
     dtype: str
     itemsize: int
 

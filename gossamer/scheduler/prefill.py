@@ -1,0 +1,98 @@
+"""Prefill rows: who is admitted, and how the prompts being computed share what is left of the token budget."""
+
+from __future__ import annotations
+
+from gossamer.core import AdmittedSequence, Request, ScheduledBatch, ScheduledRow
+from gossamer.scheduler.sequences import Sequences
+
+# Requests that wait for another's prefix may be overtaken; a step looks past this many of them at most.
+MAX_OVERTAKEN = 16
+
+
+def schedule_prefills(sequences: Sequences, batch: ScheduledBatch, budget: int, *, chunked: bool) -> None:
+    """Adds chunks of at most `budget` tokens in all: of prompts begun earlier first, then of newly admitted ones."""
+    prefills = [request for request in sequences.running if request.is_prefilling]
+    wanted = [_num_to_compute(request) for request in prefills]
+    left = budget
+    for num in wanted:
+        left -= _share(num, left, sequences.page_size)
+    admitted = _admit(sequences, left, chunked=chunked)
+    prefills += [request for request, _ in admitted]
+    wanted += [_num_to_compute(request) for request, _ in admitted]
+    grants = split_budget(wanted, budget, sequences.page_size) if chunked else wanted
+    announced = {id(request): sequence for request, sequence in admitted}
+    for request, grant in zip(prefills, grants, strict=True):
+        if grant:
+            _add_row(batch, request, grant, announced.get(id(request)))
+
+
+def split_budget(wanted: list[int], budget: int, page_size: int) -> list[int]:
+    """How many tokens each prompt, oldest first, gets of `budget`.
+
+    While others wait behind it, a prompt gets at most half of what is left (but a page), so that a long one does not
+    starve short ones; what they leave over goes back to the oldest.
+    """
+    grants: list[int] = []
+    left = budget
+    for i, num in enumerate(wanted):
+        grants.append(min(num, left) if i == len(wanted) - 1 else _share(num, left, page_size))
+        left -= grants[-1]
+    for i, num in enumerate(wanted):
+        extra = min(num - grants[i], left)
+        grants[i] += extra
+        left -= extra
+    return grants
+
+
+def _share(wanted: int, left: int, page_size: int) -> int:
+    return min(wanted, max(left // 2, min(left, page_size)))
+
+
+def _admit(sequences: Sequences, budget: int, *, chunked: bool) -> list[tuple[Request, AdmittedSequence]]:
+    """Admits waiting requests in order of arrival while each of them gets tokens, a slot and all its pages.
+
+    The first that lacks pages ends it: a later, smaller one may not take them. A request whose next page a running
+    prefill is about to compute waits for that page instead of computing it twice; it may be overtaken meanwhile.
+    """
+    admitted: list[tuple[Request, AdmittedSequence]] = []
+    overtaken = 0
+    while budget > 0 and sequences.free_slots and overtaken < min(len(sequences.waiting), MAX_OVERTAKEN):
+        request = sequences.waiting[overtaken]
+        if request.num_in_flight:
+            # Preempted; the id of its last token is not known before the next commit.
+            break
+        cached = sequences.cached_pages(request)
+        if sequences.is_being_computed(request, len(cached)):
+            overtaken += 1
+            continue
+        num_tokens = request.num_known_tokens - len(cached) * sequences.page_size
+        if (not chunked and num_tokens > budget) or not sequences.fits(request, cached):
+            break
+        admitted.append((request, sequences.admit(request, cached)))
+        budget -= _share(num_tokens, budget, sequences.page_size) if chunked else num_tokens
+    return admitted
+
+
+def _num_to_compute(request: Request) -> int:
+    return request.num_prefill_tokens - request.num_computed_tokens
+
+
+def _add_row(batch: ScheduledBatch, request: Request, num: int, admitted: AdmittedSequence | None) -> None:
+    start = request.num_computed_tokens
+    stop = start + num
+    samples = stop == request.num_prefill_tokens
+    row = ScheduledRow(
+        slot=request.slot,
+        start_pos=start,
+        num_tokens=num,
+        token_ids=request.known_token_ids(start, stop),
+        new_page_ids=request.page_ids.copy() if admitted is not None else [],
+        samples=samples,
+        output_index=len(request.output_token_ids),
+    )
+    batch.rows.append(row)
+    batch.requests.append(request)
+    if admitted is not None:
+        batch.admitted.append(admitted)
+    request.num_computed_tokens = stop
+    request.num_in_flight += samples

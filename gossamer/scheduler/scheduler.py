@@ -1,0 +1,253 @@
+"""Decides what each step computes and takes its results in: continuous batching over paged KV.
+
+Each step decodes every running sequence and spends the rest of a token budget on chunks of prompts. A batch may be
+scheduled before the results of the one before it are known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from gossamer.config import SchedulerConfig
+from gossamer.core import (
+    EngineStats,
+    InvalidRequest,
+    Request,
+    RequestStatus,
+    ScheduledBatch,
+    ScheduledRow,
+    StartupError,
+    StepResult,
+    TokenLogprobs,
+    TokenOutput,
+)
+from gossamer.scheduler.decode import schedule_decodes
+from gossamer.scheduler.prefill import schedule_prefills
+from gossamer.scheduler.sequences import Sequences
+
+
+@dataclass(slots=True)
+class _InFlight:
+    batch: ScheduledBatch
+    void: bool = False
+    """An earlier batch failed: whatever this one computes is discarded."""
+
+
+class Scheduler:
+    """Owns all requests from `add` until they finish. Not thread-safe; pure Python.
+
+    `schedule` and `commit` (or `fail`) alternate freely, but batches are committed in the order they were scheduled.
+    A sequence advances optimistically while its samples are in flight; when one of them turns out to end it, the row
+    scheduled after that is computed for nothing and its result is discarded.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        enable_prefix_caching: bool,
+    ) -> None:
+        if config.max_num_seqs is None or config.max_num_batched_tokens is None:
+            raise ValueError("the scheduler needs a resolved config")
+        if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
+            raise StartupError(
+                f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len "
+                f"{max_model_len}, and chunked prefill is off.\nRaise --max-num-batched-tokens to {max_model_len}."
+            )
+        self._budget = config.max_num_batched_tokens
+        self._chunked = config.enable_chunked_prefill
+        self._max_model_len = min(max_model_len, num_pages * page_size)
+        self._sequences = Sequences(
+            num_slots=config.max_num_seqs,
+            num_pages=num_pages,
+            page_size=page_size,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self._in_flight: deque[_InFlight] = deque()
+        self._next_step_id = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._device_seconds = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._sequences.running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches scheduled and neither committed nor failed."""
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished or any batch uncommitted."""
+        return bool(self._sequences.by_id or self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queues a request by its arrival_time. Raises InvalidRequest if its id is taken or it can never fit."""
+        if request.request_id in self._sequences.by_id:
+            raise InvalidRequest(f"A request with id {request.request_id!r} is already being served.", "request_id")
+        if request.num_prompt_tokens < 1 or request.max_tokens < 1:
+            raise InvalidRequest("A request needs at least one prompt token and one output token.", "prompt")
+        if request.num_prompt_tokens + request.max_tokens > self._max_model_len:
+            raise InvalidRequest(
+                f"{request.num_prompt_tokens} prompt tokens and {request.max_tokens} output tokens (max_tokens) exceed "
+                f"the {self._max_model_len} tokens that --max-model-len and the KV cache allow. Shorten one of them.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        self._sequences.enqueue(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Drops a request in whatever state; its pages and slot are free at once. False if the id is unknown."""
+        request = self._sequences.by_id.get(request_id)
+        if request is None:
+            return False
+        request.finish_reason = "abort"
+        self._sequences.finish(request)
+        return True
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next batch, to be executed after all earlier ones; None when there is nothing to compute now."""
+        batch = ScheduledBatch(self._next_step_id, [], [], [])
+        schedule_decodes(self._sequences, batch, self._budget)
+        num_decodes = len(batch.rows)
+        schedule_prefills(self._sequences, batch, self._budget - num_decodes, chunked=self._chunked)
+        if not batch.rows:
+            return None
+        # Only now: rows of one batch must not read pages that other rows of it write.
+        for request in batch.requests[num_decodes:]:
+            self._sequences.register_full_pages(request)
+        self._next_step_id += 1
+        self._in_flight.append(_InFlight(batch))
+        return batch
+
+    def commit(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
+        """Takes in what the oldest uncommitted batch computed. Results for finished requests are discarded.
+
+        Raises ValueError, with nothing changed, if the result does not belong to the batch.
+        """
+        if result.step_id != batch.step_id or len(result.token_ids) != len(batch.rows):
+            raise ValueError(f"result of step {result.step_id} does not match batch {batch.step_id}")
+        entry = self._pop_oldest(batch)
+        self._num_steps += 1
+        self._device_seconds += result.device_seconds
+        if entry.void:
+            return []
+        outputs = []
+        for index, (row, request) in enumerate(zip(batch.rows, batch.requests, strict=True)):
+            if row.token_ids:
+                self._count_prompt_tokens(row, request)
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if result.prompt_logprobs is not None:
+                _keep_prompt_logprobs(request, row, result.prompt_logprobs[index])
+            if row.samples:
+                logprobs = result.logprobs[index] if result.logprobs is not None else None
+                outputs.append(self._append(request, result.token_ids[index], logprobs))
+        return outputs
+
+    def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
+        """The oldest uncommitted batch raised: its requests finish with an error, all others start over.
+
+        Later batches in flight may have read what it failed to write: their results will be discarded, and so is
+        the content of the prefix cache.
+        """
+        entry = self._pop_oldest(batch)
+        self._num_steps += 1
+        if entry.void:
+            return []
+        outputs = []
+        for request in batch.requests:
+            if request.status is not RequestStatus.FINISHED:
+                outputs.append(self._finish_with_error(request, message))
+        for later in self._in_flight:
+            later.void = True
+            for request in later.batch.requests:
+                request.num_in_flight = 0
+        for request in self._sequences.running.copy():
+            self._sequences.preempt(request)
+        if self._sequences.prefix_cache is not None:
+            self._sequences.prefix_cache.clear()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        sequences = self._sequences
+        return EngineStats(
+            num_running=len(sequences.running),
+            num_waiting=len(sequences.waiting),
+            num_pages=sequences.pool.num_pages,
+            num_pages_in_use=sequences.pool.num_in_use,
+            prefix_cache_queries=sequences.num_cache_queries,
+            prefix_cache_hits=sequences.num_cache_hits,
+            num_preemptions=sequences.num_preemptions,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generation_tokens=self._num_generation_tokens,
+            device_seconds=self._device_seconds,
+        )
+
+    def _pop_oldest(self, batch: ScheduledBatch) -> _InFlight:
+        if not self._in_flight or self._in_flight[0].batch is not batch:
+            raise ValueError(f"batch {batch.step_id} is not the oldest in flight")
+        return self._in_flight.popleft()
+
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        if token_id < 0:
+            self._sequences.distrust(request)
+            return self._finish_with_error(request, "The model produced no valid token for this request.")
+        output_index = len(request.output_token_ids)
+        request.num_in_flight -= 1
+        request.output_token_ids.append(token_id)
+        self._num_generation_tokens += 1
+        if token_id in request.stop_token_ids and output_index >= request.params.min_tokens:
+            request.finish_reason = "stop"
+            request.stop_reason = token_id if token_id in (request.params.stop_token_ids or ()) else None
+        elif output_index + 1 >= request.max_tokens:
+            request.finish_reason = "length"
+        if request.status is RequestStatus.RUNNING:
+            self._sequences.register_full_pages(request)
+        if request.finish_reason is not None:
+            self._sequences.finish(request)
+        output = TokenOutput(
+            request_id=request.request_id,
+            token_ids=[token_id],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+        if logprobs is not None and request.params.logprobs is not None:
+            output.logprobs = [logprobs]
+        if output_index == 0 and request.params.prompt_logprobs is not None:
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+        return output
+
+    def _finish_with_error(self, request: Request, message: str) -> TokenOutput:
+        request.finish_reason = "error"
+        self._sequences.finish(request)
+        return TokenOutput(
+            request_id=request.request_id,
+            token_ids=[],
+            finish_reason="error",
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            error=message,
+        )
+
+    def _count_prompt_tokens(self, row: ScheduledRow, request: Request) -> None:
+        stop = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
+        self._num_prompt_tokens += max(stop - row.start_pos, 0)
+
+
+def _keep_prompt_logprobs(request: Request, row: ScheduledRow, entries: list[TokenLogprobs] | None) -> None:
+    """Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before."""
+    if entries and not request.output_token_ids and row.start_pos <= len(request.prompt_logprobs):
+        request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
