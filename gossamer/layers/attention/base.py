@@ -1,0 +1,61 @@
+"""The attention contract: what a kind offers, and the host-side description of a step that its `plan` receives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gossamer.config import ModelConfig
+from gossamer.core import KVLayout, OpCost
+from gossamer.layers.linear import Linear, Part, WeightFormat
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """A step as attention sees it, on the host. Row i has `lengths[i]` new tokens from position `starts[i]` on.
+
+    The first `num_decode` rows have one token each and read their whole context from the pages. `page_tables[i]`
+    covers every position up to the row's last new token.
+    """
+
+    num_decode: int
+    starts: list[int]
+    lengths: list[int]
+    page_tables: Sequence[Sequence[int]]
+    page_size: int
+
+
+class AttentionLayer(Protocol):
+    """One layer's attention. `linears` and `norms` are what the loader fills by canonical name."""
+
+    linears: list[Linear]
+    norms: dict[str, torch.Tensor | None]
+
+    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None: ...
+
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: Any, planes: Sequence[torch.Tensor]
+    ) -> torch.Tensor: ...
+
+
+class AttentionKind(Protocol):
+    """What a file in `layers/attention/` offers; nothing else in the engine branches on the kind."""
+
+    def build(self, config: ModelConfig, layer: int, backend: str) -> AttentionLayer:
+        """The module of one layer."""
+        ...
+
+    def kv_layout(self, config: ModelConfig, dtype: str) -> KVLayout:
+        """What one layer stores per token."""
+        ...
+
+    def plan(self, config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> Any:
+        """Metadata of one step, shared by all layers."""
+        ...
+
+    def cost(self, config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
+        """FLOPs and bytes of one layer's attention proper (projections are counted by their linears)."""
+        ...

@@ -1,0 +1,157 @@
+"""Grouped-query attention (MHA and MQA are its ends) over the paged cache, with optional window and QK norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.config import DTYPE_BYTES, ModelConfig
+from gossamer.core import KVLayout, OpCost
+from gossamer.layers.attention.base import AttentionBatch
+from gossamer.layers.linear import Linear, Part, WeightFormat, dense
+from gossamer.ops.attention import (
+    DecodeGroup,
+    PrefillSequence,
+    decode_attention,
+    plan_decode,
+    plan_prefill,
+    prefill_attention,
+)
+from gossamer.ops.kv_cache import write_kv
+from gossamer.ops.norm import rms_norm
+from gossamer.ops.rope import apply_rope
+
+
+@dataclass(slots=True)
+class GQAPlan:
+    """One step's metadata. `decode` and `prefill` are keyed by the sliding window, for layers may differ in it."""
+
+    num_decode: int
+    slot_rows: torch.Tensor
+    fresh_pages: torch.Tensor | None
+    decode: dict[int | None, list[DecodeGroup]]
+    prefill: dict[int | None, list[PrefillSequence]]
+
+
+def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
+    return KVLayout((2, config.num_kv_heads, config.head_dim), dtype, DTYPE_BYTES[dtype])
+
+
+def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAPlan:
+    page_size, n = batch.page_size, batch.num_decode
+    tables, starts, lengths = batch.page_tables, batch.starts, batch.lengths
+    windows = {config.sliding_window(layer) for layer in range(config.num_layers)}
+    slots: list[int] = []
+    fresh: list[int] = []
+    for table, start, length in zip(tables, starts, lengths, strict=True):
+        if length == 1:
+            page, offset = divmod(start, page_size)
+            slots.append(table[page] * config.num_kv_heads * page_size + offset)
+            if offset == 0:
+                fresh.append(table[page])
+            continue
+        positions = range(start, start + length)
+        slots += [table[p // page_size] * config.num_kv_heads * page_size + p % page_size for p in positions]
+        fresh += table[-(-start // page_size) : (start + length - 1) // page_size + 1]
+    heads = torch.arange(config.num_kv_heads) * page_size
+    slot_rows = (torch.tensor(slots).unsqueeze(1) + heads).flatten()
+    seq_lens = [start + 1 for start in starts[:n]]
+    decode = {w: plan_decode(tables[:n], seq_lens, page_size, w, dtype) for w in windows} if n else {}
+    prefill: dict[int | None, list[PrefillSequence]] = {}
+    for window in windows if n < len(starts) else ():
+        row, sequences = n, []
+        for table, start, length in zip(tables[n:], starts[n:], lengths[n:], strict=True):
+            sequences.append(plan_prefill(row, length, start, table, page_size, window))
+            row += length
+        prefill[window] = sequences
+    return GQAPlan(n, slot_rows, torch.tensor(fresh) if fresh else None, decode, prefill)
+
+
+def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
+    """2 products of head_dim per (query head, visible key); reads each row's visible KV once, its q, and writes k, v, o."""
+    window = config.sliding_window(layer)
+    pairs = kv_tokens = 0
+    for start, length in zip(batch.starts, batch.lengths, strict=True):
+        end = start + length
+        if window is None or end <= window:
+            pairs += length * start + length * (length + 1) // 2
+            kv_tokens += end
+        else:
+            full = max(0, min(length, window - start))  # tokens whose whole past is inside the window
+            pairs += full * start + full * (full + 1) // 2 + (length - full) * window
+            kv_tokens += min(end, window + length - 1)
+    tokens = sum(batch.lengths)
+    q_width, kv_width = config.num_q_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    return OpCost(4.0 * pairs * q_width, itemsize * (kv_tokens * kv_width + tokens * (2 * q_width + kv_width)))
+
+
+class GQALayer:
+    """q, k, v in one product; QK norm and rotary embedding; KV write; attention; output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+        name = f"layers.{layer}.attn"
+        self.qkv = Linear([f"{name}.q", f"{name}.k", f"{name}.v"], bias=config.qkv_bias)
+        self.o = Linear([f"{name}.o"], bias=config.o_bias)
+        self.linears = [self.qkv, self.o]
+        self.norms: dict[str, torch.Tensor | None] = {}
+        self._q_norm, self._k_norm = f"{name}.q_norm.weight", f"{name}.k_norm.weight"
+        if config.qk_norm != "none":
+            self.norms = {self._q_norm: None, self._k_norm: None}
+        self._config = config
+        self._backend = backend
+        self._window = config.sliding_window(layer)
+        self._scale = config.head_dim**-0.5
+
+    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None:
+        if name in self.norms:
+            self.norms[name] = dense(tensor, fmt)
+            return
+        next(linear for linear in self.linears if name in linear.expected_names()).load(name, tensor, fmt)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: GQAPlan,
+        planes: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        config, backend = self._config, self._backend
+        num_q, num_kv = config.num_q_heads, config.num_kv_heads
+        k_pages, v_pages = planes
+        qkv = self.qkv(x)
+        if config.clip_qkv is not None:
+            qkv.clamp_(-config.clip_qkv, config.clip_qkv)
+        if self.norms:
+            self._normalise(qkv)
+        qkv = qkv.view(-1, num_q + 2 * num_kv, config.head_dim)
+        v = qkv[:, num_q + num_kv :]
+        rotated = apply_rope(qkv[:, : num_q + num_kv], cos, sin, backend=backend)
+        q, k = rotated[:, :num_q], rotated[:, num_q:]
+        write_kv(k, v, k_pages, v_pages, plan.slot_rows, plan.fresh_pages, backend=backend)
+        out = torch.empty(x.shape[0], num_q, config.head_dim, dtype=x.dtype, device=x.device)
+        n = plan.num_decode
+        if n:
+            groups = plan.decode[self._window]
+            decode_attention(q[:n], k_pages, v_pages, groups, self._scale, out[:n], backend=backend)
+        if plan.prefill:
+            sequences = plan.prefill[self._window]
+            prefill_attention(q, k, v, k_pages, v_pages, sequences, self._scale, out, backend=backend)
+        return self.o(out.flatten(1))
+
+    def _normalise(self, qkv: torch.Tensor) -> None:
+        """QK norm in place on the packed projection: per head, or over all heads at once."""
+        config = self._config
+        q_width, kv_width = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        for part, name in ((qkv[:, :q_width], self._q_norm), (qkv[:, q_width : q_width + kv_width], self._k_norm)):
+            weight = self.norms[name]
+            if weight is None:
+                raise RuntimeError(f"{name} used before it was loaded")
+            heads = part.unflatten(-1, (-1, config.head_dim)) if config.qk_norm == "head" else part
+            heads.copy_(rms_norm(heads, weight, config.rms_norm_eps, backend=self._backend))
+
+
+def build(config: ModelConfig, layer: int, backend: str) -> GQALayer:
+    return GQALayer(config, layer, backend)

@@ -1,0 +1,176 @@
+"""Linear layers whose weights are held dense, as int8, or as int4: one module, the format is its parameter.
+
+Merged projections (q, k, v; gate, up) are loaded part by part from the unfused canonical checkpoint names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from gossamer.ops import gemm_weight_only as wo
+from gossamer.ops.weights import QuantizedTensor
+
+Quantization = Literal["none", "int8", "int4"]
+Part = torch.Tensor | QuantizedTensor
+
+# From this many rows on, torch's packed int4/int8 products on a CPU lose to a bf16 product: 1.0-1.1x at 8 rows,
+# 1.4-2x at 16, 2.4x at 512 (docs/techniques/cpu.md).
+DENSE_FROM_ROWS = 12
+
+
+class Weight(Protocol):
+    """A weight matrix in some storage format: x [M, K] -> x W^T [M, N]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, for the memory ledger."""
+        ...
+
+
+@dataclass(slots=True)
+class DenseWeight:
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.weight, self.bias) if t is not None]
+
+
+@dataclass(slots=True)
+class Int8Weight:
+    """Per-channel int8; `dense`, if kept, serves products of many rows."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
+            return F.linear(x, self.dense, self.bias)
+        y = wo.int8_linear(x, self.weight, self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.weight, self.scale, self.bias, self.dense) if t is not None]
+
+
+@dataclass(slots=True)
+class Int4Weight:
+    """Group-wise int4; `dense`, if kept, serves products of many rows."""
+
+    packed: torch.Tensor
+    scale_and_zero: torch.Tensor
+    group_size: int
+    bias: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
+            return F.linear(x, self.dense, self.bias)
+        y = wo.int4_linear(x, self.packed, self.scale_and_zero, self.group_size)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.packed, self.scale_and_zero, self.bias, self.dense) if t is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How a loader turns checkpoint tensors into weights."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantization: Quantization = "none"
+    keep_dense: bool = False
+    """Keep a dense copy beside int8/int4 for prefill: speed for memory (a quantised CPU model only)."""
+
+
+def dense(part: Part, fmt: WeightFormat) -> torch.Tensor:
+    """The part as a dense tensor of the format's dtype and device."""
+    tensor = part.dequantize() if isinstance(part, QuantizedTensor) else part
+    return tensor.to(device=fmt.device, dtype=fmt.dtype)
+
+
+def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: WeightFormat) -> Weight:
+    """Concatenates parts [N_i, K] along N and stores them in the format's quantisation.
+
+    Q4_0 and Q4_1 blocks become int4 without loss; shapes that the int4 operator cannot take fall to int8, then dense.
+    """
+    bias = torch.cat([b.to(device=fmt.device, dtype=fmt.dtype) for b in biases]) if biases else None
+    num_out, num_in = sum(p.shape[0] for p in parts), parts[0].shape[1]
+    if fmt.quantization == "int4" and wo.int4_supported(num_out, num_in) and num_out < _INT8_FROM_ROWS:
+        return _int4_weight(parts, bias, fmt)
+    if fmt.quantization != "none" and wo.int8_supported(num_out, num_in):
+        full = _cat([dense(p, fmt) for p in parts])
+        q, scale = wo.quantize_int8(full)
+        return Int8Weight(q, scale.to(fmt.dtype), bias, full if fmt.keep_dense else None)
+    return DenseWeight(_cat([dense(p, fmt) for p in parts]), bias)
+
+
+# A vocabulary-sized projection keeps 8 bits under int4, as quantised checkpoints do: its errors reach every logit.
+_INT8_FROM_ROWS = 16384
+
+
+def _int4_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFormat) -> Int4Weight:
+    triples = []
+    for part in parts:
+        stored = part.to_int4() if isinstance(part, QuantizedTensor) else None
+        triples.append(stored if stored is not None else wo.quantize_int4(dense(part, fmt)))
+    q, scale, zero = (_cat([torch.as_tensor(t[i]) for t in triples]) for i in range(3))
+    packed, scale_and_zero = wo.pack_int4(q, scale, zero, fmt.dtype)
+    copy = wo.dequantize_int4(q, scale, zero, fmt.dtype) if fmt.keep_dense else None
+    return Int4Weight(packed, scale_and_zero, q.shape[1] // scale.shape[1], bias, copy)
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+class Linear:
+    """One projection, or several that share their input, merged into one product.
+
+    `part_names` are canonical checkpoint names without `.weight` / `.bias`, in output order. The weight appears once
+    every part was loaded.
+    """
+
+    def __init__(self, part_names: Sequence[str], *, bias: bool = False) -> None:
+        self.part_names = tuple(part_names)
+        self._expects = [f"{p}.weight" for p in part_names] + ([f"{p}.bias" for p in part_names] if bias else [])
+        self._pending: dict[str, Part] = {}
+        self.weight: Weight = _Unloaded(self.part_names)
+
+    def expected_names(self) -> list[str]:
+        return list(self._expects)
+
+    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None:
+        """Takes one of `expected_names`; builds the weight with the last of them."""
+        self._pending[name] = tensor
+        if len(self._pending) == len(self._expects):
+            weights = [self._pending[f"{p}.weight"] for p in self.part_names]
+            biases = [b for p in self.part_names if isinstance(b := self._pending.get(f"{p}.bias"), torch.Tensor)]
+            self.weight = make_weight(weights, biases, fmt)
+            self._pending = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight(x)
+
+
+@dataclass(slots=True)
+class _Unloaded:
+    names: tuple[str, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"{', '.join(self.names)} used before its weights were loaded")
+
+    def tensors(self) -> list[torch.Tensor]:
+        return []

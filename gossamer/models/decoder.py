@@ -1,0 +1,159 @@
+"""The only decoder: embedding, pre-norm blocks of attention and (routed) MLP, final norm, head. Families differ in config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from gossamer.config import ModelConfig
+from gossamer.core import StartupError
+from gossamer.kv_cache.pool import KVPool
+from gossamer.layers.attention import gqa
+from gossamer.layers.attention.base import AttentionBatch
+from gossamer.layers.linear import (
+    DenseWeight,
+    Int4Weight,
+    Int8Weight,
+    Linear,
+    Part,
+    Weight,
+    WeightFormat,
+    dense,
+    make_weight,
+)
+from gossamer.layers.mlp import GatedMLP
+from gossamer.layers.moe import MoELayer
+from gossamer.layers.rotary import RotaryTable
+from gossamer.ops.norm import rms_norm
+
+ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
+
+
+class Block:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+        self.attn_norm: torch.Tensor | None = None
+        self.mlp_norm: torch.Tensor | None = None
+        self.attention = ATTENTION_KINDS[config.attention].build(config, layer, backend)
+        moe = config.moe
+        self.mlp: GatedMLP | MoELayer
+        if moe is not None and layer not in moe.dense_layers:
+            self.mlp = MoELayer(moe, layer, backend)
+        else:
+            self.mlp = GatedMLP(f"layers.{layer}.mlp", backend, bias=config.mlp_bias)
+
+
+class Decoder:
+    """Inference only, so a plain object: weights are set by `load`, called by canonical name in any order."""
+
+    def __init__(self, config: ModelConfig, fmt: WeightFormat, max_model_len: int, backend: str = "auto") -> None:
+        self.config = config
+        self.fmt = fmt
+        self.blocks = [Block(config, i, backend) for i in range(config.num_layers)]
+        self.embed: torch.Tensor | None = None
+        self.final_norm: torch.Tensor | None = None
+        self.head: Weight | None = None
+        self._backend = backend
+        self._kind = ATTENTION_KINDS[config.attention]
+        self._rotary = RotaryTable(config.rope, config.head_dim, max_model_len, fmt.dtype, fmt.device)
+        self._loaders = self._collect_loaders()
+
+    def _collect_loaders(self) -> dict[str, Callable[[str, Part], None]]:
+        loaders: dict[str, Callable[[str, Part], None]] = {
+            "embed.weight": self._load_embed,
+            "final_norm.weight": lambda _, t: setattr(self, "final_norm", dense(t, self.fmt)),
+        }
+        if not self.config.tie_word_embeddings:
+            loaders["lm_head.weight"] = lambda _, t: setattr(self, "head", make_weight([t], [], self.fmt))
+        for i, block in enumerate(self.blocks):
+            for attribute in ("attn_norm", "mlp_norm"):
+                loaders[f"layers.{i}.{attribute}.weight"] = self._norm_loader(block, attribute)
+            for name in block.attention.norms:
+                loaders[name] = self._layer_loader(block.attention)
+            if isinstance(block.mlp, MoELayer):
+                loaders[block.mlp.router_name] = self._router_loader(block.mlp)
+            for linear in [*block.attention.linears, *block.mlp.linears]:
+                for name in linear.expected_names():
+                    loaders[name] = self._linear_loader(linear)
+        return loaders
+
+    def _load_embed(self, _: str, tensor: Part) -> None:
+        self.embed = dense(tensor, self.fmt)
+        if not self.config.tie_word_embeddings:
+            return
+        self.head = DenseWeight(self.embed)
+        if self.fmt.quantization != "none":
+            self.head = make_weight([tensor], [], dataclasses.replace(self.fmt, keep_dense=False))
+            if isinstance(self.head, Int8Weight | Int4Weight):
+                self.head.dense = self.embed
+
+    def _norm_loader(self, block: Block, attribute: str) -> Callable[[str, Part], None]:
+        return lambda _, tensor: setattr(block, attribute, dense(tensor, self.fmt))
+
+    def _layer_loader(self, attention: gqa.GQALayer) -> Callable[[str, Part], None]:
+        return lambda name, tensor: attention.load(name, tensor, self.fmt)
+
+    def _router_loader(self, layer: MoELayer) -> Callable[[str, Part], None]:
+        return lambda _, tensor: setattr(layer, "router", dense(tensor, self.fmt).float())
+
+    def _linear_loader(self, linear: Linear) -> Callable[[str, Part], None]:
+        return lambda name, tensor: linear.load(name, tensor, self.fmt)
+
+    def load(self, weights: Iterable[tuple[str, Part]], on_tensor: Callable[[str], None] | None = None) -> None:
+        """Takes the canonical weight stream. Raises StartupError for a name that is unknown or never came."""
+        missing = dict.fromkeys(self._loaders)
+        for name, tensor in weights:
+            loader = self._loaders.get(name)
+            if loader is None:
+                raise StartupError(f"The checkpoint has a tensor {name} that a {self.config.family} model does not.")
+            loader(name, tensor)
+            missing.pop(name, None)
+            if on_tensor is not None:
+                on_tensor(name)
+        if missing:
+            raise StartupError(f"The checkpoint lacks {len(missing)} tensors, the first is {next(iter(missing))}.")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights held, each storage counted once however many layers share it."""
+        held = [self.embed, self.final_norm, *(self.head.tensors() if self.head else [])]
+        for block in self.blocks:
+            held += [block.attn_norm, block.mlp_norm, *block.attention.norms.values()]
+            held += [block.mlp.router] if isinstance(block.mlp, MoELayer) else []
+            for linear in [*block.attention.linears, *block.mlp.linears]:
+                held += linear.weight.tensors()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
+        return sum(storages.values())
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, pool: KVPool
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden] after the final norm; writes the new tokens' KV into the pool."""
+        plan = self._kind.plan(self.config, batch, self.fmt.dtype)
+        longest = max(start + length for start, length in zip(batch.starts, batch.lengths, strict=True))
+        cos, sin = self._rotary.lookup(positions, longest)
+        eps, backend = self.config.rms_norm_eps, self._backend
+        x = F.embedding(input_ids, _loaded(self.embed))
+        for block, planes in zip(self.blocks, pool.layers, strict=True):
+            h = rms_norm(x, _loaded(block.attn_norm), eps, backend=backend)
+            x += block.attention(h, cos, sin, plan, planes)
+            h = rms_norm(x, _loaded(block.mlp_norm), eps, backend=backend)
+            x += block.mlp(h)
+        return rms_norm(x, _loaded(self.final_norm), eps, backend=backend)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [num_rows, vocab_size] for `hidden` [num_rows, hidden]."""
+        if self.head is None:
+            raise RuntimeError("the head was used before its weights were loaded")
+        return self.head(hidden).float()
+
+
+def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise RuntimeError("a weight was used before it was loaded")
+    return tensor

@@ -1,0 +1,243 @@
+"""Torch reference of paged attention, laid out so that a CPU spends its time in large products.
+
+Decode treats pages as the batch of a product: queries of a KV head [group, head_dim] times a page's keys
+[head_dim, page_size]. Prefill runs flash attention on the new tokens and on the prefix and merges by LSE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Splitting a decode batch costs about as much as reading this many padding pages.
+_GROUP_COST_PAGES = 24
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Rows of a decode batch that are computed together, padded to `num_pages` pages each."""
+
+    rows: torch.Tensor | None
+    """int64 [batch], the rows of q; None: all of them, in order."""
+    batch: int
+    num_pages: int
+    pages: torch.Tensor | slice
+    """The page ids [batch * num_pages], or a slice where they are consecutive (then nothing is copied)."""
+    mask: torch.Tensor
+    """Additive, [batch, 1, 1, num_pages * page_size]: 0 or -inf."""
+
+
+@dataclass(slots=True)
+class PrefillSequence:
+    """One sequence's new tokens: rows start .. start + length - 1 of the packed batch, after `prefix_len` cached ones."""
+
+    start: int
+    length: int
+    prefix_len: int
+    pages: torch.Tensor | slice
+    """Pages of the prefix that is attended to; `prefix_skip` of their first tokens are out of the window."""
+    prefix_skip: int
+    window: int | None
+
+
+def _page_index(page_ids: Sequence[int]) -> torch.Tensor | slice:
+    first, n = page_ids[0], len(page_ids)
+    if page_ids[-1] - first == n - 1 and all(b - a == 1 for a, b in zip(page_ids, page_ids[1:], strict=False)):
+        return slice(first, first + n)
+    return torch.tensor(page_ids, dtype=torch.int64)
+
+
+def _take(pages: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
+    return pages[index] if isinstance(index, slice) else pages.index_select(0, index)
+
+
+def plan_decode(
+    page_tables: Sequence[Sequence[int]],
+    seq_lens: Sequence[int],
+    page_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> list[DecodeGroup]:
+    """Groups decode rows by page count so that padding stays small.
+
+    `page_tables[i]` holds at least ceil(seq_lens[i] / page_size) pages; `seq_lens[i]` counts the new token. With a
+    `window` only its pages are read.
+    """
+    spans: list[tuple[int, int]] = []
+    for seq_len in seq_lens:
+        first = 0 if window is None else max(0, seq_len - window) // page_size
+        spans.append((first, -(-seq_len // page_size)))
+    order = sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0])
+    bounds, start, padding = [], 0, 0
+    for i in range(1, len(order)):
+        growth = _num_pages(spans, order[i]) - _num_pages(spans, order[i - 1])
+        padding += growth * (i - start)
+        if padding > _GROUP_COST_PAGES:
+            bounds.append((start, i))
+            start, padding = i, 0
+    bounds.append((start, len(order)))
+    groups = []
+    for low, high in bounds:
+        rows = sorted(order[low:high])
+        groups.append(_decode_group(rows, len(spans), spans, page_tables, seq_lens, page_size, window, dtype))
+    return groups
+
+
+def _num_pages(spans: list[tuple[int, int]], row: int) -> int:
+    return spans[row][1] - spans[row][0]
+
+
+def _decode_group(
+    rows: list[int],
+    batch: int,
+    spans: list[tuple[int, int]],
+    page_tables: Sequence[Sequence[int]],
+    seq_lens: Sequence[int],
+    page_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> DecodeGroup:
+    width = max(_num_pages(spans, r) for r in rows)
+    page_ids: list[int] = []
+    starts, ends = [], []
+    for r in rows:
+        first, last = spans[r]
+        page_ids += page_tables[r][first:last]
+        # Padding repeats a page the row owns; the mask hides it.
+        page_ids += [page_tables[r][first]] * (width - (last - first))
+        starts.append(0 if window is None else max(0, seq_lens[r] - window) - first * page_size)
+        ends.append(seq_lens[r] - first * page_size)
+    positions = torch.arange(width * page_size)
+    hidden = positions >= torch.tensor(ends)[:, None]
+    if window is not None:
+        hidden |= positions < torch.tensor(starts)[:, None]
+    mask = torch.zeros(len(rows), 1, 1, width * page_size, dtype=dtype).masked_fill_(hidden[:, None, None], -torch.inf)
+    index = None if len(rows) == batch else torch.tensor(rows)
+    return DecodeGroup(index, len(rows), width, _page_index(page_ids), mask)
+
+
+def plan_prefill(
+    start: int, length: int, prefix_len: int, page_table: Sequence[int], page_size: int, window: int | None
+) -> PrefillSequence:
+    """Plans one sequence: which prefix pages its `length` new tokens attend to."""
+    first_token = 0 if window is None else max(0, prefix_len - window + 1)
+    first, last = first_token // page_size, -(-prefix_len // page_size)
+    pages = _page_index(page_table[first:last]) if last > first else slice(0, 0)
+    return PrefillSequence(start, length, prefix_len, pages, first * page_size, window)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    groups: list[DecodeGroup],
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    q = q * scale
+    for group in groups:
+        if group.rows is None:
+            out.copy_(_decode_group_attention(q, k_pages, v_pages, group))
+        else:
+            out.index_copy_(0, group.rows, _decode_group_attention(q[group.rows], k_pages, v_pages, group))
+
+
+def _decode_group_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, group: DecodeGroup
+) -> torch.Tensor:
+    batch, num_pages = group.batch, group.num_pages
+    _, num_kv_heads, page_size, head_dim = k_pages.shape
+    num_q_heads = q.shape[1]
+    rows = num_q_heads // num_kv_heads
+    k = _take(k_pages, group.pages).view(-1, page_size, head_dim)
+    v = _take(v_pages, group.pages).view(-1, page_size, head_dim)
+    per_page = q.view(batch, 1, num_kv_heads, rows, head_dim).expand(-1, num_pages, -1, -1, -1)
+    scores = torch.bmm(per_page.reshape(-1, rows, head_dim), k.transpose(1, 2))
+    # [batch, pages, kv_heads, rows, page] -> [batch, kv_heads, rows, pages * page]
+    scores = scores.view(batch, num_pages, num_kv_heads, rows, page_size).permute(0, 2, 3, 1, 4)
+    scores = scores.reshape(batch, num_kv_heads, rows, -1) + group.mask
+    weights = torch.softmax(scores, -1)
+    weights = weights.view(batch, num_kv_heads, rows, num_pages, page_size).permute(0, 3, 1, 2, 4)
+    partial = torch.bmm(weights.reshape(-1, rows, page_size), v).view(batch, num_pages, num_q_heads, head_dim)
+    return partial[:, 0] if num_pages == 1 else partial.sum(1)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    sequences: list[PrefillSequence],
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    for seq in sequences:
+        rows = slice(seq.start, seq.start + seq.length)
+        q_seq, k_seq, v_seq = (x[rows].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        if seq.window is not None and seq.prefix_len + seq.length > seq.window:
+            attended = _windowed(q_seq, k_seq, v_seq, k_pages, v_pages, seq, scale)
+        else:
+            attended = _full(q_seq, k_seq, v_seq, k_pages, v_pages, seq, scale)
+        out[rows] = attended[0].transpose(0, 1)
+
+
+def _prefix(pages: torch.Tensor, seq: PrefillSequence) -> torch.Tensor:
+    """The planned prefix as [1, num_kv_heads, tokens, head_dim]."""
+    taken = _take(pages, seq.pages).transpose(0, 1).flatten(1, 2)
+    return taken[None, :, : seq.prefix_len - seq.prefix_skip]
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp [1, num_q_heads, tokens] (natural log, fp32)."""
+    if q.is_cpu:
+        result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return result[0], result[1]
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if causal:
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf
+        )
+    return (torch.softmax(scores, -1) @ v.float()).to(q.dtype), torch.logsumexp(scores, -1)
+
+
+def _full(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    seq: PrefillSequence,
+    scale: float,
+) -> torch.Tensor:
+    own, own_lse = _flash(q, k, v, True, scale)
+    if seq.prefix_len == 0:
+        return own
+    prefix, prefix_lse = _flash(q, _prefix(k_pages, seq), _prefix(v_pages, seq), False, scale)
+    share = torch.sigmoid(prefix_lse - own_lse).unsqueeze(-1)
+    return torch.lerp(own.float(), prefix.float(), share).to(q.dtype)
+
+
+def _windowed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    seq: PrefillSequence,
+    scale: float,
+) -> torch.Tensor:
+    if seq.prefix_len > seq.prefix_skip:
+        k = torch.cat((_prefix(k_pages, seq), k), 2)
+        v = torch.cat((_prefix(v_pages, seq), v), 2)
+    offset = seq.prefix_len - seq.prefix_skip
+    distance = torch.arange(seq.length, device=q.device)[:, None] + offset - torch.arange(k.shape[2], device=q.device)
+    visible = (distance >= 0) & (distance < (seq.window or 0))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)

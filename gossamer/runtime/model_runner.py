@@ -1,0 +1,133 @@
+"""The executor that runs the model: per-slot state, one forward per batch, sampling on the device."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+import torch
+
+from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
+from gossamer.kv_cache.pool import KVPool
+from gossamer.layers.attention.base import AttentionBatch
+from gossamer.models.decoder import Decoder
+from gossamer.runtime.sampler import Sampler
+
+
+class ModelRunner:
+    """Runs batches in order on one device.
+
+    The token a slot sampled last stays in `last_token`, so a decode row's input never waits for the host.
+    """
+
+    def __init__(self, decoder: Decoder, pool: KVPool, max_num_seqs: int) -> None:
+        self.decoder = decoder
+        self.pool = pool
+        self.device = decoder.fmt.device
+        self.sampler = Sampler(decoder.config.vocab_size, max_num_seqs, self.device)
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self._page_tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
+
+    def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self.execute(batch))
+        except Exception as error:  # the engine fails this batch and goes on
+            future.set_exception(error)
+        return future
+
+    def shutdown(self) -> None:
+        """Nothing to release: memory goes with the object."""
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """One step. Tokens come back in row order, -1 for rows that do not sample."""
+        start_time = time.monotonic()
+        self._update_slots(batch)
+        hidden = self._forward(batch.rows)
+        sampling = [i for i, row in enumerate(batch.rows) if row.samples]
+        token_ids = [-1] * len(batch.rows)
+        logprobs: list[TokenLogprobs | None] | None = None
+        if sampling:
+            logits = self.decoder.logits(self._last_rows(hidden, batch.rows))
+            rows = batch.rows if len(sampling) == len(batch.rows) else [batch.rows[i] for i in sampling]
+            sampled, sampled_logprobs = self.sampler.sample(logits, rows)
+            self._remember(rows, sampled)
+            for i, token in zip(sampling, sampled.tolist(), strict=True):
+                token_ids[i] = token
+            if sampled_logprobs is not None:
+                logprobs = [None] * len(batch.rows)
+                for i, entry in zip(sampling, sampled_logprobs, strict=True):
+                    logprobs[i] = entry
+        prompt_logprobs = self._prompt_logprobs(hidden, batch.rows)
+        seconds = time.monotonic() - start_time
+        return StepResult(batch.step_id, token_ids, logprobs, prompt_logprobs, seconds, start_time)
+
+    def _update_slots(self, batch: ScheduledBatch) -> None:
+        for seq in batch.admitted:
+            self._page_tables[seq.slot] = []
+            self._sequences[seq.slot] = seq
+            self.sampler.admit(seq)
+        for row in batch.rows:
+            if row.new_page_ids:
+                self._page_tables[row.slot].extend(row.new_page_ids)
+
+    def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:
+        num_decode = sum(row.is_decode for row in rows)
+        starts, lengths = [row.start_pos for row in rows], [row.num_tokens for row in rows]
+        ids: list[torch.Tensor] = []
+        if num_decode:
+            ids.append(self.last_token[torch.tensor([row.slot for row in rows[:num_decode]])])
+        if num_decode < len(rows):
+            ids.append(torch.tensor([token for row in rows[num_decode:] for token in row.token_ids]))
+        positions = [p for s, n in zip(starts, lengths, strict=True) for p in range(s, s + n)]
+        tables = [self._page_tables[row.slot] for row in rows]
+        return self.decoder.forward(
+            (ids[0] if len(ids) == 1 else torch.cat(ids)).to(self.device),
+            torch.tensor(positions).to(self.device),
+            AttentionBatch(num_decode, starts, lengths, tables, self.pool.page_size),
+            self.pool,
+        )
+
+    def _last_rows(self, hidden: torch.Tensor, rows: list[ScheduledRow]) -> torch.Tensor:
+        """The hidden states of the last token of each row that samples."""
+        if hidden.shape[0] == len(rows) and all(row.samples for row in rows):
+            return hidden
+        last, end = [], 0
+        for row in rows:
+            end += row.num_tokens
+            if row.samples:
+                last.append(end - 1)
+        return hidden[torch.tensor(last, device=self.device)]
+
+    def _remember(self, rows: list[ScheduledRow], sampled: torch.Tensor) -> None:
+        if len(rows) == 1:
+            self.last_token[rows[0].slot] = sampled[0]
+        else:
+            self.last_token.index_copy_(0, torch.tensor([row.slot for row in rows], device=self.device), sampled)
+
+    def _prompt_logprobs(
+        self, hidden: torch.Tensor, rows: list[ScheduledRow]
+    ) -> list[list[TokenLogprobs] | None] | None:
+        """For rows whose request wants them: the log-probability of each prompt token after a computed position."""
+        result: list[list[TokenLogprobs] | None] | None = None
+        start = 0
+        for i, row in enumerate(rows):
+            first, start = start, start + row.num_tokens
+            seq = self._sequences[row.slot]
+            if row.is_decode or seq is None or seq.params.prompt_logprobs is None:
+                continue
+            following = seq.prompt_token_ids[row.start_pos + 1 : row.start_pos + row.num_tokens + 1]
+            if result is None:
+                result = [None] * len(rows)
+            result[i] = self._row_prompt_logprobs(hidden[first:], following, seq.params.prompt_logprobs)
+        return result
+
+    def _row_prompt_logprobs(self, hidden: torch.Tensor, following: list[int], k: int) -> list[TokenLogprobs]:
+        entries: list[TokenLogprobs] = []
+        for low in range(0, len(following), 64):  # bounds the [rows, vocab_size] temporaries
+            part = following[low : low + 64]
+            logits = self.decoder.logits(hidden[low : low + len(part)])
+            entries += self.sampler.prompt_logprobs(logits, torch.tensor(part, device=self.device), k)
+        return entries
