@@ -35,5 +35,5 @@ def grouped_mlp(
             expert_out[start : start + count] = expert(permuted[start : start + count])
             start += count
     unpermuted = torch.empty_like(expert_out).index_copy_(0, order, expert_out)
-    unpermuted = unpermuted.view(num_tokens, top_k, -1)
+    unpermuted = unpermuted.unflatten(0, (num_tokens, top_k))
     return (unpermuted * topk_weights.unsqueeze(-1)).sum(1).to(x.dtype)
