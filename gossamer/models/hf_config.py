@@ -1,0 +1,261 @@
+"""Typed, checked reading of a Hugging Face config, shared by the model families.
+
+A key that changes the mathematics and is not implemented must be refused, never ignored: every error here names the
+key, the value and what is supported. `source.py` adds the file's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gossamer.config import ModelConfig, RopeConfig
+from gossamer.core import StartupError
+
+MAX_INT = 2**31 - 1
+
+# Keys of a rope dict that each kind reads; the universal ones carry no information for the kinds that skip them.
+_ROPE_UNIVERSAL = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", "finetuned"}
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+}
+
+
+class ConfigReader:
+    """Read access to a config dict. A key that is absent takes the default; one of the wrong type is a StartupError."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self.optional_integer(key, minimum)
+        if value is None:
+            value = default
+        if value is None:
+            raise StartupError(f"{self._prefix}{key} is missing.")
+        return value
+
+    def optional_integer(self, key: str, minimum: int = 1) -> int | None:
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if type(value) is not int or not minimum <= value <= MAX_INT:
+            raise self._wrong(key, f"an integer from {minimum} to {MAX_INT}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.optional_number(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise StartupError(f"{self._prefix}{key} is missing.")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        """A finite number above zero, or None."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise self._wrong(key, "a finite number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self._wrong(key, "true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One id or a list of them; () if absent."""
+        value = self._values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(token) is not int for token in ids):
+            raise self._wrong(key, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def require(self, key: str, supported: Collection[Any]) -> None:
+        """Refuses a key that is present with a value other than the supported ones. Absent and null always pass."""
+        value = self._values.get(key)
+        if value is not None and value not in supported:
+            choices = " or ".join(map(repr, supported)) or "no value"
+            raise self._wrong(key, f"{choices}; anything else is not supported")
+
+    def _wrong(self, key: str, expected: str) -> StartupError:
+        shown = repr(self._values.get(key))
+        return StartupError(f"{self._prefix}{key} must be {expected}; got {shown[:80]}.")
+
+
+def decoder_config(config: ConfigReader, family: str, **traits: Any) -> ModelConfig:
+    """The fields that all families share, with the family's own `traits` (ModelConfig fields) on top.
+
+    Refuses what no family implements: other activations, pre-quantised checkpoints, partial rotary embeddings.
+    """
+    if config.get("quantization_config") is not None:
+        raise StartupError(
+            "quantization_config is present: checkpoints quantised beforehand are not supported.\n"
+            "Use the unquantised checkpoint with --quantization int8 or int4, or a GGUF file."
+        )
+    config.require("hidden_act", ("silu",))
+    hidden_size = config.integer("hidden_size")
+    num_q_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", num_q_heads)
+    head_dim = config.optional_integer("head_dim")
+    if head_dim is None:
+        if hidden_size % num_q_heads:
+            raise StartupError(f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_q_heads}.")
+        head_dim = hidden_size // num_q_heads
+    if num_q_heads % num_kv_heads:
+        raise StartupError(f"num_attention_heads {num_q_heads} is not divisible by num_key_value_heads {num_kv_heads}.")
+    if head_dim % 2:
+        raise StartupError(f"head_dim {head_dim} is odd: a rotary embedding needs pairs.")
+    moe = traits.get("moe")
+    if moe is not None and moe.top_k > moe.num_experts:
+        raise StartupError(f"num_experts_per_tok {moe.top_k} is more than the {moe.num_experts} experts of a layer.")
+    max_position = config.integer("max_position_embeddings")
+    rope = rope_config(config, max_position)
+    if rope.kind == "yarn":
+        # YaRN checkpoints give the length they were trained on; the context they are made for is factor times longer.
+        max_position = max(max_position, int(rope.factor * (rope.original_max_position or 0)))
+    vocab_size = config.integer("vocab_size")
+    bos = [token for token in config.token_ids("bos_token_id") if 0 <= token < vocab_size]
+    fields: dict[str, Any] = {
+        "family": family,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": config.integer("intermediate_size"),
+        "num_layers": config.integer("num_hidden_layers"),
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
+        "rope": rope,
+        "tie_word_embeddings": config.flag("tie_word_embeddings"),
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": merge_token_ids(vocab_size, config.token_ids("eos_token_id")),
+        "dtype": checkpoint_dtype(config),
+    }
+    return ModelConfig(**(fields | traits))
+
+
+def merge_token_ids(vocab_size: int, *groups: tuple[int, ...]) -> tuple[int, ...]:
+    """The distinct ids in order of appearance. Ids outside the vocabulary can never be sampled and are dropped."""
+    return tuple(dict.fromkeys(token for group in groups for token in group if 0 <= token < vocab_size))
+
+
+def checkpoint_dtype(config: ConfigReader, default: str = "bfloat16") -> str:
+    """`dtype`, or `torch_dtype` as older checkpoints spell it."""
+    value = config.get("dtype") or config.get("torch_dtype") or default
+    if not isinstance(value, str):
+        raise StartupError(f"dtype must be the name of a type; got {str(value)[:80]!r}.")
+    return value.removeprefix("torch.")
+
+
+def uniform_windows(config: ConfigReader) -> tuple[int | None, ...]:
+    """`sliding_window` for every layer, for families without layer types; () if there is none."""
+    window = config.optional_integer("sliding_window")
+    kind = "full_attention" if window is None else "sliding_attention"
+    if config.get("layer_types") is not None and any(t != kind for t in _layer_types(config)):
+        raise StartupError(f"layer_types must be {kind!r} for every layer of this architecture.")
+    return () if window is None else (window,) * config.integer("num_hidden_layers")
+
+
+def layered_windows(config: ConfigReader) -> tuple[int | None, ...]:
+    """Qwen's windows: `layer_types`, or else the layers from `max_window_layers` on, under `use_sliding_window`."""
+    num_layers = config.integer("num_hidden_layers")
+    window = config.optional_integer("sliding_window") if config.flag("use_sliding_window") else None
+    if config.get("layer_types") is not None:
+        slides = [kind == "sliding_attention" for kind in _layer_types(config)]
+    else:
+        first = config.integer("max_window_layers", 28, minimum=0)
+        slides = [window is not None and layer >= first for layer in range(num_layers)]
+    if not any(slides):
+        return ()
+    if window is None:
+        raise StartupError("layer_types has sliding_attention, but sliding_window is off or missing.")
+    return tuple(window if slide else None for slide in slides)
+
+
+def _layer_types(config: ConfigReader) -> list[str]:
+    types, num_layers = config.get("layer_types"), config.integer("num_hidden_layers")
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise StartupError(f"layer_types must be a list of {num_layers} names, one per layer.")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise StartupError(
+                f"layer_types has {str(kind)[:80]!r}; full_attention and sliding_attention are supported."
+            )
+    return types
+
+
+def rope_config(config: ConfigReader, max_position: int) -> RopeConfig:
+    """Reads `rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` beside it (earlier)."""
+    raw = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(raw, dict):
+        raise StartupError(f"rope_parameters must be an object; got {str(raw)[:80]!r}.")
+    config.require("partial_rotary_factor", (1.0,))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise StartupError(f"rope_type {str(kind)[:80]!r} is not supported; supported: {', '.join(_ROPE_KEYS)}.")
+    rope = ConfigReader(raw, prefix="rope_parameters.")
+    rope.require("partial_rotary_factor", (1.0,))
+    known = _ROPE_UNIVERSAL | _ROPE_KEYS[kind] | {"partial_rotary_factor"}
+    for key, value in raw.items():
+        if key not in known and value is not None:
+            raise StartupError(f"rope_parameters.{str(key)[:80]} is not supported with rope_type {kind!r}.")
+    theta = rope.optional_number("rope_theta") or config.number("rope_theta", 10000.0)
+    original = config.optional_integer("original_max_position_embeddings") or rope.integer(
+        "original_max_position_embeddings", max_position
+    )
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=rope.number("factor"))
+    if kind == "dynamic":
+        # The stretch is relative to the config's own length, whatever the rope dict says beside it.
+        return RopeConfig(theta=theta, kind="dynamic", factor=rope.number("factor"), original_max_position=max_position)
+    if kind == "llama3":
+        return _llama3(rope, theta, original)
+    return RopeConfig(
+        theta=theta,
+        kind="yarn",
+        factor=rope.number("factor", max_position / original),
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
+    )
+
+
+def _llama3(rope: ConfigReader, theta: float, original: int) -> RopeConfig:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if not low < high:
+        raise StartupError(f"rope_parameters.low_freq_factor {low} must be less than high_freq_factor {high}.")
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=rope.number("factor"),
+        original_max_position=original,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def num_experts(config: ConfigReader) -> int:
+    """`num_experts` as published, or `num_local_experts` as transformers 5 and Mixtral write it."""
+    return config.integer("num_experts" if config.get("num_experts") is not None else "num_local_experts")

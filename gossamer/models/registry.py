@@ -1,0 +1,63 @@
+"""Which module implements which architecture: one line per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer.config import ModelConfig
+from gossamer.core import StartupError
+from gossamer.models import llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
+from gossamer.models.weight_names import WeightMap
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`model_type` and `architecture` as in config.json, `gguf` as in `general.architecture`."""
+
+    model_type: str
+    architecture: str
+    from_hf: Callable[[dict[str, Any]], ModelConfig]
+    weights: WeightMap
+    gguf: str | None = None
+
+
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", llama.from_hf, llama.WEIGHTS, gguf="llama"),
+    Family("mistral", "MistralForCausalLM", mistral.from_hf, mistral.WEIGHTS),
+    Family("mixtral", "MixtralForCausalLM", mixtral.from_hf, mixtral.WEIGHTS),
+    Family("olmoe", "OlmoeForCausalLM", olmoe.from_hf, olmoe.WEIGHTS, gguf="olmoe"),
+    Family("qwen2", "Qwen2ForCausalLM", qwen2.from_hf, qwen2.WEIGHTS, gguf="qwen2"),
+    Family("qwen3", "Qwen3ForCausalLM", qwen3.from_hf, qwen3.WEIGHTS, gguf="qwen3"),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe.from_hf, qwen3_moe.WEIGHTS, gguf="qwen3moe"),
+)
+BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+
+
+def family_of_hf(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by `architectures[0]` or, where that is absent, by `model_type`."""
+    architectures = config.get("architectures")
+    key = "model_type"
+    if isinstance(architectures, list) and architectures:
+        key = "architecture"
+        family = BY_ARCHITECTURE.get(str(architectures[0]))
+    else:
+        family = BY_MODEL_TYPE.get(str(config.get("model_type")))
+    if family is None:
+        name = str(architectures[0] if key == "architecture" and architectures else config.get("model_type"))[:80]
+        known = BY_ARCHITECTURE if key == "architecture" else BY_MODEL_TYPE
+        raise StartupError(f"The {key} {name!r} is not supported.\nSupported: {', '.join(sorted(known))}.")
+    return family
+
+
+def family_of_gguf(architecture: str, num_experts: int) -> Family:
+    """The family of a GGUF file. Mixtral is stored as `llama` with experts, Mistral as `llama` without."""
+    if architecture == "llama" and num_experts:
+        return BY_MODEL_TYPE["mixtral"]
+    for family in FAMILIES:
+        if family.gguf == architecture:
+            return family
+    known = sorted(family.gguf for family in FAMILIES if family.gguf)
+    raise StartupError(f"The GGUF architecture {architecture[:80]!r} is not supported.\nSupported: {', '.join(known)}.")

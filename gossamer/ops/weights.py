@@ -1,0 +1,133 @@
+"""A weight as a checkpoint stores it: a torch tensor, or quantised blocks that stay packed until a layer wants them.
+
+The loader yields these and the layers choose the form to keep (int4, int8 or floating point), so the type lies below
+both. Block layouts are ggml's; the int4 convention is that of torch's packed CPU kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+INT4_GROUP = 32
+"""Elements of a row that share a scale and a zero, in every type that `to_int4` takes."""
+INT4_TYPES = ("Q4_0", "Q4_1", "Q4_K")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """Quantised blocks: `data` uint8 `[*shape[:-1], bytes per row]`, usually a view of a memory-mapped file."""
+
+    data: Bytes
+    ggml_type: str
+    shape: tuple[int, ...]
+
+    def dequantize(self) -> torch.Tensor:
+        """The values as fp32 `shape`."""
+        known = {"Q4_0": _dequantize_int4, "Q4_1": _dequantize_int4, "Q4_K": _dequantize_int4, "Q8_0": _dequantize_q8_0}
+        if self.ggml_type in known:
+            return torch.from_numpy(known[self.ggml_type](self)).reshape(self.shape)
+        # The package takes 0.3 s to import; the types above are the common ones and do without it.
+        from gguf import GGMLQuantizationType, dequantize
+
+        values = dequantize(self.data, GGMLQuantizationType[self.ggml_type])
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(self.shape)
+
+    def to_int4(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """`(q, scale, zero)` with w = (q - 8) * scale + zero, exactly the stored values; None for other types.
+
+        q: uint8 `[N, K]` of 0..15; scale, zero: fp32 `[N, K / 32]`. Only for matrices.
+        """
+        if self.ggml_type not in INT4_TYPES or len(self.shape) != 2:
+            return None
+        q, scale, minimum = _INT4_DECODERS[self.ggml_type](self.data.reshape(self.shape[0], -1))
+        rows, columns = self.shape
+        zero = minimum + 8.0 * scale
+        return (
+            torch.from_numpy(q.reshape(rows, columns)),
+            torch.from_numpy(scale.reshape(rows, -1)),
+            torch.from_numpy(zero.reshape(rows, -1)),
+        )
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+Weight = torch.Tensor | QuantizedTensor
+
+
+def _half(raw: Bytes) -> Floats:
+    """fp16 values from their two bytes in the last dimension: `[..., 2]` -> `[...]`."""
+    return np.ascontiguousarray(raw).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """`[..., n]` bytes -> `[..., 2n]` values of 0..15: all the low halves, then all the high ones."""
+    size = packed.shape[-1]
+    out = np.empty((*packed.shape[:-1], 2 * size), dtype=np.uint8)
+    np.bitwise_and(packed, 15, out=out[..., :size])
+    np.right_shift(packed, 4, out=out[..., size:])
+    return out
+
+
+def _q4_0(data: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Blocks of 32: fp16 d, 16 bytes of nibbles; w = d * (q - 8). Returns q, scale, minimum (w = q * scale + minimum)."""
+    blocks = data.reshape(*data.shape[:-1], -1, 18)
+    scale = _half(blocks[..., :2])
+    return _nibbles(blocks[..., 2:]), scale, -8.0 * scale
+
+
+def _q4_1(data: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Blocks of 32: fp16 d, fp16 m, 16 bytes of nibbles; w = d * q + m."""
+    blocks = data.reshape(*data.shape[:-1], -1, 20)
+    return _nibbles(blocks[..., 4:]), _half(blocks[..., :2]), _half(blocks[..., 2:4])
+
+
+def _q4_k(data: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Blocks of 256 in 8 groups of 32: fp16 d and dmin, 6-bit scales s and minima m packed in 12 bytes, nibbles.
+
+    w = d * s * q - dmin * m. Groups 2j and 2j + 1 are the low and the high halves of the same 32 bytes.
+    """
+    blocks = data.reshape(*data.shape[:-1], -1, 144)
+    d, dmin, packed = _half(blocks[..., 0:2]), _half(blocks[..., 2:4]), blocks[..., 4:16]
+    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-1)
+    minima = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-1)
+    q = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32))
+    return q, d[..., None] * scales.astype(np.float32), -dmin[..., None] * minima.astype(np.float32)
+
+
+_INT4_DECODERS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k}
+
+
+def _dequantize_int4(tensor: QuantizedTensor) -> Floats:
+    q, scale, minimum = _INT4_DECODERS[tensor.ggml_type](tensor.data)
+    values = q.reshape(-1, INT4_GROUP).astype(np.float32)
+    if tensor.ggml_type == "Q4_0":
+        # d * (q - 8) rounds once; d * q - 8 * d is the same number, since q and 8 are exact multiples of d in fp32.
+        values -= 8.0
+        values *= scale.reshape(-1, 1)
+        return values
+    values *= scale.reshape(-1, 1)
+    values += minimum.reshape(-1, 1)
+    return values
+
+
+def _dequantize_q8_0(tensor: QuantizedTensor) -> Floats:
+    """Blocks of 32: fp16 d, 32 signed bytes; w = d * q."""
+    blocks = tensor.data.reshape(-1, 34)
+    values = blocks[:, 2:].view(np.int8).astype(np.float32)
+    values *= _half(blocks[:, :2])[:, None]
+    return values
