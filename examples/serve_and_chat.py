@@ -1,4 +1,4 @@
-"""Starts a server and talks to it with the OpenAI client (pip install openai): python examples/serve_and_chat.py MODEL"""
+"""A server and the OpenAI client (pip install openai) talking to it: python examples/serve_and_chat.py MODEL"""
 
 import asyncio
 import socket
