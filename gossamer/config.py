@@ -160,6 +160,9 @@ class ServerConfig:
     api_key: str | None = option(None, "bearer token that every /v1 route requires (default: $GOSSAMER_API_KEY)")
     chat_template: str | None = option(None, "file with a Jinja chat template instead of the model's own")
     max_body_bytes: int = option(16 << 20, "largest request body; takes suffixes K, M, G", size=True)
+    receive_timeout: float = option(30.0, "seconds that a client may take to send its headers, or its body")
+    send_timeout: float = option(60.0, "seconds that a client may leave its answer unread")
+    drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "how much to log")
 
 

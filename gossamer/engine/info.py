@@ -1,0 +1,29 @@
+"""What an engine says about itself once it is built: torch-free, so that the server's process can hold it.
+
+Plain dataclasses: the wire format encodes them as they are, and the in-process engine needs no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gossamer.config import EngineConfig, ModelConfig
+from gossamer.core import RequestLimits
+
+ProgressCallback = Callable[[str, float], None]
+"""Called while an engine is built with the name of the stage and the fraction of it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """The engine as built: every automatic choice made, and where the memory went."""
+
+    config: EngineConfig
+    """Resolved: no field is auto any more."""
+    model: ModelConfig
+    limits: RequestLimits
+    num_pages: int
+    ledger: list[tuple[str, int]] = field(default_factory=list)
+    """Who holds how many bytes of device memory: (name, bytes)."""
+    device_name: str = ""

@@ -1,0 +1,182 @@
+"""What HTTP asks of a server of slow answers: bounded bodies, event streams, and noticing that a client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gossamer.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
+    """The whole body. Raises ApiError 413 over `max_bytes` and 408 after `timeout` seconds.
+
+    A body that is too large is read on and thrown away, so that a client that is still sending gets to see the 413.
+    """
+    too_large = ApiError(
+        413,
+        f"The request body is larger than {max_bytes} bytes. Send less, or start the server with a larger "
+        "--max-body-bytes.",
+        code="request_too_large",
+        close=True,
+    )
+    if "expect" in request.headers and _declared_length(request) > max_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= max_bytes:
+                    chunks.append(chunk)
+                else:
+                    chunks.clear()
+    except TimeoutError:
+        if size > max_bytes:
+            raise too_large from None
+        raise ApiError(408, f"The request body did not arrive within {timeout:g} seconds.", close=True) from None
+    if size > max_bytes:
+        raise too_large
+    return b"".join(chunks)
+
+
+def _declared_length(request: Request) -> int:
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client leaves first (raising ClientDisconnect)."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        await _cancel(task, watcher)
+
+
+class EventStream(Response):
+    """Server-sent events. Closes `events` as soon as the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = asyncio.ensure_future(self._send_all(send))
+        watcher = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+        finally:
+            await _cancel(sender, watcher)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class HttpProtocol(H11Protocol):
+    """HTTP/1.1 that gives up on a client which does not finish its headers, or stops reading its answer.
+
+    Uvicorn's own timer covers a connection that is silent between two requests, nothing else. A stalled connection is
+    aborted: what waits in its buffer could keep a polite close waiting for ever.
+    """
+
+    def __init__(self, *args: Any, receive_timeout: float, send_timeout: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._receive_timeout = receive_timeout
+        self._send_timeout = send_timeout
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(self._send_timeout, self._on_stall)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_timers(header=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timers()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        if self._answering:
+            self._cancel_timers(stall=False)
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self._receive_timeout, self._on_header_timeout)
+
+    def _cancel_timers(self, header: bool = True, stall: bool = True) -> None:
+        if header and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        if stall and self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _on_header_timeout(self) -> None:
+        self._header_timer = None
+        if self._answering or self.transport.is_closing():
+            return
+        error = ApiError(408, f"The request's headers did not arrive within {self._receive_timeout:g} seconds.")
+        body = error.encode()
+        head = (
+            "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+
+    def _on_stall(self) -> None:
+        logger.warning("a client read nothing of its answer for %g seconds; connection closed", self._send_timeout)
+        self._stall_timer = None
+        self.transport.abort()

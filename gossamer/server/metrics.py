@@ -1,0 +1,122 @@
+"""Prometheus metrics under vLLM's names, so that dashboards made for it work.
+
+What the engine counts is read from its latest statistics when scraped; what a user feels (latencies) is observed
+here, where tokens leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from gossamer.core import EngineStats, FinishReason
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_REQUEST_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_LENGTH_BUCKETS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
+
+_FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+
+
+class _EngineCollector:
+    """The engine's own counters and gauges, as of its latest step."""
+
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
+        self._stats = stats
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        s = self._stats()
+        usage = s.num_pages_in_use / s.num_pages if s.num_pages else 0.0
+        gauges = (
+            ("vllm:num_requests_running", "Requests being computed.", s.num_running),
+            ("vllm:num_requests_waiting", "Requests waiting for room.", s.num_waiting),
+            ("vllm:kv_cache_usage_perc", "KV cache in use, 1 is all of it.", usage),
+            ("gossamer:kv_cache_pages", "Pages in the KV cache.", s.num_pages),
+            ("gossamer:kv_cache_pages_in_use", "Pages that a request holds.", s.num_pages_in_use),
+        )
+        counters = (
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", s.prefix_cache_hits),
+            ("vllm:num_preemptions", "Requests that lost their pages and start over.", s.num_preemptions),
+            ("gossamer:engine_steps", "Steps of the engine.", s.num_steps),
+            ("gossamer:device_seconds", "Time that the device computed.", s.device_seconds),
+            ("gossamer:prompt_tokens_computed", "Prompt tokens computed, recomputed ones too.", s.num_prompt_tokens),
+        )
+        for name, help_text, value in gauges:
+            gauge = GaugeMetricFamily(name, help_text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        for name, help_text, value in counters:
+            counter = CounterMetricFamily(name, help_text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+
+
+class ServerMetrics:
+    """Everything at /metrics. One registry of its own, so that two servers in one process do not meet.
+
+    Times are in seconds, lengths in tokens. Each of the n continuations of a request counts as a request, as in vLLM.
+    """
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(stats, model_name))
+
+        def counter(name: str, help_text: str) -> Counter:
+            return Counter(name, help_text, ["model_name"], registry=self.registry).labels(model_name)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, help_text, ["model_name"], registry=self.registry, buckets=buckets)
+            return family.labels(model_name)
+
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a first token.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        success = Counter(
+            "vllm:request_success",
+            "Requests finished, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._finished = {reason: success.labels(model_name, reason) for reason in _FINISH_REASONS}
+        self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
+        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
+        self._per_output = histogram(
+            "vllm:time_per_output_token_seconds", "Mean time of a request's later tokens.", _TOKEN_BUCKETS
+        )
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
+        self._prompt_length = histogram("vllm:request_prompt_tokens", "Length of prompts.", _LENGTH_BUCKETS)
+        self._output_length = histogram("vllm:request_generation_tokens", "Length of outputs.", _LENGTH_BUCKETS)
+
+    def on_first_token(self, seconds: float, num_prompt_tokens: int) -> None:
+        self._first_token.observe(seconds)
+        self._prompt_tokens.inc(num_prompt_tokens)
+
+    def on_tokens(self, num_tokens: int) -> None:
+        self._generation_tokens.inc(num_tokens)
+
+    def on_later_tokens(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` arrived together, `seconds` after the previous one."""
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
+
+    def on_finished(
+        self, reason: FinishReason, seconds: float, decode_seconds: float, num_prompt_tokens: int, num_tokens: int
+    ) -> None:
+        self._finished[reason].inc()
+        if reason in ("abort", "error"):
+            # Cut short by somebody else: their latencies would flatter the engine.
+            return
+        self._e2e.observe(seconds)
+        self._prompt_length.observe(num_prompt_tokens)
+        self._output_length.observe(num_tokens)
+        if num_tokens > 1:
+            self._per_output.observe(decode_seconds / (num_tokens - 1))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

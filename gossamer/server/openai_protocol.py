@@ -1,0 +1,355 @@
+"""The requests of OpenAI's API, with vLLM's extensions, as types that are decoded strictly.
+
+Every field of that API is known here. One that Gossamer does not implement is accepted only with its neutral value,
+so that nothing a client asks for is silently ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+from gossamer.core import InvalidRequest, SamplingParams
+from gossamer.server.errors import ApiError
+
+MAX_SEQUENCES = 256
+"""Most continuations of one HTTP request: prompts times n."""
+MAX_CACHE_SALT = 128
+MAX_NEUTRAL_BYTES = 256
+
+_NULL = Raw(b"null")
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What completions and chat completions share. None means the default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[int, float] | None = None
+    # vLLM's extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    cache_salt: str | None = None
+    # Inert: they ask nothing of the answer.
+    user: str | None = None
+    metadata: Raw = _NULL
+    store: bool | None = None
+    # Known, not implemented: see _NEUTRAL.
+    priority: Raw = _NULL
+    request_id: Raw = _NULL
+    bad_words: Raw = _NULL
+    response_format: Raw = _NULL
+    structured_outputs: Raw = _NULL
+    guided_json: Raw = _NULL
+    guided_regex: Raw = _NULL
+    guided_choice: Raw = _NULL
+    guided_grammar: Raw = _NULL
+    kv_transfer_params: Raw = _NULL
+    logits_processors: Raw = _NULL
+    vllm_xargs: Raw = _NULL
+    use_beam_search: Raw = _NULL
+    length_penalty: Raw = _NULL
+    truncate_prompt_tokens: Raw = _NULL
+    spaces_between_special_tokens: Raw = _NULL
+    return_tokens_as_token_ids: Raw = _NULL
+
+    def _sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        defaults = SamplingParams()
+        return SamplingParams(
+            n=_or(self.n, defaults.n),
+            presence_penalty=_or(self.presence_penalty, defaults.presence_penalty),
+            frequency_penalty=_or(self.frequency_penalty, defaults.frequency_penalty),
+            repetition_penalty=_or(self.repetition_penalty, defaults.repetition_penalty),
+            temperature=_or(self.temperature, defaults.temperature),
+            top_p=_or(self.top_p, defaults.top_p),
+            top_k=_or(self.top_k, defaults.top_k),
+            min_p=_or(self.min_p, defaults.min_p),
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            max_tokens=max_tokens,
+            min_tokens=_or(self.min_tokens, defaults.min_tokens),
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=self.allowed_token_ids,
+        )
+
+    def check(self) -> None:
+        """Raises InvalidRequest for fields that are not implemented or contradict each other."""
+        for name, neutral in _NEUTRAL.items():
+            raw = getattr(self, name, _NULL)
+            if not _is_neutral(bytes(raw), neutral):
+                raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
+        if self.stream_options is not None:
+            if not self.stream:
+                raise InvalidRequest("stream_options needs stream: true.", "stream_options")
+            for name in ("include_obfuscation", "continuous_usage_stats"):
+                if getattr(self.stream_options, name):
+                    raise InvalidRequest(f"stream_options.{name} is not supported.", f"stream_options.{name}")
+        if self.cache_salt is not None:
+            _check_cache_salt(self.cache_salt)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions. `parse_special_tokens` lets the prompt's text spell special tokens: ours."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    parse_special_tokens: bool = False
+    best_of: Raw = _NULL
+    suffix: Raw = _NULL
+    prompt_embeds: Raw = _NULL
+
+    def sampling(self) -> SamplingParams:
+        return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one entry each. Raises InvalidRequest if they are empty, mixed or too many."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        kinds = {type(item) for item in prompt}
+        if len(kinds) != 1:
+            what = "mixes text and token ids" if kinds else "is empty"
+            raise InvalidRequest(f"prompt {what}. Give a string, strings, token ids, or lists of token ids.", "prompt")
+        if kinds == {int}:
+            return [[item for item in prompt if isinstance(item, int)]]
+        if len(prompt) * _or(self.n, 1) > MAX_SEQUENCES:
+            raise InvalidRequest(
+                f"{len(prompt)} prompts with n={_or(self.n, 1)} are more than {MAX_SEQUENCES} sequences; "
+                "send several requests.",
+                "prompt",
+            )
+        return [item for item in prompt if not isinstance(item, int)]
+
+
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    # What a client sends back from an earlier answer; other values than null need tools or audio.
+    refusal: None = None
+    tool_calls: list[None] | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Raw = _NULL
+    reasoning: None = None
+    reasoning_content: None = None
+
+    def as_template_input(self) -> dict[str, Any]:
+        """What the chat template sees. `developer` is OpenAI's new word for `system`; templates know the old one."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool = True
+    # Inert: hints to OpenAI's own infrastructure.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_options: Raw = _NULL
+    prompt_cache_retention: Raw = _NULL
+    # Known, not implemented: see _NEUTRAL.
+    tools: Raw = _NULL
+    tool_choice: Raw = _NULL
+    functions: Raw = _NULL
+    function_call: Raw = _NULL
+    modalities: Raw = _NULL
+    audio: Raw = _NULL
+    prediction: Raw = _NULL
+    moderation: Raw = _NULL
+    reasoning_effort: Raw = _NULL
+    include_reasoning: Raw = _NULL
+    verbosity: Raw = _NULL
+    service_tier: Raw = _NULL
+    web_search_options: Raw = _NULL
+    echo: Raw = _NULL
+    continue_final_message: Raw = _NULL
+    chat_template: Raw = _NULL
+    chat_template_kwargs: Raw = _NULL
+    documents: Raw = _NULL
+    mm_processor_kwargs: Raw = _NULL
+
+    def sampling(self) -> SamplingParams:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._sampling(max_tokens, _or(self.top_logprobs, 0) if self.logprobs else None)
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true.", "top_logprobs")
+        if not self.messages:
+            raise InvalidRequest("messages is empty: give at least one message.", "messages")
+        for i, message in enumerate(self.messages):
+            if message.content is None and message.role != "assistant":
+                raise InvalidRequest("A message needs content.", f"messages[{i}].content")
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: of a prompt or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    parse_special_tokens: bool = False
+    return_token_strs: bool | None = None
+    continue_final_message: Raw = _NULL
+    chat_template: Raw = _NULL
+    chat_template_kwargs: Raw = _NULL
+    tools: Raw = _NULL
+
+    def check(self) -> None:
+        for name in ("continue_final_message", "chat_template", "chat_template_kwargs", "tools"):
+            if not _is_neutral(bytes(getattr(self, name)), _NEUTRAL[name]):
+                raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Give either prompt or messages.", "prompt")
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+# Field -> JSON values, besides null, that ask for nothing.
+_NEUTRAL: dict[str, tuple[bytes, ...]] = {
+    "priority": (b"0",),
+    "request_id": (),
+    "bad_words": (b"[]",),
+    "response_format": (b'{"type":"text"}',),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "kv_transfer_params": (),
+    "logits_processors": (b"[]",),
+    "vllm_xargs": (b"{}",),
+    "use_beam_search": (b"false",),
+    "length_penalty": (b"1", b"1.0"),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (b"true",),
+    "return_tokens_as_token_ids": (b"false",),
+    "best_of": (b"1",),
+    "suffix": (b'""',),
+    "prompt_embeds": (),
+    "tools": (b"[]",),
+    "tool_choice": (b'"none"', b'"auto"'),
+    "functions": (b"[]",),
+    "function_call": (b'"none"', b'"auto"'),
+    "modalities": (b'["text"]',),
+    "audio": (),
+    "prediction": (),
+    "moderation": (),
+    "reasoning_effort": (b'"none"',),
+    "include_reasoning": (b"true",),
+    "verbosity": (b'"medium"',),
+    "service_tier": (b'"auto"', b'"default"'),
+    "web_search_options": (),
+    "echo": (b"false",),
+    "continue_final_message": (b"false",),
+    "chat_template": (),
+    "chat_template_kwargs": (b"{}",),
+    "documents": (b"[]",),
+    "mm_processor_kwargs": (b"{}",),
+}
+
+
+def _is_neutral(raw: bytes, neutral: tuple[bytes, ...]) -> bool:
+    if raw == b"null":
+        return True
+    if len(raw) > MAX_NEUTRAL_BYTES:
+        return False
+    return msgspec.json.encode(msgspec.json.decode(raw)) in neutral
+
+
+def _check_cache_salt(salt: str) -> None:
+    if not 0 < len(salt) <= MAX_CACHE_SALT or not salt.isascii() or not salt.isprintable():
+        raise InvalidRequest(f"cache_salt must be 1 to {MAX_CACHE_SALT} printable ASCII characters.", "cache_salt")
+
+
+V = TypeVar("V")
+
+
+def _or(value: V | None, default: V) -> V:
+    return default if value is None else value
+
+
+T = TypeVar("T")
+
+_PATH = re.compile(r"`\$\.?([^`]*)`$")
+_FIELD = re.compile(r"field `([^`]{1,64})")
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decodes a JSON body. Raises ApiError 400, with the name of the field at fault where there is one."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        text = str(exc)
+        path, named = _PATH.search(text), _FIELD.search(text)
+        parts = [path.group(1) if path else "", named.group(1) if named else ""]
+        param = ".".join(part for part in parts if part) or None
+        raise ApiError(400, f"Invalid request: {text[:500]}.", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ApiError(400, f"The body is not valid JSON: {str(exc)[:200]}.", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "The body's JSON is nested too deeply.", code="invalid_json") from None
