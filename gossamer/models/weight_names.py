@@ -1,20 +1,19 @@
-"""The canonical weight stream: which tensors a decoder has, their shapes, and where a checkpoint keeps them.
+"""Where a checkpoint keeps each canonical weight: declarative maps, checked against its headers before any data.
 
-The decoder is fed canonical names only. A family or a file format supplies a declarative map from each canonical
-template to the places where it may lie; `plan_weights` checks it against a checkpoint's headers before any data is read.
+A family (or a file format) maps every template of `shapes.py` to the places where it may lie; nothing else knows a
+checkpoint's names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
-
-Shape = tuple[int, ...]
+from gossamer.models.shapes import Shape, canonical_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +33,6 @@ WeightMap = Mapping[str, tuple[Place, ...]]
 """Canonical template -> alternatives, the first one that the checkpoint has is taken. `{i}` layer, `{e}` expert."""
 
 
-class CanonicalWeight(NamedTuple):
-    template: str
-    layer: int
-    expert: int
-    shape: Shape
-
-    @property
-    def name(self) -> str:
-        return self.template.format(i=self.layer, e=self.expert)
-
-
 class PlannedWeight(NamedTuple):
     """A canonical weight and the piece of a stored tensor that it is."""
 
@@ -58,65 +46,6 @@ class PlannedWeight(NamedTuple):
 def places(names: Mapping[str, str]) -> dict[str, tuple[Place, ...]]:
     """A WeightMap of whole tensors."""
     return {template: (Place(name),) for template, name in names.items()}
-
-
-def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
-    """Every weight of the decoder in the order of the stream: embedding, layer by layer, final norm, head."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    yield CanonicalWeight("embed.weight", 0, 0, (vocab, hidden))
-    for layer in range(config.num_layers):
-        yield from _attention(config, layer)
-        yield CanonicalWeight("layers.{i}.mlp_norm.weight", layer, 0, (hidden,))
-        if config.moe is not None and layer not in config.moe.dense_layers:
-            yield from _experts(config, layer)
-        else:
-            yield from _mlp(config, layer)
-    yield CanonicalWeight("final_norm.weight", 0, 0, (hidden,))
-    if not config.tie_word_embeddings:
-        yield CanonicalWeight("lm_head.weight", 0, 0, (vocab, hidden))
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Canonical names and shapes, in the order of the stream."""
-    return {weight.name: weight.shape for weight in canonical_weights(config)}
-
-
-def _attention(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
-    q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield CanonicalWeight("layers.{i}.attn_norm.weight", layer, 0, (c.hidden_size,))
-    for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-        yield CanonicalWeight(f"layers.{{i}}.attn.{name}.weight", layer, 0, (rows, c.hidden_size))
-        if c.qkv_bias:
-            yield CanonicalWeight(f"layers.{{i}}.attn.{name}.bias", layer, 0, (rows,))
-    if c.qk_norm != "none":
-        whole = c.qk_norm == "full"
-        yield CanonicalWeight("layers.{i}.attn.q_norm.weight", layer, 0, (q_size if whole else c.head_dim,))
-        yield CanonicalWeight("layers.{i}.attn.k_norm.weight", layer, 0, (kv_size if whole else c.head_dim,))
-    yield CanonicalWeight("layers.{i}.attn.o.weight", layer, 0, (c.hidden_size, q_size))
-    if c.o_bias:
-        yield CanonicalWeight("layers.{i}.attn.o.bias", layer, 0, (c.hidden_size,))
-
-
-def _mlp(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
-    for name, rows, columns in (
-        ("gate", c.intermediate_size, c.hidden_size),
-        ("up", c.intermediate_size, c.hidden_size),
-        ("down", c.hidden_size, c.intermediate_size),
-    ):
-        yield CanonicalWeight(f"layers.{{i}}.mlp.{name}.weight", layer, 0, (rows, columns))
-        if c.mlp_bias:
-            yield CanonicalWeight(f"layers.{{i}}.mlp.{name}.bias", layer, 0, (rows,))
-
-
-def _experts(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
-    if c.moe is None:
-        return
-    hidden, inner = c.hidden_size, c.moe.intermediate_size
-    yield CanonicalWeight("layers.{i}.moe.router.weight", layer, 0, (c.moe.num_experts, hidden))
-    for expert in range(c.moe.num_experts):
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.gate.weight", layer, expert, (inner, hidden))
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.up.weight", layer, expert, (inner, hidden))
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.down.weight", layer, expert, (hidden, inner))
 
 
 HF_WEIGHTS = places(
@@ -175,9 +104,10 @@ def plan_weights(
     missing: list[str] = []
     num_experts = config.moe.num_experts if config.moe else 0
     for weight in canonical_weights(config):
-        alternatives = [
-            (place, place.name.format(i=weight.layer, e=weight.expert)) for place in weights[weight.template]
-        ]
+        candidates = weights.get(weight.template, ())
+        alternatives = [(place, place.name.format(i=weight.layer, e=weight.expert)) for place in candidates]
+        if not alternatives:
+            raise StartupError(f"This checkpoint format has no place for {weight.name}, which the config implies.")
         place, name = next(((p, n) for p, n in alternatives if n in stored), alternatives[0])
         if name not in stored:
             missing.append(name)

@@ -41,7 +41,8 @@ class QuantizedTensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(self.shape)
 
     def to_int4(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """`(q, scale, zero)` with w = (q - 8) * scale + zero, exactly the stored values; None for other types.
+        """`(q, scale, zero)` with w = (q - 8) * scale + zero, the stored values without loss (zero is rounded to
+        fp32); None for other types.
 
         q: uint8 `[N, K]` of 0..15; scale, zero: fp32 `[N, K / 32]`. Only for matrices.
         """
@@ -83,7 +84,10 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 
 def _q4_0(data: Bytes) -> tuple[Bytes, Floats, Floats]:
-    """Blocks of 32: fp16 d, 16 bytes of nibbles; w = d * (q - 8). Returns q, scale, minimum (w = q * scale + minimum)."""
+    """Blocks of 32: fp16 d, 16 bytes of nibbles; w = d * (q - 8).
+
+    Returns q, scale and minimum with w = q * scale + minimum, as the other decoders do.
+    """
     blocks = data.reshape(*data.shape[:-1], -1, 18)
     scale = _half(blocks[..., :2])
     return _nibbles(blocks[..., 2:]), scale, -8.0 * scale
@@ -116,10 +120,8 @@ def _dequantize_int4(tensor: QuantizedTensor) -> Floats:
     q, scale, minimum = _INT4_DECODERS[tensor.ggml_type](tensor.data)
     values = q.reshape(-1, INT4_GROUP).astype(np.float32)
     if tensor.ggml_type == "Q4_0":
-        # d * (q - 8) rounds once; d * q - 8 * d is the same number, since q and 8 are exact multiples of d in fp32.
+        minimum = np.zeros_like(minimum)
         values -= 8.0
-        values *= scale.reshape(-1, 1)
-        return values
     values *= scale.reshape(-1, 1)
     values += minimum.reshape(-1, 1)
     return values
