@@ -1,0 +1,225 @@
+"""Sampling in plain torch, vectorised over rows; serves CPU and CUDA tensors alike.
+
+Filters are prefixes of one total order (value falling, then id rising), so every result is exact and does not depend
+on a sort's stability, on the other rows of the batch or on the path taken. Sums run in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GREEDY_TEMPERATURE = 1e-5
+"""Temperatures below this are greedy: dividing by them would leave one token with probability 1 anyway."""
+
+_BLOCK = 128
+# Few nuclei hold more tokens than this; those that do cost a CPU five times as much.
+_PROBE = 128
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Two levels: torch's one-pass CPU argmax is ten times slower than its block maxima."""
+    num_rows, vocab = logits.shape
+    if vocab % _BLOCK or vocab == _BLOCK or logits.is_cuda:
+        return logits.argmax(-1)
+    blocks = logits.view(num_rows, -1, _BLOCK)
+    best = blocks.amax(-1).argmax(-1)
+    inside = blocks.gather(1, best.view(-1, 1, 1).expand(-1, 1, _BLOCK)).squeeze(1).argmax(-1)
+    return best * _BLOCK + inside
+
+
+def apply_penalties(
+    logits: Tensor,
+    prompt_mask: Tensor,
+    output_counts: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+) -> Tensor:
+    seen = output_counts > 0
+    factor = torch.where(prompt_mask | seen, repetition.unsqueeze(1), 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    logits.sub_(output_counts * frequency.unsqueeze(1))
+    return logits.sub_(seen * presence.unsqueeze(1))
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    greedy = temperature < GREEDY_TEMPERATURE
+    if bool(greedy.all()):
+        return _mark_invalid(argmax(logits), logits)
+    limited = ~greedy & (top_k > 0) & (top_k < logits.shape[1])
+    nucleus = ~greedy & ~limited & (top_p < 1.0)
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    # How a row is drawn follows from its own parameters alone, so its token cannot depend on its neighbours'.
+    for chosen, draw in (
+        (greedy, _sample_greedy),
+        (limited, _sample_top_k),
+        (nucleus, _sample_nucleus),
+        (~(greedy | limited | nucleus), _sample_plain),
+    ):
+        rows = chosen.nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
+        on_device = rows.to(out.device, non_blocking=True)
+        part = logits if len(rows) == len(out) else logits.index_select(0, on_device)
+        token_ids = draw(part, temperature[rows], top_k[rows], top_p[rows], min_p[rows], uniform[rows])
+        out[on_device] = _mark_invalid(token_ids, part)
+    return out
+
+
+def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    num_rows, vocab = logits.shape
+    k = min(k, vocab)
+    width = next((w for w in (32, 8) if vocab % w == 0 and k * w * 4 <= vocab), None)
+    if width is None or logits.is_cuda:
+        keys = _order_keys(logits, torch.arange(vocab, device=logits.device))
+    else:
+        # The k blocks with the largest maxima hold the k largest values; equal maxima are ranked by block, hence
+        # by id, so ties come out as they would from the whole row.
+        blocks = logits.view(num_rows, -1, width)
+        maxima = blocks.amax(-1)
+        block_keys = _order_keys(maxima, torch.arange(maxima.shape[1]))
+        best = _ids_of(block_keys.topk(k, sorted=False).values)
+        kept = blocks.gather(1, best.unsqueeze(2).expand(-1, -1, width)).view(num_rows, -1)
+        ids = (best.unsqueeze(2) * width + torch.arange(width)).view(num_rows, -1)
+        keys = _order_keys(kept, ids)
+    top = keys.topk(k).values if k * 4 <= keys.shape[1] else keys.sort(descending=True).values[:, :k]
+    ids = _ids_of(top)
+    return logits.gather(1, ids), ids
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, vocab = logits.shape
+    chosen_ids = token_ids.unsqueeze(1)
+    chosen = logits.gather(1, chosen_ids)
+    ids_below = torch.arange(vocab, device=logits.device) < chosen_ids
+    rank = 1 + ((logits > chosen) | ((logits == chosen) & ids_below)).sum(-1, keepdim=True)
+    top, top_ids = top_tokens(logits, k) if k > 0 else (chosen[:, :0], chosen_ids[:, :0])
+    top_ranks = torch.arange(1, top.shape[1] + 1, device=logits.device).expand(num_rows, -1)
+    values = torch.cat((chosen, top), 1) - logits.logsumexp(-1, keepdim=True)
+    return torch.cat((chosen_ids, top_ids), 1), values, torch.cat((rank, top_ranks), 1)
+
+
+def _mark_invalid(token_ids: Tensor, logits: Tensor) -> Tensor:
+    """-1 for rows whose maximum is NaN or +inf, which win every comparison, or -inf: no token is allowed."""
+    return torch.where(logits.amax(-1).isfinite(), token_ids, -1)
+
+
+def _sample_greedy(logits: Tensor, *_: Tensor) -> Tensor:
+    return argmax(logits)
+
+
+def _sample_top_k(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    values, ids = top_tokens(logits, int(top_k.max()))
+    inverse, mass, floor, limit, draw = _columns(logits.device, 1.0 / temperature, top_p, min_p, top_k, uniform)
+    weights = ((values.double() - values[:, :1].double()) * inverse).exp_()
+    within = torch.arange(values.shape[1], device=logits.device) < limit
+    weights = torch.where(within & (weights >= floor), weights, 0.0)
+    bounds = weights.cumsum(-1)
+    return _draw_prefix(weights, bounds, ids, mass * bounds[:, -1:], draw)
+
+
+def _sample_nucleus(
+    logits: Tensor, temperature: Tensor, _top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    weights = _probabilities(logits, temperature, min_p)
+    mass, draw = _columns(logits.device, top_p, uniform)
+    target = mass * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    if weights.is_cuda:  # whether a probe suffices would have to be known on the host, which would stall the queue
+        return _draw_blocks(_cut_nucleus(weights, target), draw)
+    values, ids = top_tokens(weights, _PROBE)
+    bounds = values.cumsum(-1, dtype=torch.float64)
+    token_ids = _draw_prefix(values.double(), bounds, ids, target, draw)
+    wide = (bounds[:, -1:] < target).squeeze(1).nonzero().squeeze(1)
+    if len(wide) > 0:
+        token_ids[wide] = _draw_blocks(_cut_nucleus(weights[wide], target[wide]), draw[wide])
+    return token_ids
+
+
+def _sample_plain(
+    logits: Tensor, temperature: Tensor, _top_k: Tensor, _top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    return _draw_blocks(_probabilities(logits, temperature, min_p), *_columns(logits.device, uniform))
+
+
+def _columns(device: torch.device, *values: Tensor) -> tuple[Tensor, ...]:
+    return tuple(v.to(device, torch.float64, non_blocking=True).unsqueeze(1) for v in values)
+
+
+def _probabilities(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """Weights [num_rows, vocab] that sum to about 1 before min_p sets those of the tokens it removes to zero."""
+    inverse = (1.0 / temperature).to(logits.device, torch.float32, non_blocking=True).unsqueeze(1)
+    weights = (logits - logits.amax(-1, keepdim=True)).mul_(inverse).softmax(-1)
+    if bool((min_p > 0).any()):
+        floor = min_p.to(logits.device, torch.float32, non_blocking=True).unsqueeze(1)
+        weights.masked_fill_(weights < floor * weights.amax(-1, keepdim=True), 0.0)
+    return weights
+
+
+def _cut_nucleus(weights: Tensor, target: Tensor) -> Tensor:
+    """Zeroes every weight that the heavier ones already sum to `target` [num_rows, 1] without.
+
+    A radix selection by mass over the bits of the weights, whose order is that of the non-negative floats: three
+    histograms instead of a sort of the vocabulary.
+    """
+    bits = weights.view(torch.int32)
+    inside, need = weights.double(), target
+    cut = torch.zeros_like(target, dtype=torch.int32)
+    for shift, size in ((21, 1 << 10), (10, 1 << 11), (0, 1 << 10)):
+        digits = (bits >> shift) & (size - 1)
+        histogram = torch.zeros(len(weights), size, dtype=torch.float64, device=weights.device)
+        histogram.scatter_add_(1, digits.long(), inside)
+        falling = histogram.flip(1).cumsum(1)
+        index = torch.searchsorted(falling, need).clamp_max_(size - 1)
+        need = need - torch.where(index > 0, falling.gather(1, (index - 1).clamp_min(0)), 0.0)
+        digit = (size - 1 - index).int()
+        cut = cut | (digit << shift)
+        inside = torch.where(digits == digit, inside, 0.0)
+    # Of the tokens at the cut itself, the lowest ids stay, as many as the mass still needs.
+    ties = bits == cut
+    num_ties = (need / cut.view(torch.float32)).ceil()
+    return torch.where((bits > cut) | (ties & (ties.cumsum(1) <= num_ties)), weights, 0.0)
+
+
+def _draw_prefix(weights: Tensor, bounds: Tensor, ids: Tensor, target: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from the leading `weights` (falling; `bounds` their sums) that do not already sum to `target` before."""
+    before = torch.nn.functional.pad(bounds[:, :-1], (1, 0))
+    kept = torch.where(before < target, weights, 0.0).cumsum(-1)
+    return ids.gather(1, _first_above(kept, uniform * kept[:, -1:])).squeeze(1)
+
+
+def _draw_blocks(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token in proportion to its weight: first a block of the vocabulary, then a token of the block."""
+    num_rows, vocab = weights.shape
+    if vocab % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -vocab % _BLOCK))
+    blocks = weights.view(num_rows, -1, _BLOCK)
+    bounds = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform * bounds[:, -1:]
+    block = _first_above(bounds, target)
+    before = torch.where(block > 0, bounds.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    return (block * _BLOCK + _first_above(inside, target - before)).squeeze(1)
+
+
+def _first_above(bounds: Tensor, target: Tensor) -> Tensor:
+    """Index [num_rows, 1] of the first of the rising `bounds` that exceeds `target`.
+
+    Rounding may put the target a little too high; the last entry that adds weight is then the answer, so a token of
+    weight zero is never drawn.
+    """
+    target = torch.minimum(target, torch.nextafter(bounds[:, -1:], torch.zeros_like(target)))
+    return torch.searchsorted(bounds, target, right=True).clamp_max_(bounds.shape[1] - 1)
+
+
+def _order_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that order float32 `values` (rising) and then `ids` (falling), which must be below 2**32."""
+    bits = (values.float() + 0.0).view(torch.int32)  # adding zero makes -0.0 equal to 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(torch.int64) << 32) + (0xFFFFFFFF - ids)
+
+
+def _ids_of(keys: Tensor) -> Tensor:
+    return 0xFFFFFFFF - (keys & 0xFFFFFFFF)

@@ -1,0 +1,255 @@
+"""Per-slot sampling state and the sampling of a step.
+
+What most requests need lives in small host arrays; masks, biases and token counts exist only for the slots that ask
+for them. Randomness is a hash of (seed, output index), so a request's tokens depend on nothing but the request.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer.core import AdmittedSequence, GossamerError, SamplingParams, ScheduledRow, TokenLogprobs
+from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs
+
+# Rows of prompt log-probabilities handled at once; bounds the temporaries to a few times this many rows of logits.
+_PROMPT_CHUNK = 32
+
+
+class Sampler:
+    """Samples the rows of each step on the device of its logits.
+
+    `admit` must be called, in step order, for every sequence that enters a slot. The methods run on one thread.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._request_ids = [""] * max_num_seqs
+        self._temperature = np.ones(max_num_seqs, np.float64)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float64)
+        self._min_p = np.zeros(max_num_seqs, np.float64)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._min_tokens = np.zeros(max_num_seqs, np.int64)
+        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._has_edits = np.zeros(max_num_seqs, np.bool_)
+        self._is_simple = np.zeros(max_num_seqs, np.bool_)
+        self._allowed: dict[int, Tensor] = {}
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stops: dict[int, Tensor] = {}
+        self._penalties = _PenaltyTable(vocab_size, self.device)
+
+    def admit(self, seq: AdmittedSequence) -> None:
+        """Sets up a slot, whatever it held before."""
+        p, slot = seq.params, seq.slot
+        self._request_ids[slot] = seq.request_id
+        self._temperature[slot] = p.temperature
+        self._top_k[slot] = max(p.top_k, 0)
+        self._top_p[slot] = p.top_p
+        self._min_p[slot] = p.min_p
+        self._seed[slot] = seq.seed % 2**64
+        self._num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self._set_masks(slot, p, seq.stop_token_ids)
+        self._penalties.drop(slot)
+        if p.has_penalties:
+            self._penalties.add(slot, p, seq.prompt_token_ids, seq.output_token_ids)
+        self._has_edits[slot] = (
+            p.has_penalties or slot in self._allowed or slot in self._bias or self._min_tokens[slot] > 0
+        )
+        self._is_simple[slot] = p.greedy and p.logprobs is None and not self._has_edits[slot]
+
+    def _set_masks(self, slot: int, p: SamplingParams, stop_token_ids: frozenset[int]) -> None:
+        for table in (self._allowed, self._bias, self._stops):
+            table.pop(slot, None)
+        stops = sorted(stop_token_ids)
+        if p.allowed_token_ids is not None:
+            forbidden = torch.ones(self.vocab_size, dtype=torch.bool)
+            forbidden[p.allowed_token_ids] = False
+            self._allowed[slot] = forbidden.to(self.device)
+            if stop_token_ids.issuperset(p.allowed_token_ids):
+                stops = []  # min_tokens cannot be met; masking these too would leave no token at all
+        if p.logit_bias:
+            ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=self.device)
+            values = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
+            self._bias[slot] = (ids, values)
+        self._min_tokens[slot] = p.min_tokens if stops else 0
+        if self._min_tokens[slot] > 0:
+            self._stops[slot] = torch.tensor(stops, dtype=torch.int64, device=self.device)
+
+    def sample(
+        self, logits: Tensor, rows: list[ScheduledRow], want_logprobs: bool = True
+    ) -> tuple[Tensor, list[TokenLogprobs | None] | None]:
+        """Draws the next token of each row.
+
+        Args:
+            logits: [num_rows, vocab_size], one row per entry of `rows`; not modified.
+            rows: the rows of the step that sample.
+            want_logprobs: false skips log-probabilities even where requests ask for them.
+        Returns: int64 [num_rows] token ids on the logits' device, and the log-probabilities of the rows that ask for
+            them, or None if none does. They are of the raw logits, before any bias, mask, penalty or temperature.
+        Raises: GossamerError where logits are not finite; on a GPU the caller passes the ids to `check_sampled` once
+            they have reached the host.
+        """
+        slots = [row.slot for row in rows]
+        if logits.shape != (len(slots), self.vocab_size):
+            raise ValueError(f"logits must be [{len(slots)}, {self.vocab_size}], got {list(logits.shape)}")
+        if self._is_simple[slots].all() and slots:
+            token_ids = argmax(logits)
+            finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
+            token_ids = torch.where(finite, token_ids, -1)
+            self._check_on_cpu(token_ids, slots)
+            return token_ids, None
+        raw = logits.float()
+        output_index = np.array([row.output_index for row in rows], np.int64)
+        edited = self._edit(raw, slots, output_index) if self._has_edits[slots].any() else raw
+        host = (self._temperature, self._top_k, self._top_p, self._min_p)
+        temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
+        uniform = torch.from_numpy(_uniform(self._seed[slots], output_index))
+        token_ids = sample(edited, temperature, top_k, top_p, min_p, uniform)
+        self._check_on_cpu(token_ids, slots)
+        self._penalties.count(slots, token_ids)
+        wanted = self._num_logprobs[slots]
+        if not want_logprobs or not (wanted >= 0).any():
+            return token_ids, None
+        return token_ids, self._logprobs(raw, token_ids, wanted.tolist())
+
+    def check_sampled(self, token_ids: list[int], rows: list[ScheduledRow]) -> None:
+        """Raises GossamerError if a row's logits held NaN or infinity (its token id is -1)."""
+        bad = [self._request_ids[row.slot] for row, token in zip(rows, token_ids, strict=True) if token < 0]
+        if bad:
+            raise GossamerError(
+                f"The model's logits for {', '.join(bad)} are NaN or infinite, so no token can be sampled. "
+                "The weights may be damaged; --dtype float32 rules out overflow."
+            )
+
+    def prompt_logprobs(self, logits: Tensor, next_ids: Tensor | list[int], k: int) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt token that follows each position, with the k likeliest.
+
+        Args: logits: [num_positions, vocab_size]. next_ids: int64 [num_positions]. k: 0 or more.
+        """
+        ids = torch.as_tensor(next_ids, dtype=torch.int64, device=logits.device)
+        out: list[TokenLogprobs] = []
+        for start in range(0, len(ids), _PROMPT_CHUNK):
+            part = slice(start, start + _PROMPT_CHUNK)
+            out += _to_host(*token_logprobs(logits[part].float(), ids[part], min(k, self.vocab_size)))
+        return out
+
+    def _check_on_cpu(self, token_ids: Tensor, slots: list[int]) -> None:
+        if token_ids.device.type == "cpu" and slots and int(token_ids.min()) < 0:
+            rows = [ScheduledRow(slot, 0, 1, [], [], True) for slot in slots]
+            self.check_sampled(token_ids.tolist(), rows)
+
+    def _edit(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
+        """A copy of the logits with masks, biases and penalties applied, in vLLM's order."""
+        logits = logits.clone()
+        masked = [i for i, slot in enumerate(slots) if slot in self._allowed]
+        if masked:
+            forbidden = torch.stack([self._allowed[slots[i]] for i in masked])
+            rows = torch.tensor(masked, device=logits.device)
+            logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+        biased = [i for i, slot in enumerate(slots) if slot in self._bias]
+        if biased:
+            rows, ids = _coordinates(biased, [self._bias[slots[i]][0] for i in biased])
+            logits[rows, ids] += torch.cat([self._bias[slots[i]][1] for i in biased])
+        early = [i for i, slot in enumerate(slots) if output_index[i] < self._min_tokens[slot]]
+        if early:
+            logits[_coordinates(early, [self._stops[slots[i]] for i in early])] = -torch.inf
+        return self._penalties.apply(logits, slots)
+
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, wanted: list[int]) -> list[TokenLogprobs | None]:
+        asking = [i for i, k in enumerate(wanted) if k >= 0]
+        rows = torch.tensor(asking, device=logits.device)
+        most = min(max(wanted), self.vocab_size)
+        found = _to_host(*token_logprobs(logits[rows], token_ids[rows], most))
+        out: list[TokenLogprobs | None] = [None] * len(wanted)
+        for i, entry in zip(asking, found, strict=True):
+            end = 1 + wanted[i]
+            out[i] = TokenLogprobs(entry.token_ids[:end], entry.logprobs[:end], entry.ranks[:end])
+        return out
+
+
+class _PenaltyTable:
+    """Prompt masks and output counts [capacity, vocab] of the slots with penalties; grows to as many as ask."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self._factors = torch.zeros(0, 3, device=device)
+        self._row_of: dict[int, int] = {}
+        self._free: list[int] = []
+
+    def add(self, slot: int, p: SamplingParams, prompt: list[int], output: list[int]) -> None:
+        if not self._free:
+            self._grow()
+        row = self._row_of[slot] = self._free.pop()
+        vocab, device = self._counts.shape[1], self._counts.device
+        present = torch.zeros(vocab, dtype=torch.bool)
+        present[prompt] = True
+        self._prompt[row] = present.to(device)
+        self._counts[row] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab).to(device)
+        values = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        self._factors[row] = torch.tensor(values, dtype=torch.float32).to(device)
+
+    def drop(self, slot: int) -> None:
+        row = self._row_of.pop(slot, None)
+        if row is not None:
+            self._free.append(row)
+
+    def apply(self, logits: Tensor, slots: list[int]) -> Tensor:
+        rows, table = self._locate(slots)
+        if rows is None:
+            return logits
+        factors = self._factors[table]
+        logits[rows] = apply_penalties(logits[rows], self._prompt[table], self._counts[table], *factors.unbind(1))
+        return logits
+
+    def count(self, slots: list[int], token_ids: Tensor) -> None:
+        rows, table = self._locate(slots)
+        if rows is not None:
+            # On a GPU an invalid row's -1 is counted somewhere harmless: its step fails once the host sees it.
+            self._counts[table, token_ids[rows].clamp_min(0)] += 1
+
+    def _locate(self, slots: list[int]) -> tuple[Tensor | None, Tensor]:
+        """Positions in the batch of the slots with penalties, and their rows in the table."""
+        device = self._counts.device
+        rows = [i for i, slot in enumerate(slots) if slot in self._row_of]
+        table = torch.tensor([self._row_of[slots[i]] for i in rows], dtype=torch.int64, device=device)
+        return (torch.tensor(rows, device=device) if rows else None), table
+
+    def _grow(self) -> None:
+        old = len(self._counts)
+        extra = max(old, 1)
+        self._prompt, self._counts, self._factors = (
+            torch.cat((t, torch.zeros(extra, t.shape[1], dtype=t.dtype, device=t.device)))
+            for t in (self._prompt, self._counts, self._factors)
+        )
+        self._free += range(old, old + extra)
+
+
+def _coordinates(rows: list[int], ids: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Row and column index tensors for entries `ids[i]` of row `rows[i]`."""
+    counts = torch.tensor([len(part) for part in ids])
+    row_index = torch.tensor(rows).repeat_interleave(counts).to(ids[0].device, non_blocking=True)
+    return row_index, torch.cat(ids)
+
+
+def _to_host(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLogprobs]:
+    columns = zip(ids.tolist(), values.tolist(), ranks.tolist(), strict=True)
+    return [TokenLogprobs(i, v, r) for i, v, r in columns]
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): a bijection that spreads every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uniform(seeds: NDArray[np.uint64], index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Number `index` of each seed's stream, in [0, 1) with 53 random bits. Arithmetic is modulo 2**64."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    step = (index.astype(np.uint64) + np.uint64(1)) * golden
+    return (_mix(_mix(seeds + golden) + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
