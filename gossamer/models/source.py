@@ -1,0 +1,153 @@
+"""Inspects a model without torch: finds it, reads its config, and checks its weights against it by headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gossamer.config import LoadConfig, ModelConfig, MoEConfig
+from gossamer.core import StartupError
+from gossamer.models.gguf_config import hf_config_of_gguf, open_gguf
+from gossamer.models.gguf_file import GGUFFile
+from gossamer.models.gguf_tensors import (
+    GGUF_IGNORABLE,
+    GGUF_WEIGHTS,
+    interleaved_heads,
+    stored_shapes,
+    suggested_quantization,
+)
+from gossamer.models.hf_config import ConfigReader, merge_token_ids
+from gossamer.models.hf_folder import SafetensorsHeaders, read_headers, read_json, weight_files
+from gossamer.models.registry import family_of_hf
+from gossamer.models.resolve import resolve_model
+from gossamer.models.weight_names import PlannedWeight, plan_weights
+
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Buffers that old checkpoints carry although the config determines them, and multi-token-prediction heads.
+_IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that was found and checked. `config` is what the decoder runs, upcycling included."""
+
+    kind: Literal["safetensors", "gguf", "dummy"]
+    path: Path
+    """The model's folder or .gguf file."""
+    config: ModelConfig
+    stored_config: ModelConfig
+    """As the checkpoint has it; differs from `config` only under --upcycle-experts."""
+    tokenizer_path: Path
+    """Where the tokenizer is: a folder with tokenizer.json, or the .gguf file."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """What --quantization auto means for this checkpoint."""
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    """The checkpoint's recommended sampling parameters, as published."""
+    plan: tuple[PlannedWeight, ...] = field(default=(), repr=False)
+    headers: SafetensorsHeaders | None = field(default=None, repr=False)
+    gguf: tuple[GGUFFile, ...] = field(default=(), repr=False)
+    interleaved_heads: dict[str, int] | None = None
+    """Heads of q and k whose rows a GGUF file holds interleaved."""
+
+
+def inspect_model(load: LoadConfig, hub_cache: Path | None = None) -> ModelSource:
+    """Finds and checks the model of a LoadConfig; everything wrong with it is a StartupError that names it.
+
+    `hub_cache` is where models of the Hugging Face hub are kept (default: ~/.cache/huggingface/hub). Reads headers
+    and JSON only: no weights, no torch.
+    """
+    dummy = load.load_format == "dummy"
+    path = resolve_model(load.model, hub_cache, load.load_format)
+    if path.is_dir():
+        with _naming(path):
+            source = _inspect_folder(path, dummy)
+    elif load.load_format == "safetensors":
+        raise StartupError(f"--load-format safetensors, but {path} is a GGUF file.\nUse --load-format auto.")
+    else:
+        with _naming(path):
+            source = _inspect_gguf(path, dummy)
+    if load.tokenizer is not None:
+        source = dataclasses.replace(source, tokenizer_path=_tokenizer(load.tokenizer))
+    if load.upcycle_experts is not None:
+        moe = _upcycled(source.stored_config, load.upcycle_experts, load.upcycle_topk)
+        source = dataclasses.replace(source, config=dataclasses.replace(source.config, moe=moe))
+    return source
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Prefixes errors that do not say which model they are about."""
+    try:
+        yield
+    except StartupError as e:
+        if str(path) in str(e):
+            raise
+        raise StartupError(f"{path}: {e}") from e
+
+
+def _inspect_folder(folder: Path, dummy: bool) -> ModelSource:
+    raw = read_json(folder / "config.json")
+    family = family_of_hf(raw)
+    config = family.from_hf(raw)
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    ends = ConfigReader(generation, "generation_config.json: ").token_ids("eos_token_id")
+    config = dataclasses.replace(config, eos_token_ids=merge_token_ids(config.vocab_size, config.eos_token_ids, ends))
+    if dummy:
+        return ModelSource("dummy", folder, config, config, folder, generation_config=generation)
+    headers = read_headers(weight_files(folder))
+    plan = tuple(plan_weights(config, family.weights, headers.shapes, _IGNORABLE))
+    for planned in plan:
+        if headers.dtypes[planned.stored_name] not in SAFETENSORS_DTYPES:
+            raise StartupError(
+                f"The tensor {planned.stored_name} has the dtype {headers.dtypes[planned.stored_name]}; supported: "
+                f"{', '.join(SAFETENSORS_DTYPES)}.\nUse an unquantised checkpoint, with --quantization int8 or int4."
+            )
+    if raw.get("dtype") is None and raw.get("torch_dtype") is None:
+        config = dataclasses.replace(config, dtype=SAFETENSORS_DTYPES[headers.dtypes[plan[0].stored_name]])
+    return ModelSource(
+        "safetensors", folder, config, config, folder, generation_config=generation, plan=plan, headers=headers
+    )
+
+
+def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:
+    files = open_gguf(path)
+    family, raw = hf_config_of_gguf(files)
+    config = family.from_hf(raw)
+    if dummy:
+        return ModelSource("dummy", path, config, config, path)
+    return ModelSource(
+        "gguf",
+        path,
+        config,
+        config,
+        path,
+        quantization=suggested_quantization(files),
+        plan=tuple(plan_weights(config, GGUF_WEIGHTS, stored_shapes(files), GGUF_IGNORABLE)),
+        gguf=tuple(files),
+        interleaved_heads=interleaved_heads(files[0].metadata["general.architecture"], config),
+    )
+
+
+def _tokenizer(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise StartupError(f"--tokenizer {name!r} does not exist.\nGive a folder with tokenizer.json, or a .gguf file.")
+    return path
+
+
+def _upcycled(config: ModelConfig, num_experts: int, top_k: int) -> MoEConfig:
+    if config.moe is not None:
+        raise StartupError(
+            f"--upcycle-experts {num_experts}: the model has {config.moe.num_experts} experts already.\n"
+            "Drop the flag, or give a dense model."
+        )
+    if config.mlp_bias:
+        raise StartupError("--upcycle-experts: the model's MLP has biases, which experts have not.\nDrop the flag.")
+    # Copies give the same output whatever their weights, if these sum to 1.
+    return MoEConfig(num_experts, top_k, config.intermediate_size, renormalize=True)
