@@ -122,10 +122,10 @@ class GQALayer:
         num_q, num_kv = config.num_q_heads, config.num_kv_heads
         k_pages, v_pages = planes
         qkv = self.qkv(x)
-        if config.clip_qkv is not None:
-            qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         if self.norms:
             self._normalise(qkv)
+        if config.clip_qkv is not None:  # OLMoE bounds what the norms return
+            qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         qkv = qkv.view(-1, num_q + 2 * num_kv, config.head_dim)
         v = qkv[:, num_q + num_kv :]
         rotated = apply_rope(qkv[:, : num_q + num_kv], cos, sin, backend=backend)

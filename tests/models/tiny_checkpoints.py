@@ -1,0 +1,104 @@
+"""Tiny random checkpoints of every family, written by transformers itself: what users' folders look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+BASE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+MOE = {"num_experts": 8, "num_experts_per_tok": 2}
+# name -> (prefix of the transformers classes, config on top of BASE)
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama_linear": ("Llama", _rope("linear", factor=4.0)),
+    "llama_dynamic": ("Llama", _rope("dynamic", factor=4.0)),
+    "llama_llama3": (
+        "Llama",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "llama_yarn": ("Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "llama_yarn_all": (
+        "Llama",
+        _rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=32,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            mscale=0.8,
+            mscale_all_dim=0.5,
+            truncate=False,
+        ),
+    ),
+    "llama_yarn_factor": (
+        "Llama",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.3),
+    ),
+    "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 32}),
+    "mistral_full": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen2_full": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_biased": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 32, "moe_intermediate_size": 48, "norm_topk_prob": True, **MOE}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 48,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            **MOE,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "olmoe": ("Olmoe", {"clip_qkv": 0.9, "norm_topk_prob": False, **MOE}),
+    "olmoe_normalised": ("Olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4, **MOE}),
+}
+
+
+def make_model(name: str, **overrides: Any) -> Any:
+    """A random model whose every parameter matters: norms are not all ones, biases not zero, attention not flat."""
+    prefix, extra = CHECKPOINTS[name]
+    config = getattr(transformers, f"{prefix}Config")(**{**BASE, **extra, **overrides})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("norm.weight"):
+                parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+def save_checkpoint(name: str, folder: Path, **save_options: Any) -> Path:
+    make_model(name).save_pretrained(folder, **save_options)
+    return folder
