@@ -1,0 +1,311 @@
+"""From the engine's tokens to what users read: text, stop strings, log-probabilities, vLLM-shaped results.
+
+A streaming reader takes deltas, which cost O(new text) per token whatever the length of the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from gossamer.core import MAX_SEED, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs, TokenOutput
+from gossamer.server.detokenizer import Detokenizer
+from gossamer.server.stop_strings import StopStrings
+from gossamer.server.tokenizer import Tokenizer
+
+OutputMode = Literal["cumulative", "delta", "final"]
+"""What a reader gets: everything so far at every step, only what is new, or everything once at the end."""
+
+
+class Logprob(NamedTuple):
+    """Log-probability of a token, its 1-based rank in the vocabulary, and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds of time.time()."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's n outputs: everything so far, or in mode "delta" what was added since the last one.
+
+    `finish_reason` is None while the output grows; `stop_reason` is the stop string or token id that ended it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request after a step. `outputs` has all n completions, or in mode "delta" those that have something new."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+    """Why the engine gave up on the request, where a finish_reason is "error"."""
+
+    def append(self, newer: RequestOutput) -> None:
+        """Joins the delta that follows this one to it, for a reader that has fallen behind."""
+        mine = {output.index: output for output in self.outputs}
+        for theirs in newer.outputs:
+            first = mine.get(theirs.index)
+            if first is None:
+                continue
+            theirs.text = first.text + theirs.text
+            theirs.token_ids = first.token_ids + theirs.token_ids
+            if first.logprobs is not None and theirs.logprobs is not None:
+                theirs.logprobs = first.logprobs + theirs.logprobs
+        joined = mine | {output.index: output for output in newer.outputs}
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, getattr(newer, f.name))
+        self.outputs = [joined[index] for index in sorted(joined)]
+
+
+class _Sequence:
+    """One sample of a request: turns its tokens into text and decides whether a stop string ended it."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer | None, prompt_ids: list[int], params: SamplingParams) -> None:
+        self.index = index
+        self.text_pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._total_logprob = 0.0
+        self._tokenizer = tokenizer
+        self._params = params
+        self._detokenizer = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
+        self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
+        self._sent = (0, 0, False)
+
+    def add(self, output: TokenOutput) -> bool:
+        """Takes one step's tokens; true if a stop string ended the sequence before the engine did."""
+        last = len(output.token_ids) - 1
+        for i, token_id in enumerate(output.token_ids):
+            self.token_ids.append(token_id)
+            if output.logprobs is not None and self.logprobs is not None:
+                self.logprobs.append(to_logprobs(output.logprobs[i], self._tokenizer))
+                self._total_logprob += output.logprobs[i].logprobs[0]
+            ends = i == last and output.finish_reason == "stop"
+            if self._detokenizer is None or (ends and not self._params.include_stop_str_in_output):
+                continue  # the token that ends the output is not part of its text
+            if self._add_text(self._detokenizer.add(token_id)):
+                return output.finish_reason is None
+        if output.finish_reason is not None:
+            self._finish(output)
+        return False
+
+    def _add_text(self, text: str) -> bool:
+        """Appends what stop strings allow; true if one matched."""
+        if len(self.token_ids) <= self._params.min_tokens:
+            self._append(text)
+            return False
+        certain, stop = self._stops.add(text)
+        self._append(certain)
+        if stop is None:
+            return False
+        self.finish_reason, self.stop_reason = "stop", stop
+        return True
+
+    def _finish(self, output: TokenOutput) -> None:
+        if self._detokenizer is not None and self._add_text(self._detokenizer.flush()):
+            return
+        self._append(self._stops.flush())
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+    def _append(self, text: str) -> None:
+        if text:
+            self.text_pieces.append(text)
+
+    def has_news(self) -> bool:
+        return self._sent != (len(self.text_pieces), len(self.token_ids), self.finish_reason is not None)
+
+    def output(self, mode: OutputMode) -> CompletionOutput:
+        pieces, tokens, _ = self._sent if mode == "delta" else (0, 0, False)
+        self._sent = (len(self.text_pieces), len(self.token_ids), self.finish_reason is not None)
+        return CompletionOutput(
+            self.index,
+            "".join(self.text_pieces[pieces:]),
+            self.token_ids[tokens:],
+            None if self.logprobs is None else self._total_logprob,
+            None if self.logprobs is None else self.logprobs[tokens:],
+            self.finish_reason,
+            self.stop_reason,
+        )
+
+
+@dataclass(slots=True)
+class _RequestState:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[_Sequence]
+    mode: OutputMode
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    num_cached_tokens: int = 0
+    error: str | None = None
+    open_children: dict[str, int] = field(default_factory=dict)
+    """Engine request id -> index of its sequence, for those still running."""
+
+    def output(self) -> RequestOutput:
+        fresh = [sequence for sequence in self.sequences if self.mode != "delta" or sequence.has_news()]
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            [sequence.output(self.mode) for sequence in fresh],
+            not self.open_children,
+            self.num_cached_tokens,
+            self.prompt_logprobs,
+            dataclasses.replace(self.metrics),
+            self.error,
+        )
+
+
+class OutputProcessor:
+    """Holds the state of every request in flight on the user's side of the engine.
+
+    `tokenizer` may be None where no request asks for text. Not thread-safe.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.time) -> None:
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._requests: dict[str, _RequestState] = {}
+        self._parents: dict[str, _RequestState] = {}
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        arrival_time: float | None = None,
+        mode: OutputMode = "cumulative",
+    ) -> list[tuple[str, SamplingParams]]:
+        """Registers a validated request and returns the engine requests it stands for: (id, params), one per sample.
+
+        Raises: InvalidRequest if the id is in use.
+        """
+        children = [request_id] if params.n == 1 else [f"{request_id}-{i}" for i in range(params.n)]
+        if request_id in self._requests or any(child in self._parents for child in children):
+            raise InvalidRequest(f"The request id {request_id!r} is in use.", "request_id")
+        state = _RequestState(
+            request_id,
+            prompt,
+            prompt_token_ids,
+            [_Sequence(i, self._tokenizer, prompt_token_ids, params) for i in range(params.n)],
+            mode,
+            RequestMetrics(self._clock() if arrival_time is None else arrival_time),
+            None if params.prompt_logprobs is None else [None],
+            open_children={child: i for i, child in enumerate(children)},
+        )
+        self._requests[request_id] = state
+        self._parents.update(dict.fromkeys(children, state))
+        return [(child, _sample_params(params, i)) for i, child in enumerate(children)]
+
+    def process(self, outputs: list[TokenOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Takes a step's outputs of the engine.
+
+        Returns: what each request's reader gets, and the engine requests to abort because a stop string ended them.
+            Outputs of requests that are over or unknown are dropped: they were on their way already.
+        """
+        touched: dict[str, _RequestState] = {}
+        to_abort: list[str] = []
+        for output in outputs:
+            state = self._parents.get(output.request_id)
+            if state is None:
+                continue
+            sequence = state.sequences[state.open_children[output.request_id]]
+            self._note(state, output)
+            if sequence.add(output):
+                to_abort.append(output.request_id)
+            if sequence.finish_reason is not None:
+                self._close(output.request_id)
+            touched[state.request_id] = state
+        ready = [state for state in touched.values() if state.mode != "final" or not state.open_children]
+        return [state.output() for state in ready], to_abort
+
+    def abort(self, request_id: str) -> list[str]:
+        """Forgets a request; returns its engine requests that still run, for the caller to abort."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return []
+        children = list(state.open_children)
+        for child in children:
+            self._close(child)
+        return children
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def _close(self, child: str) -> None:
+        state = self._parents.pop(child)
+        del state.open_children[child]
+        if not state.open_children:
+            state.metrics.finished_time = self._clock()
+            del self._requests[state.request_id]
+
+    def _note(self, state: _RequestState, output: TokenOutput) -> None:
+        now = self._clock()
+        if output.token_ids:
+            state.metrics.first_token_time = state.metrics.first_token_time or now
+            state.metrics.last_token_time = now
+        state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
+        state.error = output.error or state.error
+        # All samples share one prompt: the first sample's account of it stands for all.
+        if state.prompt_logprobs is not None and output.prompt_logprobs and state.open_children[output.request_id] == 0:
+            state.prompt_logprobs += [to_logprobs(entry, self._tokenizer) for entry in output.prompt_logprobs]
+
+
+def to_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """By token id, the chosen token first."""
+    found: dict[int, Logprob] = {}
+    for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
+        if token_id not in found:
+            found[token_id] = Logprob(logprob, rank, tokenizer.token_text(token_id) if tokenizer else None)
+    return found
+
+
+def _sample_params(params: SamplingParams, index: int) -> SamplingParams:
+    if params.n == 1:
+        return params
+    seed = params.seed
+    if seed is not None:
+        seed += index
+        seed -= 2 * MAX_SEED if seed > MAX_SEED else 0
+    # The prompt is scored once.
+    prompt_logprobs = params.prompt_logprobs if index == 0 else None
+    return dataclasses.replace(params, n=1, seed=seed, prompt_logprobs=prompt_logprobs)
