@@ -249,5 +249,5 @@ class Scheduler:
 
 def _keep_prompt_logprobs(request: Request, row: ScheduledRow, entries: list[TokenLogprobs] | None) -> None:
     """Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before."""
-    if entries and not request.output_token_ids and row.start_pos <= len(request.prompt_logprobs):
+    if entries and not request.output_token_ids:
         request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries

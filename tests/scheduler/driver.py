@@ -41,10 +41,11 @@ class Driver:
         budget: int = 16,
         chunked: bool = True,
         cached: bool = True,
+        max_len: int | None = None,
     ) -> None:
         self.depth = depth
         self.chunked = chunked
-        self.max_len = num_pages * page_size
+        self.max_len = max_len or num_pages * page_size
         self.budget = budget if chunked else max(budget, self.max_len)
         self.scheduler = Scheduler(
             SchedulerConfig(

@@ -203,7 +203,7 @@ def test_the_long_prompt_progresses_under_a_stream_of_short_ones():
 
 
 def test_without_chunking_prompts_are_whole_and_a_large_one_is_not_overtaken():
-    driver = Driver(chunked=False, budget=80, num_pages=20, max_num_seqs=4)
+    driver = Driver(chunked=False, budget=80, num_pages=60, max_num_seqs=4, max_len=80)
     driver.add(prompt(20), max_tokens=3)
     driver.step()
     driver.add(prompt(50, first=5), max_tokens=3)
@@ -247,12 +247,14 @@ def test_a_request_that_lacks_pages_is_not_overtaken_by_a_smaller_one():
 
 def test_the_watermark_leaves_room_for_those_who_run_to_grow():
     driver = Driver(num_pages=8, budget=40, cached=False)
-    old = driver.add(prompt(16), max_tokens=6)
+    old = driver.add(prompt(14), max_tokens=6)
     driver.step()
     young = driver.add(prompt(16, first=3), max_tokens=2)
     driver.step()
+    assert driver.scheduler._sequences.pool.num_available == 4
     assert young.status is RequestStatus.WAITING, "it would fit, and then the old one's growth would preempt it"
-    assert len(old.page_ids) == 5
+    while old.status is RequestStatus.RUNNING:
+        driver.step()
     driver.drain()
     assert young.num_preemptions == 0
 
@@ -371,6 +373,30 @@ def test_requests_of_one_batch_do_not_read_each_others_pages():
     driver.add(prompt(9), max_tokens=1)
     assert grants(driver) == {"r0": 9}, "the second waits for the page that the first computes now"
     assert grants(driver) == {"r1": 1}
+    driver.drain()
+
+
+def test_the_same_holds_behind_a_cached_prefix():
+    driver = Driver(budget=64, num_pages=40)
+    driver.add(prompt(9), max_tokens=1)
+    driver.step()
+    driver.add(prompt(25), max_tokens=1)
+    driver.add(prompt(25), max_tokens=1)
+    assert grants(driver) == {"r1": 17}
+    assert grants(driver) == {"r2": 1}
+    driver.drain()
+
+
+def test_a_page_that_the_prompt_does_not_fill_is_not_waited_for():
+    driver = Driver(budget=5, num_pages=40)
+    first = driver.add(prompt(7), max_tokens=4)
+    driver.step()
+    driver.add(prompt(12), max_tokens=1)
+    assert grants(driver) == {"r0": 2, "r1": 3}
+    driver.drain()
+    # The page is complete now, and known by all of its tokens.
+    driver.add([*prompt(7), *first.output_token_ids], max_tokens=1)
+    assert driver.schedule().rows[0].start_pos == 8
     driver.drain()
 
 

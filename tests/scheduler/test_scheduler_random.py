@@ -121,6 +121,7 @@ def test_long_random_runs(depth: int, chunked: bool, cached: bool) -> None:
             budget=rng.randint(8, 40),
             chunked=chunked,
             cached=cached,
+            max_len=rng.choice([None, 30]),
         )
         prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(14)] for _ in range(2)]
         for _ in range(120):
