@@ -1,0 +1,255 @@
+"""Offline inference: `LLM(model).generate(prompts)` runs the engine in this process, without server or sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from gossamer.config import LoadConfig, make_engine_config
+from gossamer.core import EngineDead, InvalidRequest, SamplingParams
+from gossamer.engine.build import build_engine
+from gossamer.models.resolve import resolve_model
+from gossamer.server.outputs import OutputProcessor, RequestOutput
+from gossamer.server.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+Prompt = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": ids}, the mappings with an optional "cache_salt"."""
+
+_PROGRESS_AFTER_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """A validated prompt that waits for its turn."""
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    cache_salt: str | None
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one call of `generate`."""
+
+    jobs: deque[_Job]
+    processor: OutputProcessor
+    samples: deque[tuple[str, SamplingParams, _Job]] = field(default_factory=deque)
+    """Samples of jobs begun that did not fit into the engine's queue yet."""
+    index_of: dict[str, int] = field(default_factory=dict)
+    """Request id -> position in the results, for requests in flight."""
+    results: dict[int, RequestOutput] = field(default_factory=dict)
+
+
+class LLM:
+    """A model and its engine.
+
+    Args:
+        model: folder, .gguf file or hub id.
+        chat_template: file with a Jinja template to use instead of the model's own.
+        options: any field of EngineConfig and its sections, such as max_model_len or dtype.
+    Raises: StartupError, saying what is wrong and how to mend it.
+
+    Usable as a context manager. Not thread-safe; AsyncLLM serves concurrent callers.
+    """
+
+    def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
+        config = make_engine_config(model=model, **options)
+        path = resolve_model(config.load.model, load_format=config.load.load_format)
+        config = dataclasses.replace(config, load=dataclasses.replace(config.load, model=str(path)))
+        # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
+        self._tokenizer = load_tokenizer(_tokenizer_path(config.load), chat_template)
+        self._engine, self.info = build_engine(config)
+        self._ids = count()
+        self._show_progress = not config.disable_progress
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; results come in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list of them.
+            sampling_params: one for all prompts, or one each; default SamplingParams().
+            use_tqdm: show a progress bar if it takes more than two seconds.
+        Raises: InvalidRequest, before anything is queued, if any of the prompts cannot be served.
+        """
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        jobs = []
+        for index, (prompt, params) in enumerate(zip(listed, _spread(sampling_params, len(listed)), strict=True)):
+            # Cheap checks first: a prompt is encoded only for parameters that can be served.
+            self._engine.limits.check_params(params)
+            text, token_ids, cache_salt = self._read_prompt(prompt, index)
+            jobs.append(_Job(index, text, token_ids, params, cache_salt))
+        return self._run(jobs, use_tqdm)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues one conversation, or each of a list of them, in the model's chat template.
+
+        Raises: InvalidRequest for malformed messages or a model without a chat template.
+        """
+        conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [
+            {
+                "prompt_token_ids": self._tokenizer.apply_chat_template(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def shutdown(self) -> None:
+        """Stops the engine. Further calls of `generate` raise EngineDead."""
+        self._engine.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _read_prompt(self, prompt: Prompt, index: int) -> tuple[str | None, list[int], str | None]:
+        text: Any = prompt if isinstance(prompt, str) else None
+        token_ids: Any = None
+        salt: Any = None
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown:
+                raise InvalidRequest(f"Prompt {index} has the unknown key {min(map(str, unknown))!r}.", "prompt")
+            text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+        if token_ids is None and isinstance(text, str):
+            token_ids = self._tokenizer.encode(text)
+        if not isinstance(token_ids, Sequence) or not all(type(token) is int for token in token_ids):
+            raise InvalidRequest(
+                f'Prompt {index} must be a string, {{"prompt": text}} or {{"prompt_token_ids": list of int}}; '
+                f"got {type(prompt).__name__}.",
+                "prompt",
+            )
+        return text, list(token_ids), salt
+
+    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
+        for job in jobs:
+            self._engine.limits.check(job.token_ids, job.params)
+        run = _Run(deque(jobs), OutputProcessor(self._tokenizer))
+        try:
+            with contextlib.closing(_ProgressBar(len(jobs), use_tqdm and self._show_progress)) as progress:
+                while len(run.results) < len(jobs):
+                    self._feed(run)
+                    self._step(run)
+                    progress.update(len(run.results))
+        finally:
+            # After an error or Ctrl-C too, the engine is left empty and usable.
+            for request_id in run.index_of:
+                for child in run.processor.abort(request_id):
+                    self._engine.abort(child)
+            with contextlib.suppress(EngineDead):
+                while self._engine.has_work():
+                    self._engine.step()
+        return [run.results[index] for index in range(len(jobs))]
+
+    def _feed(self, run: _Run) -> None:
+        """Queues no more samples than the engine's queue takes, so that it never has to refuse one."""
+        if not run.jobs and not run.samples:
+            return
+        room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
+        while room > 0 and (run.jobs or run.samples):
+            if not run.samples:
+                job = run.jobs.popleft()
+                request_id = f"llm-{next(self._ids)}"
+                run.index_of[request_id] = job.index
+                children = run.processor.add_request(request_id, job.text, job.token_ids, job.params, mode="final")
+                run.samples.extend((child, params, job) for child, params in children)
+            child, params, job = run.samples.popleft()
+            self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
+            room -= 1
+
+    def _step(self, run: _Run) -> None:
+        finished, to_abort = run.processor.process(self._engine.step())
+        for request_id in to_abort:
+            self._engine.abort(request_id)
+        for output in finished:
+            run.results[run.index_of.pop(output.request_id)] = output
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidRequest(
+            f"There are {num_prompts} prompts but {len(params)} sampling_params. Give one, or one for each prompt.",
+            "sampling_params",
+        )
+    return list(params)
+
+
+def _tokenizer_path(load: LoadConfig) -> Path:
+    if load.tokenizer is None or Path(load.tokenizer).exists():
+        return Path(load.tokenizer or load.model)
+    return resolve_model(load.tokenizer, load_format="dummy")
+
+
+class _ProgressBar:
+    """Appears on stderr once the work has taken a while."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._total = total
+        self._enabled = enabled
+        self._start = time.monotonic()
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def update(self, num_done: int) -> None:
+        if not self._enabled:
+            return
+        if self._bar is None:
+            if time.monotonic() - self._start < _PROGRESS_AFTER_SECONDS:
+                return
+            self._bar = self._show()
+        progress, task = self._bar
+        progress.update(task, completed=num_done)
+
+    def _show(self) -> tuple[Progress, TaskID]:
+        # Imported late: short runs, which are most, do without it.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        progress = Progress(*columns, console=Console(stderr=True))
+        progress.start()
+        return progress, progress.add_task("", total=self._total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
