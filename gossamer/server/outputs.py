@@ -56,6 +56,13 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def followed_by(self, delta: CompletionOutput) -> CompletionOutput:
+        """This delta and the next in one."""
+        logprobs = None if self.logprobs is None or delta.logprobs is None else self.logprobs + delta.logprobs
+        return dataclasses.replace(
+            delta, text=self.text + delta.text, token_ids=self.token_ids + delta.token_ids, logprobs=logprobs
+        )
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -72,21 +79,20 @@ class RequestOutput:
     error: str | None = None
     """Why the engine gave up on the request, where a finish_reason is "error"."""
 
-    def append(self, newer: RequestOutput) -> None:
-        """Joins the delta that follows this one to it, for a reader that has fallen behind."""
-        mine = {output.index: output for output in self.outputs}
-        for theirs in newer.outputs:
-            first = mine.get(theirs.index)
-            if first is None:
-                continue
-            theirs.text = first.text + theirs.text
-            theirs.token_ids = first.token_ids + theirs.token_ids
-            if first.logprobs is not None and theirs.logprobs is not None:
-                theirs.logprobs = first.logprobs + theirs.logprobs
-        joined = mine | {output.index: output for output in newer.outputs}
+    mode: OutputMode = "cumulative"
+
+    def merge(self, newer: RequestOutput) -> None:
+        """Becomes the request's next output, for a reader that has fallen behind: no delta is lost."""
+        outputs = newer.outputs
+        if self.mode == "delta":
+            joined = {output.index: output for output in self.outputs}
+            for output in newer.outputs:
+                earlier = joined.get(output.index)
+                joined[output.index] = output if earlier is None else earlier.followed_by(output)
+            outputs = [joined[index] for index in sorted(joined)]
         for f in dataclasses.fields(self):
             setattr(self, f.name, getattr(newer, f.name))
-        self.outputs = [joined[index] for index in sorted(joined)]
+        self.outputs = outputs
 
 
 class _Sequence:
@@ -190,6 +196,7 @@ class _RequestState:
             self.prompt_logprobs,
             dataclasses.replace(self.metrics),
             self.error,
+            self.mode,
         )
 
 
