@@ -243,9 +243,6 @@ def test_the_observer_sees_every_step_with_its_result():
     assert seen == [(0, True), (1, True), (2, False)]
 
 
-# Requests
-
-
 def test_max_tokens_none_means_all_the_room_that_is_left():
     engine = make_engine(num_pages=5)
     engine.add_request("a", [1, 2, 3], params(None))
@@ -332,9 +329,6 @@ def test_abort_is_silent_and_at_once(engine):
     outputs = drain(engine)
     assert "a" not in outputs
     assert engine.stats().num_pages_in_use == 0
-
-
-# Shutdown
 
 
 @pytest.mark.parametrize("worker_mode", ["thread", "inline"])

@@ -15,6 +15,16 @@ from gossamer.scheduler.scheduler import Scheduler
 EOS = 7
 
 
+def prompt(length: int, first: int = 1) -> list[int]:
+    return [(first + i) % 29 for i in range(length)]
+
+
+def grants(driver: Driver) -> dict[str, int]:
+    """Tokens per request of the next batch, which stays in flight."""
+    batch = driver.schedule()
+    return {r.request_id: row.num_tokens for r, row in zip(batch.requests, batch.rows, strict=True)}
+
+
 @dataclass
 class Tracked:
     """A request as the test knows it, and what it has received."""
