@@ -42,6 +42,10 @@ class EngineOverloaded(GossamerError):
         self.retry_after = retry_after
 
 
+class RequestFailed(GossamerError):
+    """The engine gave up on this request because a step of it failed; others go on."""
+
+
 class EngineDead(GossamerError):
     """The engine process has died or stopped; no request can be served."""
 
@@ -151,9 +155,7 @@ class RequestLimits:
             _range("max_tokens", p.max_tokens, 1, 2**31 - 1)
         _range("min_tokens", p.min_tokens, 0, self.max_model_len)
         if p.max_tokens is not None and p.min_tokens > p.max_tokens:
-            raise InvalidRequest(
-                f"min_tokens={p.min_tokens} is greater than max_tokens={p.max_tokens}.", "min_tokens"
-            )
+            raise InvalidRequest(f"min_tokens={p.min_tokens} is greater than max_tokens={p.max_tokens}.", "min_tokens")
         if p.seed is not None:
             _range("seed", p.seed, -MAX_SEED, MAX_SEED)
         if p.logprobs is not None:

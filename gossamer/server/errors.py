@@ -7,7 +7,7 @@ import logging
 import msgspec
 from starlette.responses import Response
 
-from gossamer.core import EngineDead, EngineOverloaded, InvalidRequest
+from gossamer.core import EngineDead, EngineOverloaded, InvalidRequest, RequestFailed
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,15 @@ def api_error(exc: Exception) -> ApiError:
             return ApiError(400, str(exc), param=exc.param, code=exc.code)
         case EngineOverloaded():
             return ApiError(503, str(exc), code="engine_overloaded", retry_after=exc.retry_after)
+        case RequestFailed():
+            return ApiError(500, str(exc), code="request_failed")
         case EngineDead():
             return ApiError(503, str(exc), kind="server_error", code="engine_dead", retry_after=5)
         case _:
             logger.error("request failed", exc_info=exc)
             return ApiError(500, f"Internal error: {type(exc).__name__}. The server's log has the details.")
+
+
+def error_event(exc: Exception) -> bytes:
+    """The last event of a stream that went wrong after its status was sent."""
+    return b"event: error\ndata: " + api_error(exc).encode() + b"\n\n"

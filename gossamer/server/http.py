@@ -82,15 +82,19 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 
 
 class EventStream(Response):
-    """Server-sent events. Closes `events` as soon as the client leaves."""
+    """Server-sent events. Closes `source`, which feeds `events`, as soon as the client leaves.
+
+    Closing `events` alone would not do: a generator that has not been started yet runs no clean-up.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.ensure_future(self._send_all(send))
@@ -102,6 +106,7 @@ class EventStream(Response):
         finally:
             await _cancel(sender, watcher)
             await self._events.aclose()
+            await self._source.aclose()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

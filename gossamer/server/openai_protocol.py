@@ -7,7 +7,7 @@ so that nothing a client asks for is silently ignored.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -21,6 +21,9 @@ MAX_CACHE_SALT = 128
 MAX_NEUTRAL_BYTES = 256
 
 _NULL = Raw(b"null")
+
+TemplateOptions = Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=32)]
+"""Variables of a chat template, such as enable_thinking. Scalars: a template may loop over anything else."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -110,7 +113,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
         """Raises InvalidRequest for fields that are not implemented or contradict each other."""
         for name, neutral in _NEUTRAL.items():
             raw = getattr(self, name, _NULL)
-            if not _is_neutral(bytes(raw), neutral):
+            # A name may be implemented in one request type (echo in completions) and not in another.
+            if isinstance(raw, Raw) and not _is_neutral(bytes(raw), neutral):
                 raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
         if self.stream_options is not None:
             if not self.stream:
@@ -139,6 +143,12 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def sampling(self) -> SamplingParams:
         return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.stream and self.logprobs is not None and _or(self.n, 1) > 1:
+            # The prompt is scored once, with the first sample; the others may stream before.
+            raise InvalidRequest("echo with logprobs and n > 1 cannot be streamed.", "echo")
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one entry each. Raises InvalidRequest if they are empty, mixed or too many."""
@@ -197,6 +207,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool = True
+    chat_template_kwargs: TemplateOptions | None = None
     # Inert: hints to OpenAI's own infrastructure.
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -220,7 +231,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     echo: Raw = _NULL
     continue_final_message: Raw = _NULL
     chat_template: Raw = _NULL
-    chat_template_kwargs: Raw = _NULL
     documents: Raw = _NULL
     mm_processor_kwargs: Raw = _NULL
 
@@ -250,12 +260,12 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     parse_special_tokens: bool = False
     return_token_strs: bool | None = None
     continue_final_message: Raw = _NULL
+    chat_template_kwargs: TemplateOptions | None = None
     chat_template: Raw = _NULL
-    chat_template_kwargs: Raw = _NULL
     tools: Raw = _NULL
 
     def check(self) -> None:
-        for name in ("continue_final_message", "chat_template", "chat_template_kwargs", "tools"):
+        for name in ("continue_final_message", "chat_template", "tools"):
             if not _is_neutral(bytes(getattr(self, name)), _NEUTRAL[name]):
                 raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
         if (self.prompt is None) == (self.messages is None):
@@ -307,7 +317,6 @@ _NEUTRAL: dict[str, tuple[bytes, ...]] = {
     "echo": (b"false",),
     "continue_final_message": (b"false",),
     "chat_template": (),
-    "chat_template_kwargs": (b"{}",),
     "documents": (b"[]",),
     "mm_processor_kwargs": (b"{}",),
 }

@@ -20,13 +20,13 @@ from gossamer.core import EngineDead, EngineStats, SamplingParams, StartupError,
 from gossamer.engine import messages
 from gossamer.engine.client import EngineClient
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FACTORY = "fake_engine:build"
 
 
 @pytest.fixture(autouse=True)
 def fake_engine_importable(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
 class Session:

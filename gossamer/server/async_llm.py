@@ -1,0 +1,383 @@
+"""`AsyncLLM`: the engine in a process of its own, for asyncio programs; the server is one of them.
+
+The loop of this process only moves messages, detokenises and wakes readers, so a slow reader or a long prompt never
+keeps the engine waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from gossamer.config import EngineConfig, make_engine_config
+from gossamer.core import (
+    EngineDead,
+    EngineOverloaded,
+    EngineStats,
+    FinishReason,
+    InvalidRequest,
+    RequestFailed,
+    SamplingParams,
+    TokenOutput,
+)
+from gossamer.engine import messages
+from gossamer.engine.client import EngineClient
+from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.models.resolve import resolve_model
+from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
+from gossamer.server.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+STALL_SECONDS = 60.0
+"""An engine that has been silent for so long is not ready: it speaks after each step, and twice a second when idle."""
+
+
+class MetricsSink(Protocol):
+    """Where latencies are observed: `gossamer.server.metrics.ServerMetrics`."""
+
+    def on_first_token(self, seconds: float, num_prompt_tokens: int) -> None: ...
+    def on_tokens(self, num_tokens: int) -> None: ...
+    def on_later_tokens(self, seconds: float, num_tokens: int) -> None: ...
+    def on_finished(
+        self, reason: FinishReason, seconds: float, decode_seconds: float, num_prompt_tokens: int, num_tokens: int
+    ) -> None: ...
+
+
+@dataclass(slots=True)
+class _Sample:
+    """One engine request: which request it belongs to, and its times (time.monotonic) for the metrics."""
+
+    request_id: str
+    num_prompt_tokens: int
+    arrival: float
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+
+
+class _OutputStream:
+    """What one reader has not taken yet: a single output, into which later ones are merged.
+
+    So a slow reader costs no more memory than its request's own text.
+    """
+
+    def __init__(self) -> None:
+        self._pending: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        if self._pending is None:
+            self._pending = output
+        else:
+            self._pending.merge(output)
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._wake.set()
+
+    async def get(self) -> RequestOutput:
+        """The next output; raises what the request failed with."""
+        await self._wake.wait()
+        self._wake.clear()
+        if self._error is not None:
+            raise self._error
+        if self._pending is None:
+            raise EngineDead("The engine answered nothing.")
+        output, self._pending = self._pending, None
+        return output
+
+
+class AsyncLLM:
+    """A model behind an engine process. `AsyncLLM(model="...", max_model_len=4096, ...)` takes EngineConfig's fields.
+
+    The process starts at once and loads the model; `start`, `generate` or `async with` wait until it is ready. To be
+    used from one event loop.
+    """
+
+    def __init__(self, model: str = "", *, chat_template: str | None = None, **options: Any) -> None:
+        self._init(make_engine_config(model=model, **options), chat_template, messages.DEFAULT_FACTORY, "info")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        factory: str = messages.DEFAULT_FACTORY,
+        log_level: str = "info",
+    ) -> AsyncLLM:
+        """As the constructor; `factory` names the function that builds the engine, as `module:function`."""
+        llm = cls.__new__(cls)
+        llm._init(config, chat_template, factory, log_level)
+        return llm
+
+    def _init(self, config: EngineConfig, chat_template: str | None, factory: str, log_level: str) -> None:
+        self.requested_model = config.load.model
+        path = resolve_model(config.load.model, load_format=config.load.load_format)
+        config = dataclasses.replace(config, load=dataclasses.replace(config.load, model=str(path)))
+        self._config = config
+        self._chat_template = chat_template
+        self._client = EngineClient(config, factory=factory, log_level=log_level)
+        self._starting: asyncio.Task[None] | None = None
+        self._info: EngineInfo | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._processor = OutputProcessor(None)
+        self._streams: dict[str, _OutputStream] = {}
+        self._samples: dict[str, _Sample] = {}
+        self._dead = asyncio.Event()
+        self.max_prompt_chars = 0
+        """A longer text cannot fit into the context, whatever its tokens are."""
+        self.stats = EngineStats()
+        self.metrics: MetricsSink | None = None
+        self.death: str | None = None
+        """Why the engine died, if it has."""
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    async def start(self, on_progress: ProgressCallback | None = None) -> EngineInfo:
+        """Waits until the engine is ready. Raises StartupError, saying why, if it cannot be."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(on_progress))
+        await asyncio.shield(self._starting)
+        return self.info
+
+    async def _start(self, on_progress: ProgressCallback | None) -> None:
+        loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
+        try:
+            info = await self._client.wait_ready(on_progress)
+            self._tokenizer, longest = await loading
+        except BaseException:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            raise
+        self._processor = OutputProcessor(self._tokenizer)
+        self.max_prompt_chars = info.limits.max_model_len * longest
+        self.stats.num_pages = info.num_pages
+        self._client.listen(self._on_message, self._on_death)
+        self._info = info
+
+    def _load_tokenizer(self) -> tuple[Tokenizer, int]:
+        """The tokenizer and the number of characters of its longest token."""
+        path = Path(self._config.load.tokenizer or self._config.load.model)
+        if not path.exists():
+            path = resolve_model(str(path), load_format="dummy")
+        tokenizer = load_tokenizer(path, self._chat_template)
+        # Built lazily; better now than in the first request.
+        tokenizer.encode("warm", parse_special=False)
+        return tokenizer, max(len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.vocab_size))
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine as built. Raises EngineDead before it is ready."""
+        if self._info is None:
+            raise EngineDead("The engine is not ready.")
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise EngineDead("The engine is not ready.")
+        return self._tokenizer
+
+    @property
+    def is_ready(self) -> bool:
+        """Loaded, alive, and heard of lately."""
+        heard = time.monotonic() - self._client.last_heard < STALL_SECONDS
+        return self._info is not None and self._client.alive and heard
+
+    async def check_health(self) -> None:
+        """Raises EngineDead unless the engine is ready."""
+        if not self.is_ready:
+            raise EngineDead(self.death or "The engine does not answer.")
+
+    async def wait_dead(self) -> None:
+        """Returns when the engine has died."""
+        await self._dead.wait()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        cache_salt: str | None = None,
+        mode: OutputMode = "cumulative",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yields the request's output whenever it has grown since the last one taken, until it is finished.
+
+        `prompt` is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `mode` says whether an output holds
+        everything so far, what is new, or comes at the end only. Leaving the loop, or cancelling it, aborts the request
+        in the engine. Raises InvalidRequest, EngineOverloaded, RequestFailed (a step of this request did) or EngineDead.
+        """
+        await self.start()
+        params = params or SamplingParams()
+        text, token_ids = await self._tokenize(prompt)
+        self.info.limits.check(token_ids, params)
+        request_id = request_id or f"request-{uuid.uuid4().hex}"
+        stream = self._open(request_id, text, token_ids, params, cache_salt, mode)
+        try:
+            finished = False
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, if it still runs: its pages are free before the engine's next step."""
+        self._fail(request_id, InvalidRequest(f"The request {request_id!r} was aborted.", "request_id"), "abort")
+        self._streams.pop(request_id, None)
+
+    async def shutdown(self, timeout: float = 5.0) -> None:
+        """Stops the engine process, by force after `timeout` seconds. Open requests get EngineDead."""
+        self._fail_all("The engine has been shut down.")
+        await self._client.shutdown(timeout)
+
+    def close(self) -> None:
+        """As `shutdown`, at once and without an event loop."""
+        self._client.close()
+
+    async def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if len(prompt.keys() & {"prompt", "prompt_token_ids"}) != 1:
+                raise InvalidRequest('A prompt is a dict with either "prompt" or "prompt_token_ids".', "prompt")
+            prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+        if isinstance(prompt, str):
+            return prompt, await asyncio.to_thread(self.tokenizer.encode, prompt)
+        token_ids = [token for token in prompt if type(token) is int]
+        if len(token_ids) < len(prompt):
+            raise InvalidRequest("A prompt is text or a list of integer token ids.", "prompt")
+        return None, token_ids
+
+    def _open(
+        self,
+        request_id: str,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str | None,
+        mode: OutputMode,
+    ) -> _OutputStream:
+        scheduler = self.info.config.scheduler
+        room = scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - len(self._samples)
+        if params.n > room:
+            raise EngineOverloaded(f"{len(self._samples)} sequences are open already. Try again later.")
+        if not self._client.alive:
+            raise EngineDead(self.death or "The engine has been shut down.")
+        now = time.monotonic()
+        children = self._processor.add_request(request_id, text, token_ids, params, mode=mode)
+        stream = self._streams[request_id] = _OutputStream()
+        for child_id, child_params in children:
+            self._samples[child_id] = _Sample(request_id, len(token_ids), now)
+            self._client.add_request(child_id, token_ids, child_params, cache_salt)
+        return stream
+
+    def _on_message(self, message: messages.FromEngine) -> None:
+        match message:
+            case messages.Outputs():
+                self._on_outputs(message)
+            case messages.Refused():
+                self._on_refused(message)
+            case _:
+                logger.debug("unexpected message: %r", message)
+
+    def _on_outputs(self, message: messages.Outputs) -> None:
+        self.stats = message.stats
+        if not message.outputs:
+            return
+        now = time.monotonic()
+        states, stopped = self._processor.process(message.outputs)
+        for output in message.outputs:
+            sample = self._samples.get(output.request_id)
+            if sample is not None:
+                self._account(sample, output, now)
+                if output.error is not None:
+                    self._fail(sample.request_id, RequestFailed(output.error), "error")
+        if stopped:
+            self._client.abort(stopped)
+            for child_id in stopped:
+                self._finish_sample(child_id, "stop", now)
+        for state in states:
+            stream = self._streams.get(state.request_id)
+            if stream is not None:
+                stream.put(state)
+
+    def _on_refused(self, message: messages.Refused) -> None:
+        sample = self._samples.get(message.request_id)
+        if sample is None:
+            return
+        error: Exception
+        match message.status:
+            case 400:
+                error = InvalidRequest(message.message, message.param, message.code)
+            case 503:
+                error = EngineOverloaded(message.message, message.retry_after)
+            case _:
+                error = RequestFailed(message.message)
+        self._fail(sample.request_id, error, "error")
+
+    def _on_death(self, why: str) -> None:
+        logger.error("%s", why)
+        self.death = why
+        self._fail_all(why)
+        self._dead.set()
+
+    def _fail_all(self, why: str) -> None:
+        for request_id in list(self._streams):
+            self._fail(request_id, EngineDead(why), "error")
+
+    def _fail(self, request_id: str, error: Exception, reason: FinishReason) -> None:
+        """Ends a request early: in the engine, in the output processor, and for its reader."""
+        children = self._processor.abort(request_id)
+        if children:
+            self._client.abort(children)
+        now = time.monotonic()
+        for child_id in children:
+            self._finish_sample(child_id, reason, now)
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(error)
+
+    def _account(self, sample: _Sample, output: TokenOutput, now: float) -> None:
+        """Observes the times of one sample's new tokens."""
+        num_new = len(output.token_ids)
+        if num_new and self.metrics is not None:
+            self.metrics.on_tokens(num_new)
+            if sample.num_tokens == 0:
+                self.metrics.on_first_token(now - sample.arrival, sample.num_prompt_tokens)
+            else:
+                self.metrics.on_later_tokens(now - sample.last, num_new)
+        if num_new:
+            sample.first = sample.first or now
+            sample.last = now
+            sample.num_tokens += num_new
+        if output.finish_reason is not None:
+            self._finish_sample(output.request_id, output.finish_reason, now)
+
+    def _finish_sample(self, child_id: str, reason: FinishReason, now: float) -> None:
+        sample = self._samples.pop(child_id, None)
+        if sample is not None and self.metrics is not None:
+            self.metrics.on_finished(
+                reason, now - sample.arrival, sample.last - sample.first, sample.num_prompt_tokens, sample.num_tokens
+            )

@@ -1,0 +1,179 @@
+"""The HTTP application: routes, authentication, and errors in one shape."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gossamer import __version__
+from gossamer.config import ServerConfig
+from gossamer.core import GossamerError
+from gossamer.server import serving_chat, serving_completion, serving_tokens
+from gossamer.server.errors import ApiError, api_error
+from gossamer.server.http import read_body
+from gossamer.server.metrics import CONTENT_TYPE, ServerMetrics
+from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gossamer.server.openai_responses import ModelCard, ModelList, encode, now
+from gossamer.server.serving import Serving
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Serving, bytes, Request], Awaitable[Response]]
+
+_POST_ROUTES: tuple[tuple[str, Handler, type[msgspec.Struct]], ...] = (
+    ("/v1/completions", serving_completion.handle, CompletionRequest),
+    ("/v1/chat/completions", serving_chat.handle, ChatRequest),
+    ("/tokenize", serving_tokens.tokenize, TokenizeRequest),
+    ("/detokenize", serving_tokens.detokenize, DetokenizeRequest),
+)
+_PROTECTED = ("/v1", "/tokenize", "/detokenize")
+_LOADING = "The model is still loading."
+
+
+class AppState:
+    """What the routes share. `serving` is None until the engine is ready."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.serving: Serving | None = None
+        self.metrics: ServerMetrics | None = None
+        self.created = now()
+
+    def ready_serving(self) -> Serving:
+        if self.serving is None:
+            raise ApiError(503, _LOADING, code="loading", retry_after=1)
+        return self.serving
+
+
+def create_app(state: AppState) -> ASGIApp:
+    """The application for `state`, whose model may be still loading."""
+    app = FastAPI(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    for kind in (ApiError, GossamerError, Exception):
+        app.add_exception_handler(kind, _on_exception)
+    for path, handler, request_type in _POST_ROUTES:
+        _add_post_route(app, state, path, handler, request_type)
+    _add_get_routes(app, state)
+    return app if state.config.api_key is None else BearerAuth(app, state.config.api_key)
+
+
+def _add_post_route(
+    app: FastAPI, state: AppState, path: str, handler: Handler, request_type: type[msgspec.Struct]
+) -> None:
+    async def endpoint(request: Request) -> Response:
+        try:
+            serving = state.ready_serving()
+            body = await read_body(request, state.config.max_body_bytes, state.config.receive_timeout)
+            return await handler(serving, body, request)
+        except Exception as exc:
+            return _response_to(exc)
+
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        name=request_type.__name__,
+        description=request_type.__doc__,
+        response_model=None,
+    )
+
+
+def _add_get_routes(app: FastAPI, state: AppState) -> None:
+    @app.get("/v1/models", response_model=None)
+    async def list_models() -> Response:
+        return _json(ModelList(data=[_card(state.ready_serving(), state)]))
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def retrieve_model(name: str) -> Response:
+        serving = state.ready_serving()
+        serving.check_model(name)
+        return _json(_card(serving, state))
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Ready: the model is loaded and the engine makes progress."""
+        await state.ready_serving().llm.check_health()
+        return Response(b'{"status":"ready"}', media_type="application/json")
+
+    @app.get("/live", response_model=None)
+    async def live() -> Response:
+        """Alive: this process answers, whatever the engine does."""
+        return Response(b'{"status":"alive"}', media_type="application/json")
+
+    @app.get("/version", response_model=None)
+    async def version() -> Response:
+        return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        if state.metrics is None:
+            raise ApiError(503, _LOADING, code="loading", retry_after=1)
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _card(serving: Serving, state: AppState) -> ModelCard:
+    return ModelCard(
+        id=serving.model_name,
+        created=state.created,
+        root=serving.model_name,
+        max_model_len=serving.llm.info.limits.max_model_len,
+    )
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(encode(value), media_type="application/json")
+
+
+async def _on_http_exception(request: Request, exc: Exception) -> Response:
+    """Starlette's own errors: no such route, wrong method."""
+    if not isinstance(exc, HTTPException):
+        return api_error(exc).response()
+    where = f"{request.method} {request.url.path[:200]}"
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(exc.status_code)
+    response = ApiError(exc.status_code, f"{exc.detail}: {where}", code=code).response()
+    for name, value in (exc.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _on_exception(request: Request, exc: Exception) -> Response:
+    return _response_to(exc)
+
+
+def _response_to(exc: Exception) -> Response:
+    if isinstance(exc, ClientDisconnect):
+        # Nobody reads this; 499 is what proxies log for it.
+        return Response(status_code=499)
+    return api_error(exc).response()
+
+
+class BearerAuth:
+    """Refuses requests to the API without the right key, before their body is read."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._is_protected(scope["path"]) and not self._has_key(scope):
+            message = "Missing or wrong API key. Send the header `Authorization: Bearer <key>`."
+            await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_protected(self, path: str) -> bool:
+        return any(path == prefix or path.startswith(prefix + "/") for prefix in _PROTECTED)
+
+    def _has_key(self, scope: dict[str, Any] | Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+        return hmac.compare_digest(scheme.capitalize() + b" " + key.strip(), self._expected)

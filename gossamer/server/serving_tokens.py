@@ -1,0 +1,53 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gossamer.core import InvalidRequest
+from gossamer.server.openai_protocol import DetokenizeRequest, TokenizeRequest, decode_body
+from gossamer.server.openai_responses import DetokenizeResponse, TokenizeResponse, encode
+from gossamer.server.serving import Serving
+
+_tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
+_detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def tokenize(serving: Serving, body: bytes, http: Request) -> Response:
+    request = decode_body(body, _tokenize_decoder)
+    serving.check_model(request.model)
+    request.check()
+    if request.messages is not None:
+        tokens = await serving.encode_chat(
+            [message.as_template_input() for message in request.messages],
+            add_generation_prompt=request.add_generation_prompt,
+            options=request.chat_template_kwargs,
+        )
+    else:
+        tokens = await serving.encode(
+            request.prompt or "",
+            add_special_tokens=True if request.add_special_tokens is None else request.add_special_tokens,
+            parse_special=request.parse_special_tokens,
+        )
+    answer = TokenizeResponse(
+        count=len(tokens), max_model_len=serving.llm.info.limits.max_model_len, tokens=tokens, token_strs=None
+    )
+    if request.return_token_strs:
+        answer.token_strs = [serving.llm.tokenizer.id_to_token(token) or "" for token in tokens]
+    return Response(encode(answer), media_type="application/json")
+
+
+async def detokenize(serving: Serving, body: bytes, http: Request) -> Response:
+    request = decode_body(body, _detokenize_decoder)
+    serving.check_model(request.model)
+    if request.tokens:
+        try:
+            serving.llm.info.limits.check_prompt(request.tokens)
+        except InvalidRequest as exc:
+            raise InvalidRequest(str(exc), "tokens") from None
+    text = await asyncio.to_thread(serving.llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
+    return Response(encode(DetokenizeResponse(text)), media_type="application/json")
