@@ -54,7 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder, index)
     if (folder / SINGLE_NAME).exists():
         return [folder / SINGLE_NAME]
-    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("consolidated", "adapter_")))
+    others = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith(("consolidated", "adapter_"))]
+    files = [p for p in others if p.exists()]  # a link into the hub's cache may be broken
     if files and not any("-of-" in p.name for p in files):
         return files
     if files:

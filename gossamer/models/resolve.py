@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from gossamer.core import StartupError
 from gossamer.models.hf_folder import weight_files
 
 DEFAULT_HUB_CACHE = Path("~/.cache/huggingface/hub")
-_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 # No pickles, no formats that are not read: a repository may hold several copies of its weights.
 _WANTED_METADATA = ["*.json", "*.jinja", "tokenizer.model"]
@@ -26,10 +27,11 @@ def resolve_model(model: str, hub_cache: Path | None = None, load_format: str = 
     if not model:
         raise StartupError("No model given.\nName a folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B.")
     path = Path(model).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         return _local(path, load_format)
     if model.startswith(("/", ".", "~")) or model.endswith(".gguf") or not _MODEL_ID.fullmatch(model):
-        raise StartupError(f"The model {model[:200]!r} does not exist: no such file or folder ({path.absolute()}).")
+        where = str(path.absolute())[:300]
+        raise StartupError(f"The model {model[:200]!r} does not exist: no such file or folder ({where}).")
     cache = (hub_cache or DEFAULT_HUB_CACHE).expanduser()
     snapshot, problem = _cached(model, cache, load_format)
     return _local(snapshot or _download(model, cache, problem, load_format), load_format)

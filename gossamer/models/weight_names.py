@@ -136,8 +136,7 @@ def plan_weights(
 
 def _refuse(verb: str, names: list[str]) -> None:
     if names:
+        shown = ", ".join(name if name.isprintable() else repr(name[:80]) for name in names[:3])
+        count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise StartupError(
-            f"The checkpoint {verb} {'a tensor' if len(names) == 1 else f'{len(names)} tensors'} "
-            f"for this architecture: {', '.join(names[:3])}{more}."
-        )
+        raise StartupError(f"The checkpoint {verb} {count} for this architecture: {shown}{more}.")
