@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 from gossamer.core import GossamerError, SamplingParams, StartupError
@@ -33,7 +33,7 @@ class ChatBackend(Protocol):
 
     name: str
 
-    def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]: ...
+    def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]: ...
 
     def close(self) -> None: ...
 
@@ -89,21 +89,17 @@ class ChatLoop:
         """Asks and shows. An answer that was stopped stays in the conversation; a question that failed does not."""
         self.messages.append({"role": "user", "content": text})
         pieces: list[str] = []
-        stream = self.backend.stream(self.messages, self.params)
         try:
-            for piece in stream:
-                pieces.append(piece)
-                self.write(piece)
+            with contextlib.closing(self.backend.stream(self.messages, self.params)) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    self.write(piece)
         except KeyboardInterrupt:
             self.write(" (stopped)")
         except GossamerError as error:
             self.messages.pop()
             self.write(f"{error}\n/reset starts a new conversation.\n")
             return
-        finally:
-            close = getattr(stream, "close", None)
-            if close is not None:
-                close()
         self.write("\n")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
@@ -163,7 +159,7 @@ class HttpBackend:
             raise GossamerError(f"{self.url} answered {response.status}: {_error_message(response.read())}")
         return response
 
-    def stream(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+    def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]:
         body = {"model": self.name, "messages": messages, "stream": True, **_changed(params)}
         response = self._request("POST", "/chat/completions", body)
         try:

@@ -7,8 +7,10 @@ imports nothing heavy until a command runs, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 from gossamer import __version__
 from gossamer.config import (
+    SECTIONS,
     CacheConfig,
     EngineConfig,
     LoadConfig,
@@ -88,7 +91,6 @@ def _dispatch(argv: list[str]) -> int:
         hint = f"Did you mean `gossamer {near}`?" if near else f"The commands are {', '.join(COMMANDS)}."
         raise UsageError(f"Unknown command {name!r}. {hint}")
     args = parse(name, parsers(), argv[1:])
-    logging.getLogger("gossamer").setLevel(getattr(args, "log_level", "info").upper())
     return COMMANDS[name].run(args)
 
 
@@ -136,7 +138,7 @@ def _add_generate_flags(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
     _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "log", only=["log_level"])
+    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
 
 
 def _add_chat_flags(parser: Parser) -> None:
@@ -144,13 +146,14 @@ def _add_chat_flags(parser: Parser) -> None:
     parser.add_argument("--url", metavar="URL", help="talk to a running server, e.g. http://127.0.0.1:8000")
     add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
     _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "server", only=["api_key", "chat_template", "log_level"])
+    only = ["api_key", "chat_template", "log_level"]
+    add_fields(parser, ServerConfig, "server", only=only, defaults={"log_level": "warning"})
 
 
 def _add_info_flags(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "log", only=["log_level"])
+    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
 
 
 _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
@@ -166,6 +169,13 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
     if not options.get("model"):
         options["model"] = default_model() if need_model else ""
     return make_engine_config(**options)
+
+
+def engine_options(config: EngineConfig) -> dict[str, Any]:
+    """The config as the flat keyword arguments of `LLM(...)`."""
+    parts = (config, config.load, config.cache, config.scheduler)
+    flat = {item.name: getattr(part, item.name) for part in parts for item in dataclasses.fields(part)}
+    return {name: value for name, value in flat.items() if name not in SECTIONS}
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
@@ -214,15 +224,95 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    config, params, prompts = engine_config(args), sampling_params(args), _prompts(args)
+    _log_to_stderr(args)
+    if len(prompts) == 1 and not args.json:
+        _generate_streaming(config, params, prompts[0], _log_level(args))
+        return 0
+    from gossamer.server.llm import LLM
+
+    with LLM(**engine_options(config)) as llm:
+        outputs = llm.generate(prompts, params)
+    for output in outputs:
+        completion = output.outputs[0]
+        if args.json:
+            record = {
+                "prompt": output.prompt,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "num_prompt_tokens": len(output.prompt_token_ids),
+                "num_output_tokens": len(completion.token_ids),
+                "num_cached_tokens": output.num_cached_tokens,
+            }
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(f"==> {output.prompt} <==\n{completion.text}\n")
+    return 0
+
+
+def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
+    from gossamer.server.background import BackgroundLLM, progress_on_terminal, text_pieces
+
+    with progress_on_terminal(not config.disable_progress) as on_progress:
+        llm = BackgroundLLM(config, log_level=log_level, on_progress=on_progress)
+    with llm:
+        for piece in text_pieces(llm.stream(prompt, params)):
+            print(piece, end="", flush=True)
+    print()
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, or all of standard input as one."""
+    if args.prompt:
+        return list(args.prompt)
+    if sys.stdin.isatty():
+        raise UsageError("No prompt. Give --prompt TEXT (it may be repeated), or pipe the text in.")
+    text = sys.stdin.read()
+    if not text:
+        raise UsageError("The prompt on standard input is empty. Pipe text in, or give --prompt TEXT.")
+    return [text]
 
 
 def _chat(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    server, params = server_config(args), sampling_params(args)
+    _log_to_stderr(args)
+    from gossamer.server.chat_repl import HttpBackend, run_on_terminal
+
+    if args.url is not None:
+        name = getattr(args, "model", None) or getattr(args, "model_flag", None)
+        run_on_terminal(HttpBackend(args.url, server.api_key, name), params, args.system)
+        return 0
+    config = engine_config(args)
+    from gossamer.server.background import BackgroundLLM, EngineBackend, progress_on_terminal
+
+    with progress_on_terminal(not config.disable_progress) as on_progress:
+        llm = BackgroundLLM(
+            config, chat_template=server.chat_template, log_level=_log_level(args), on_progress=on_progress
+        )
+    with llm:
+        run_on_terminal(EngineBackend(llm, Path(config.load.model).stem), params, args.system)
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    config = engine_config(args, need_model=False)
+    _log_to_stderr(args)
+    from gossamer.server import info
+
+    machine = info.machine_report()
+    model = info.model_report(config) if config.load.model else None
+    print(json.dumps({**machine, "model": model}, indent=2) if args.json else info.render(machine, model))
+    return 0
+
+
+def _log_level(args: argparse.Namespace) -> str:
+    """Commands that talk to a person log warnings only, unless told otherwise."""
+    return str(getattr(args, "log_level", "warning"))
+
+
+def _log_to_stderr(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("gossamer").setLevel(_log_level(args).upper())
 
 
 COMMANDS = {
