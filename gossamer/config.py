@@ -96,6 +96,9 @@ class LoadConfig:
 
     model: str = option("", "local folder, .gguf file, or hub id of the model", positional=True)
     tokenizer: str | None = option(None, "folder with tokenizer.json (default: the model's own)")
+    download_dir: str | None = option(
+        None, "folder that keeps models of the hub (default: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub)"
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
         "auto", "weights to load; dummy draws seeded random ones"
     )

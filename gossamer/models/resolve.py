@@ -18,7 +18,7 @@ _WANTED_WEIGHTS = ["*.safetensors"]
 _UNWANTED = ["consolidated*", "*/*"]
 
 
-def resolve_model(model: str, hub_cache: Path | None = None, load_format: str = "auto") -> Path:
+def resolve_model(model: str, hub_cache: str | Path | None = None, load_format: str = "auto") -> Path:
     """The folder or .gguf file that `model` names. With load_format "dummy", a folder without weights will do.
 
     Order: an existing path; a complete snapshot in `hub_cache` (default ~/.cache/huggingface/hub); a download into it.
@@ -32,7 +32,7 @@ def resolve_model(model: str, hub_cache: Path | None = None, load_format: str = 
     if model.startswith(("/", ".", "~")) or model.endswith(".gguf") or not _MODEL_ID.fullmatch(model):
         where = str(path.absolute())[:300]
         raise StartupError(f"The model {model[:200]!r} does not exist: no such file or folder ({where}).")
-    cache = (hub_cache or DEFAULT_HUB_CACHE).expanduser()
+    cache = Path(hub_cache or DEFAULT_HUB_CACHE).expanduser()
     snapshot, problem = _cached(model, cache, load_format)
     return _local(snapshot or _download(model, cache, problem, load_format), load_format)
 

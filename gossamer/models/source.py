@@ -55,14 +55,13 @@ class ModelSource:
     """Heads of q and k whose rows a GGUF file holds interleaved."""
 
 
-def inspect_model(load: LoadConfig, hub_cache: Path | None = None) -> ModelSource:
+def inspect_model(load: LoadConfig) -> ModelSource:
     """Finds and checks the model of a LoadConfig; everything wrong with it is a StartupError that names it.
 
-    `hub_cache` is where models of the Hugging Face hub are kept (default: ~/.cache/huggingface/hub). Reads headers
-    and JSON only: no weights, no torch.
+    Reads headers and JSON only: no weights, no torch.
     """
     dummy = load.load_format == "dummy"
-    path = resolve_model(load.model, hub_cache, load.load_format)
+    path = resolve_model(load.model, load.download_dir, load.load_format)
     if path.is_dir():
         with _naming(path):
             source = _inspect_folder(path, dummy)

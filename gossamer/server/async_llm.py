@@ -126,8 +126,9 @@ class AsyncLLM:
 
     def _init(self, config: EngineConfig, chat_template: str | None, factory: str, log_level: str) -> None:
         self.requested_model = config.load.model
-        path = resolve_model(config.load.model, load_format=config.load.load_format)
-        config = dataclasses.replace(config, load=dataclasses.replace(config.load, model=str(path)))
+        load = config.load
+        path = resolve_model(load.model, load.download_dir, load.load_format)
+        config = dataclasses.replace(config, load=dataclasses.replace(load, model=str(path)))
         self._config = config
         self._chat_template = chat_template
         self._client = EngineClient(config, factory=factory, log_level=log_level)
@@ -180,7 +181,7 @@ class AsyncLLM:
         """The tokenizer and the number of characters of its longest token."""
         path = Path(self._config.load.tokenizer or self._config.load.model)
         if not path.exists():
-            path = resolve_model(str(path), load_format="dummy")
+            path = resolve_model(str(path), self._config.load.download_dir, "dummy")
         tokenizer = load_tokenizer(path, self._chat_template)
         # Built lazily; better now than in the first request.
         tokenizer.encode("warm", parse_special=False)

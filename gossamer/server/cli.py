@@ -168,6 +168,7 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
         raise UsageError(f"Two models: {options['model']!r} and --model {alias!r}. Give one.")
     if not options.get("model"):
         options["model"] = default_model() if need_model else ""
+    options.setdefault("download_dir", _hub_cache())
     return make_engine_config(**options)
 
 
@@ -176,6 +177,13 @@ def engine_options(config: EngineConfig) -> dict[str, Any]:
     parts = (config, config.load, config.cache, config.scheduler)
     flat = {item.name: getattr(part, item.name) for part in parts for item in dataclasses.fields(part)}
     return {name: value for name, value in flat.items() if name not in SECTIONS}
+
+
+def _hub_cache() -> str | None:
+    """Where the Hugging Face tools keep models, as their environment variables say."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return os.environ["HF_HUB_CACHE"]
+    return str(Path(os.environ["HF_HOME"]) / "hub") if os.environ.get("HF_HOME") else None
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

@@ -67,8 +67,9 @@ class LLM:
 
     def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
         config = make_engine_config(model=model, **options)
-        path = resolve_model(config.load.model, load_format=config.load.load_format)
-        config = dataclasses.replace(config, load=dataclasses.replace(config.load, model=str(path)))
+        load = config.load
+        path = resolve_model(load.model, load.download_dir, load.load_format)
+        config = dataclasses.replace(config, load=dataclasses.replace(load, model=str(path)))
         # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
         self._tokenizer = load_tokenizer(_tokenizer_path(config.load), chat_template)
         self._engine, self.info = build_engine(config)
@@ -218,7 +219,7 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompt
 def _tokenizer_path(load: LoadConfig) -> Path:
     if load.tokenizer is None or Path(load.tokenizer).exists():
         return Path(load.tokenizer or load.model)
-    return resolve_model(load.tokenizer, load_format="dummy")
+    return resolve_model(load.tokenizer, load.download_dir, "dummy")
 
 
 class _ProgressBar:

@@ -51,7 +51,7 @@ def test_home_is_expanded(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: p
 def test_model_id_from_the_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     snapshot = cached(checkpoint("llama"), tmp_path)
     assert resolve_model("org/tiny", tmp_path) == snapshot
-    assert inspect_model(LoadConfig(model="org/tiny"), tmp_path).config.family == "llama"
+    assert inspect_model(LoadConfig(model="org/tiny", download_dir=str(tmp_path))).config.family == "llama"
 
 
 def test_half_downloaded_snapshot_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ def test_api_key_from_the_environment(served, monkeypatch):
     assert [server.api_key for server, _ in served] == ["from-env", "from-flag"]
 
 
+def test_hub_cache_from_the_environment(served, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/home")
+    assert cli.main(["serve", "m"]) == 0
+    monkeypatch.setenv("HF_HUB_CACHE", "/cache")
+    assert cli.main(["serve", "m"]) == 0
+    assert cli.main(["serve", "m", "--download-dir", "/flag"]) == 0
+    assert [engine.load.download_dir for _, engine in served] == ["/home/hub", "/cache", "/flag"]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
