@@ -105,8 +105,8 @@ def read_headers(files: Iterable[Path]) -> SafetensorsHeaders:
     """Reads the headers of all shards. A truncated or damaged one, or a tensor in two of them, is a StartupError."""
     where, shapes, dtypes = dict[str, Path](), dict[str, Shape](), dict[str, str]()
     for path in files:
-        _refuse_pointer(path)
         try:
+            _refuse_pointer(path)
             with safe_open(path, framework="numpy") as shard:
                 names: list[str] = shard.keys()
                 for name in names:

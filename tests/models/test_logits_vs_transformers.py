@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoints import CHECKPOINTS, make_model
 
 from gossamer.config import LoadConfig
@@ -15,10 +17,13 @@ from gossamer.layers.attention.base import AttentionBatch
 from gossamer.layers.attention.gqa import kv_layout
 from gossamer.layers.linear import WeightFormat
 from gossamer.models.decoder import Decoder
-from gossamer.models.loader import inspect_model, iter_weights
+from gossamer.models.loader import ModelSource, inspect_model, iter_weights
+from gossamer.models.weight_names import HF_WEIGHTS
+from gossamer.ops.weights import QuantizedTensor, Weight
 
 Checkpoint = Callable[[str], Path]
 PAGE_SIZE = 16
+TEMPLATE = re.compile(r"^layers\.(\d+)\.")
 CPU = torch.device("cpu")
 
 
@@ -92,3 +97,49 @@ def test_upcycled_model_equals_the_dense_one(experts: int, top_k: int, checkpoin
     dense = Sequence(LoadConfig(model=model)).feed(ids)
     upcycled = Sequence(LoadConfig(model=model, upcycle_experts=experts, upcycle_topk=top_k)).feed(ids)
     torch.testing.assert_close(upcycled, dense, rtol=0, atol=1e-5)
+
+
+def test_default_model_continues_as_transformers_does(default_gguf: Path) -> None:
+    """The same dequantised weights in both; only right names, row order and metadata know France's capital."""
+    load = LoadConfig(model=str(default_gguf))
+    source = inspect_model(load)
+    metadata = source.gguf[0].metadata
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    ids = [vocabulary[token] for token in ("The", "Ġcapital", "Ġof", "ĠFrance", "Ġis")]
+    sequence = Sequence(load, max_len=64)
+    tokens: list[int] = []
+    while len(tokens) < 12:
+        tokens.append(int(sequence.feed(tokens[-1:] or ids)[-1].argmax()))
+    assert vocabulary["ĠParis"] in tokens[:3]
+    assert tokens == smollm2_reference(source, dict(iter_weights(source, load)), ids, len(tokens))
+
+
+def smollm2_reference(source: ModelSource, stream: dict[str, Weight], ids: list[int], num_new: int) -> list[int]:
+    config = source.config
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_q_heads,
+            num_key_value_heads=config.num_kv_heads,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode():
+        for planned in source.plan:
+            weight = stream[planned.name]
+            name = HF_WEIGHTS[TEMPLATE.sub(r"layers.{i}.", planned.name)][0].name
+            layer = TEMPLATE.match(planned.name)
+            target = parameters[name.format(i=layer[1] if layer else 0)]
+            target.copy_(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
+        tokens, cache = list(ids), None
+        for _ in range(num_new):
+            out = model(torch.tensor([tokens if cache is None else tokens[-1:]]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            tokens.append(int(out.logits[0, -1].argmax()))
+    return tokens[len(ids) :]

@@ -138,6 +138,12 @@ def test_truncated_shard(folder: Path, keep: int) -> None:
     assert "truncated" in message
 
 
+def test_shard_that_cannot_be_read(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert str(folder / "model.safetensors") in refusal(folder)
+
+
 def test_git_lfs_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "git lfs pull" in refusal(folder)
