@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from gossamer import __version__
 from gossamer.config import EngineConfig, ServerConfig
 from gossamer.core import EngineDead, StartupError
-from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
 from gossamer.server.async_llm import AsyncLLM
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-DEATH_GRACE_SECONDS = 3.0
+DEATH_GRACE_SECONDS = 2.0
 """How long a server without an engine still answers 503, for probes to see, before it leaves."""
 
 
@@ -116,9 +116,10 @@ class _Server:
 
     async def _start_engine(self, state: AppState) -> None:
         from gossamer.server.metrics import ServerMetrics
+        from gossamer.server.progress import progress_on_terminal
         from gossamer.server.serving import Serving
 
-        with _progress_display(self._engine) as on_progress:
+        with progress_on_terminal(not self._engine.disable_progress) as on_progress:
             info = await self._llm.start(on_progress)
         serving = Serving(self._llm, self._config)
         state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats)
@@ -198,25 +199,6 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("gossamer").setLevel(level.upper())
-
-
-@contextlib.contextmanager
-def _progress_display(engine: EngineConfig) -> Iterator[ProgressCallback | None]:
-    """A bar on a terminal's standard error, gone when the model is there; elsewhere nothing."""
-    if engine.disable_progress or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting the engine", total=None)
-
-        def on_progress(stage: str, fraction: float) -> None:
-            bar.update(task, description=stage, total=1.0, completed=fraction)
-
-        yield on_progress
 
 
 def _say(line: str) -> None:

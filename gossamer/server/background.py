@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import sys
 import threading
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Coroutine, Generator
 from typing import Any, TypeVar
 
 from gossamer.config import EngineConfig
@@ -54,7 +53,7 @@ class BackgroundLLM:
         self.close()
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[RequestOutput, None, None]:
-        """The request's state whenever it has grown. Closing the iterator aborts the request.
+        """What has been added to the request's outputs, as it comes. Closing the generator aborts the request.
 
         Raises InvalidRequest, EngineOverloaded, RequestFailed or EngineDead.
         """
@@ -62,9 +61,9 @@ class BackgroundLLM:
 
         async def pump() -> None:
             try:
-                async with contextlib.aclosing(self._llm.generate(prompt, params)) as states:
-                    async for state in states:
-                        outputs.put(state)
+                async with contextlib.aclosing(self._llm.generate(prompt, params, mode="delta")) as deltas:
+                    async for delta in deltas:
+                        outputs.put(delta)
                 outputs.put(None)
             except Exception as error:  # raised again where the caller reads
                 outputs.put(error)
@@ -112,27 +111,9 @@ class EngineBackend:
         self._llm.close()
 
 
-def text_pieces(states: Generator[RequestOutput, None, None]) -> Generator[str, None, None]:
-    """What each state adds to the text of the first output."""
-    num_shown = 0
-    with contextlib.closing(states):
-        for state in states:
-            text = state.outputs[0].text
-            yield text[num_shown:]
-            num_shown = len(text)
-
-
-@contextlib.contextmanager
-def progress_on_terminal(enabled: bool = True) -> Iterator[ProgressCallback | None]:
-    """A bar on a terminal's standard error while the engine starts, gone when it is there; elsewhere nothing."""
-    if not enabled or not sys.stderr.isatty():
-        yield None
-        return
-    # Imported late: it takes 0.1 s that a pipe need not pay.
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Starting the engine", total=None)
-        yield lambda stage, fraction: bar.update(task, description=stage, total=1.0, completed=fraction)
+def text_pieces(deltas: Generator[RequestOutput, None, None]) -> Generator[str, None, None]:
+    """The text that is added to the first output."""
+    with contextlib.closing(deltas):
+        for delta in deltas:
+            for output in delta.outputs:
+                yield output.text

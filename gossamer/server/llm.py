@@ -18,6 +18,7 @@ from gossamer.core import EngineDead, InvalidRequest, SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.models.resolve import resolve_model
 from gossamer.server.outputs import OutputProcessor, RequestOutput
+from gossamer.server.progress import progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -72,9 +73,10 @@ class LLM:
         config = dataclasses.replace(config, load=dataclasses.replace(load, model=str(path)))
         # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
         self._tokenizer = load_tokenizer(_tokenizer_path(config.load), chat_template)
-        self._engine, self.info = build_engine(config)
-        self._ids = count()
         self._show_progress = not config.disable_progress
+        with progress_on_terminal(self._show_progress) as on_progress:
+            self._engine, self.info = build_engine(config, on_progress)
+        self._ids = count()
 
     def generate(
         self,

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from gossamer.config import EngineConfig, ServerConfig
-from gossamer.core import StartupError
+from gossamer.core import EngineDead, StartupError
 from gossamer.server import cli
 from gossamer.server.cli_options import parse, parse_size
 
@@ -223,6 +223,12 @@ def test_a_bug_is_called_one(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "ZeroDivisionError: oops" in err
     assert "Traceback" not in err
+
+
+def test_a_dead_engine_is_our_fault(monkeypatch, capsys):
+    fake_app(monkeypatch, raising(EngineDead("The engine process has died (killed by SIGKILL).")))
+    assert cli.main(["serve", "m"]) == 1
+    assert capsys.readouterr().err == "gossamer: The engine process has died (killed by SIGKILL).\n"
 
 
 def test_ctrl_c_is_silent(monkeypatch, capsys):
