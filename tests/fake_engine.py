@@ -128,3 +128,12 @@ def build(config: EngineConfig, on_progress: ProgressCallback) -> tuple[FakeEngi
     engine = FakeEngine(config)
     model = ModelConfig("fake", VOCAB, 8, 8, 1, 1, 1, 8, MAX_LEN)
     return engine, EngineInfo(config, model, engine.limits, NUM_PAGES, [("weights", 1)], "fake")
+
+
+def build_failing(config: EngineConfig, on_progress: ProgressCallback) -> tuple[FakeEngine, EngineInfo]:
+    raise StartupError("The model folder is empty.\nGive --model a folder with weights.")
+
+
+def build_slowly(config: EngineConfig, on_progress: ProgressCallback) -> tuple[FakeEngine, EngineInfo]:
+    time.sleep(60)
+    return build(config, on_progress)

@@ -228,7 +228,7 @@ class AsyncLLM:
 
         `prompt` is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `mode` says whether an output holds
         everything so far, what is new, or comes at the end only. Leaving the loop, or cancelling it, aborts the request
-        in the engine. Raises InvalidRequest, EngineOverloaded, RequestFailed (a step of this request did) or EngineDead.
+        in the engine. Raises InvalidRequest, EngineOverloaded, RequestFailed (in a step of it) or EngineDead.
         """
         await self.start()
         params = params or SamplingParams()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gossamer.server.errors import ApiError
+from gossamer.server.errors import ApiError, error_event
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LAST_WORDS_SECONDS = 0.5
+SHUTTING_DOWN = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5, close=True)
 
 
 async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
@@ -103,6 +107,9 @@ class EventStream(Response):
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
                 sender.result()
+        except asyncio.CancelledError:
+            await _cancel(sender)
+            await _last_words(send({"type": "http.response.body", "body": error_event(SHUTTING_DOWN)}))
         finally:
             await _cancel(sender, watcher)
             await self._events.aclose()
@@ -113,6 +120,34 @@ class EventStream(Response):
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Interruptible:
+    """Answers 503 to a request that is cancelled because the server will not wait for it any longer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except asyncio.CancelledError:
+            if not started:
+                await _last_words(SHUTTING_DOWN.response()(scope, receive, send))
+
+
+async def _last_words(sending: Awaitable[None]) -> None:
+    """Sends, but not to a client that does not read: the server is about to leave."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            await sending
 
 
 class HttpProtocol(H11Protocol):

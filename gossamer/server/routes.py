@@ -19,7 +19,7 @@ from gossamer.config import ServerConfig
 from gossamer.core import GossamerError
 from gossamer.server import serving_chat, serving_completion, serving_tokens
 from gossamer.server.errors import ApiError, api_error
-from gossamer.server.http import read_body
+from gossamer.server.http import Interruptible, read_body
 from gossamer.server.metrics import CONTENT_TYPE, ServerMetrics
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gossamer.server.openai_responses import ModelCard, ModelList, encode, now
@@ -63,7 +63,7 @@ def create_app(state: AppState) -> ASGIApp:
     for path, handler, request_type in _POST_ROUTES:
         _add_post_route(app, state, path, handler, request_type)
     _add_get_routes(app, state)
-    return app if state.config.api_key is None else BearerAuth(app, state.config.api_key)
+    return Interruptible(app if state.config.api_key is None else BearerAuth(app, state.config.api_key))
 
 
 def _add_post_route(
