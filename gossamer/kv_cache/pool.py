@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 from gossamer.core import KVLayout
@@ -10,7 +13,7 @@ from gossamer.core import KVLayout
 class KVPool:
     """`layers[i]` is the tuple of layer i's planes (GQA: keys, values), each [num_pages, heads, page_size, dim].
 
-    Zeroed lazily by the operating system: a page costs memory once it is written.
+    On a CPU it is zeroed lazily by the operating system: a page costs memory, and time, once it is written.
     """
 
     def __init__(
@@ -23,10 +26,18 @@ class KVPool:
     ) -> None:
         planes, heads, dim = layout.entry_shape
         shape = (num_layers, planes, num_pages, heads, page_size, dim)
-        self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.tensor = _zeros(shape, getattr(torch, layout.dtype), device)
         self.layers = [tuple(layer.unbind(0)) for layer in self.tensor.unbind(0)]
         self.page_size = page_size
 
     @property
     def num_bytes(self) -> int:
         return self.tensor.nbytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every byte: seconds and gigabytes before the first request. Fresh anonymous memory is zero.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

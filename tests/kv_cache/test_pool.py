@@ -1,0 +1,33 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gossamer.core import KVLayout
+from gossamer.kv_cache.pool import KVPool
+
+LAYOUT = KVLayout((2, 3, 8), "bfloat16", 2)
+
+
+def test_layers_are_views_of_zeros():
+    pool = KVPool(4, LAYOUT, num_pages=5, page_size=16, device=torch.device("cpu"))
+    assert pool.num_bytes == 4 * 5 * 16 * LAYOUT.bytes_per_token
+    assert len(pool.layers) == 4
+    keys, values = pool.layers[2]
+    assert keys.shape == values.shape == (5, 3, 16, 8)
+    assert not pool.tensor.any()
+    values[1, 2, 3] = 1.0
+    assert pool.tensor.sum() == 8
+    assert pool.tensor[2, 1, 1, 2, 3].sum() == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_taken_when_it_is_written():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
+    pool = KVPool(8, LAYOUT, num_pages=40_000, page_size=64, device=torch.device("cpu"))
+    assert pool.num_bytes > 1_900_000_000
+    assert resident_bytes() - before < 50_000_000
