@@ -26,7 +26,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window = list(prompt_token_ids[-_CONTEXT:])
+        self._window = self._context(prompt_token_ids)
         self._num_settled = len(self._window)
         """Tokens of the window whose text is out; the rest are pending."""
         self._num_chars = len(self._decode(self._window).rstrip(REPLACEMENT))
@@ -48,6 +48,14 @@ class Detokenizer:
     def flush(self) -> str:
         """What is still held back, incomplete characters as U+FFFD. Call it once, at the end."""
         return self._emit(self._decode(self._window))
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The end of the prompt, from the start of a character: its bytes may be tokens of their own."""
+        for size in range(_CONTEXT, _CONTEXT + 4):
+            tail = list(prompt_token_ids[-size:])
+            if not self._decode(tail).startswith(REPLACEMENT):
+                return tail
+        return list(prompt_token_ids[-_CONTEXT:])
 
     def _emit(self, text: str) -> str:
         piece = text[self._num_chars :]

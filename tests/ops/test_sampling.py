@@ -235,3 +235,38 @@ def test_token_logprobs(vocab: int, k: int) -> None:
         assert ids[r].tolist() == [int(chosen[r]), *order[:k]]
         assert values[r].tolist() == pytest.approx(exact[r, ids[r]].tolist(), abs=2e-6)
         assert ranks[r].tolist() == [order.index(int(chosen[r])) + 1, *range(1, k + 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocab", [37, 1000, 49152])
+def test_cuda_draws_the_same_tokens_without_waiting_for_the_gpu(vocab: int) -> None:
+    n = 64
+    logits = torch.randn(n, vocab, generator=torch.Generator().manual_seed(4)) * 2
+    logits[3, 5] = float("nan")
+    on_gpu, u = logits.cuda(), uniforms(n)
+    torch.cuda.synchronize()
+    for params in [{"temperature": 0.0}, *PARAMS]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = draw(on_gpu, u, **params)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        # A wide nucleus is drawn in another order on a GPU: there both must follow the oracle, which others test.
+        if params.get("top_p", 1.0) == 1.0 or "top_k" in params:
+            same = (found.cpu() == draw(logits, u, **params)).sum()
+            assert same >= n - 1  # a uniform within rounding of a bound may fall on either side of it
+        assert int(found[3]) == -1
+    draws = 4000
+    grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    tokens = draw(on_gpu[:1].expand(draws, -1).contiguous(), grid, top_p=0.9).cpu()
+    expected = kept_distribution(logits[0].numpy(), 1.0, 0, 0.9, 0.0)
+    counts = torch.bincount(tokens, minlength=vocab)
+    assert all(abs(int(counts[t]) - p * draws) <= 1.05 for t, p in expected.items())
+    values, ids = top_tokens(on_gpu[:3], 9)
+    assert ids.tolist() == top_tokens(logits[:3], 9)[1].tolist()
+    chosen = torch.zeros(3, dtype=torch.int64)
+    for a, b in zip(token_logprobs(on_gpu[:3], chosen.cuda(), 5), token_logprobs(logits[:3], chosen, 5), strict=True):
+        assert torch.allclose(a.cpu().double(), b.double(), atol=1e-5)
+    assert values.is_cuda
