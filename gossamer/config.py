@@ -248,7 +248,8 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> Eng
     """
     load, cache, sched = config.load, config.cache, config.scheduler
     on_cpu = hardware.device == "cpu"
-    dtype = load.dtype if load.dtype != "auto" else (model.dtype if model.dtype in DTYPE_BYTES else "bfloat16")
+    own_dtype: Literal["float32", "bfloat16"] = "float32" if model.dtype == "float32" else "bfloat16"
+    dtype = load.dtype if load.dtype != "auto" else own_dtype
     kv_dtype = cache.kv_cache_dtype if cache.kv_cache_dtype != "auto" else dtype
     max_num_seqs = sched.max_num_seqs or (32 if on_cpu else 256)
     longest = load.max_model_len or model.max_position_embeddings

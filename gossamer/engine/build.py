@@ -50,9 +50,7 @@ def build_engine(config: EngineConfig, on_progress: ProgressCallback | None = No
     pool = KVPool(source.config.num_layers, layout, plan.num_pages, config.cache.page_size, fmt.device)
     runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1)
     limits = RequestLimits(vocab_size=source.config.vocab_size, max_model_len=plan.max_model_len)
-    engine = Engine(
-        config, runner, num_pages=plan.num_pages, limits=limits, eos_token_ids=source.config.eos_token_ids
-    )
+    engine = Engine(config, runner, num_pages=plan.num_pages, limits=limits, eos_token_ids=source.config.eos_token_ids)
     report("Ready", 1.0)
     info = EngineInfo(config, source.config, limits, plan.num_pages, list(plan.entries), hardware.name)
     return engine, info

@@ -1,4 +1,7 @@
-"""The only decoder: embedding, pre-norm blocks of attention and (routed) MLP, final norm, head. Families differ in config."""
+"""The only decoder: embedding, pre-norm blocks of attention and (routed) MLP, final norm, head.
+
+Families differ in their config alone.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import torch
 
 
 def require_reference(x: torch.Tensor, backend: str, op: str) -> None:
-    """Raises NotImplementedError where `op` has no kernel for `x` and the reference was not asked for: no silent fall-back."""
+    """Raises NotImplementedError where `op` has no kernel for `x` and the reference was not asked for."""
     if not x.is_cpu and backend != "reference":
         raise NotImplementedError(
             f"{op} has no kernel for {x.device.type} tensors; --ops-backend reference runs the torch reference there"

@@ -14,7 +14,7 @@ PAGE = 16
 
 
 class Paged:
-    """Random sequences in a pool of NaN, written page by page as the engine does, with scattered or consecutive pages."""
+    """Random sequences in a pool of NaN, written page by page as the engine does; pages scattered or consecutive."""
 
     def __init__(self, lens: list[int], heads: int, dim: int, dtype: torch.dtype, *, consecutive: bool = False) -> None:
         counts = [-(-n // PAGE) for n in lens]
@@ -25,9 +25,7 @@ class Paged:
         self.k = [torch.randn(n, heads, dim).to(dtype) for n in lens]
         self.v = [torch.randn(n, heads, dim).to(dtype) for n in lens]
         for table, k, v in zip(self.tables, self.k, self.v, strict=True):
-            rows = [
-                (table[p // PAGE] * heads + h) * PAGE + p % PAGE for p in range(len(k)) for h in range(heads)
-            ]
+            rows = [(table[p // PAGE] * heads + h) * PAGE + p % PAGE for p in range(len(k)) for h in range(heads)]
             fresh = torch.tensor(table[: -(-len(k) // PAGE)], dtype=torch.int64)
             write_kv(k, v, self.k_pages, self.v_pages, torch.tensor(rows, dtype=torch.int64), fresh)
 
@@ -64,9 +62,7 @@ def test_decode_equals_float64(
     out = torch.full_like(q, torch.nan)
     groups = plan_decode(cache.tables, lens, PAGE, window, dtype)
     decode_attention(q, cache.k_pages, cache.v_pages, groups, 0.2, out)
-    expected = torch.cat(
-        [oracle(q[i : i + 1], cache.k[i], cache.v[i], n - 1, window, 0.2) for i, n in enumerate(lens)]
-    )
+    expected = torch.cat([oracle(q[i : i + 1], cache.k[i], cache.v[i], n - 1, window, 0.2) for i, n in enumerate(lens)])
     check(out, expected, dtype)
 
 

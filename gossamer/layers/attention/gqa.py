@@ -70,7 +70,7 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
 
 
 def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
-    """2 products of head_dim per (query head, visible key); reads each row's visible KV once, its q, and writes k, v, o."""
+    """2 products of head_dim per (query head, visible key); each row's visible KV and q read once, k, v, o written."""
     window = config.sliding_window(layer)
     pairs = kv_tokens = 0
     for start, length in zip(batch.starts, batch.lengths, strict=True):

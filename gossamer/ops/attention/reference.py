@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class DecodeGroup:
 
 @dataclass(slots=True)
 class PrefillSequence:
-    """One sequence's new tokens: rows start .. start + length - 1 of the packed batch, after `prefix_len` cached ones."""
+    """One sequence's new tokens: rows start .. start + length - 1 of the batch, after `prefix_len` cached ones."""
 
     start: int
     length: int
@@ -45,7 +46,7 @@ class PrefillSequence:
 
 def _page_index(page_ids: Sequence[int]) -> torch.Tensor | slice:
     first, n = page_ids[0], len(page_ids)
-    if page_ids[-1] - first == n - 1 and all(b - a == 1 for a, b in zip(page_ids, page_ids[1:], strict=False)):
+    if page_ids[-1] - first == n - 1 and all(b - a == 1 for a, b in pairwise(page_ids)):
         return slice(first, first + n)
     return torch.tensor(page_ids, dtype=torch.int64)
 

@@ -8,13 +8,13 @@ INT4_GROUP_SIZES = (32, 64, 128, 256)
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int8pack_mm(x, weight, scale)
+    out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, weight, scale)
+    return out
 
 
-def int4_linear(
-    x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int
-) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_and_zero)
+def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_and_zero)
+    return out
 
 
 def int8_supported(out_features: int, in_features: int) -> bool:
@@ -28,7 +28,7 @@ def int4_supported(out_features: int, in_features: int, group_size: int = 32) ->
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric round-to-nearest per output channel. weight [N, K] -> int8 [N, K], fp32 scale [N]; a zero row is exact."""
+    """Symmetric rounding per output channel. weight [N, K] -> int8 [N, K], fp32 scale [N]; a zero row is exact."""
     scale = weight.abs().amax(dim=1).float() / 127.0
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     q = (weight * inverse[:, None].to(weight.dtype)).round_().clamp_(-127, 127)

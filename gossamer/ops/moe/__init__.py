@@ -13,7 +13,7 @@ from gossamer.ops.moe import reference
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax", backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses experts. router_logits [num_tokens, num_experts] -> topk_weights fp32, topk_ids int64 [num_tokens, top_k].
+    """Chooses experts. router_logits [num_tokens, num_experts] -> weights fp32, ids int64 [num_tokens, top_k].
 
     Scores are softmax or sigmoid of the logits in fp32; `renormalize` makes the kept weights sum to 1.
     """

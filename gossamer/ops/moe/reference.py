@@ -35,5 +35,5 @@ def grouped_mlp(
             expert_out[start : start + count] = expert(permuted[start : start + count])
             start += count
     unpermuted = torch.empty_like(expert_out).index_copy_(0, order, expert_out)
-    unpermuted = unpermuted.unflatten(0, (num_tokens, top_k))
+    unpermuted = unpermuted.view(num_tokens, top_k, x.shape[-1])
     return (unpermuted * topk_weights.unsqueeze(-1)).sum(1).to(x.dtype)
