@@ -177,7 +177,7 @@ class _PenaltyTable:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._factors = torch.zeros(0, 3, device=device)
+        self._factors: dict[int, tuple[float, float, float]] = {}
         self._row_of: dict[int, int] = {}
         self._free: list[int] = []
 
@@ -190,8 +190,7 @@ class _PenaltyTable:
         present[prompt] = True
         self._prompt[row] = present.to(device)
         self._counts[row] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab).to(device)
-        values = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-        self._factors[row] = torch.tensor(values, dtype=torch.float32).to(device)
+        self._factors[slot] = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
 
     def drop(self, slot: int) -> None:
         row = self._row_of.pop(slot, None)
@@ -202,8 +201,10 @@ class _PenaltyTable:
         rows, table = self._locate(slots)
         if rows is None:
             return logits
-        factors = self._factors[table]
-        logits[rows] = apply_penalties(logits[rows], self._prompt[table], self._counts[table], *factors.unbind(1))
+        factors = torch.tensor([self._factors[slot] for slot in slots if slot in self._row_of], dtype=torch.float32)
+        presence, frequency, repetition = factors.unbind(1)
+        prompt, counts = self._prompt[table], self._counts[table]
+        logits[rows] = apply_penalties(logits[rows], prompt, counts, presence, frequency, repetition)
         return logits
 
     def count(self, slots: list[int], token_ids: Tensor) -> None:
@@ -222,9 +223,9 @@ class _PenaltyTable:
     def _grow(self) -> None:
         old = len(self._counts)
         extra = max(old, 1)
-        self._prompt, self._counts, self._factors = (
+        self._prompt, self._counts = (
             torch.cat((t, torch.zeros(extra, t.shape[1], dtype=t.dtype, device=t.device)))
-            for t in (self._prompt, self._counts, self._factors)
+            for t in (self._prompt, self._counts)
         )
         self._free += range(old, old + extra)
 

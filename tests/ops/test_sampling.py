@@ -95,7 +95,7 @@ def test_chi_square_with_random_uniforms() -> None:
     assert statistic < 94.0  # 49 degrees of freedom: exceeded once in ten thousand
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1 - 1e-12])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1 - 1e-6])
 @pytest.mark.parametrize("scale", [0.0, 0.2, 4.0])
 def test_wide_nucleus_is_exact(top_p: float, scale: float) -> None:
     """Wider than the probe: the radix selection must keep exactly the oracle's tokens, ties by lowest id."""

@@ -39,8 +39,8 @@ def apply_penalties(
         logits: float32 [num_rows, vocab].
         prompt_mask: bool [num_rows, vocab], true where the prompt has the token.
         output_counts: int32 [num_rows, vocab].
-        presence, frequency, repetition: float32 [num_rows].
-    Returns: float32 [num_rows, vocab], a new tensor.
+        presence, frequency, repetition: float32 [num_rows], CPU tensors: penalties that no row has cost nothing.
+    Returns: float32 [num_rows, vocab]; `logits` is not modified.
     """
     return reference.apply_penalties(logits, prompt_mask, output_counts, presence, frequency, repetition)
 
