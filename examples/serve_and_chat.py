@@ -10,7 +10,7 @@ import urllib.request
 
 from openai import AsyncOpenAI
 
-QUESTIONS = ["What is the capital of France?", "What is the capital of Italy?", "What colour is the sky?"]
+QUESTIONS = ["What is the capital of France?", "What is the capital of Japan?", "What is water made of?"]
 
 
 def free_port() -> int:

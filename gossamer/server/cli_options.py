@@ -133,9 +133,7 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
     kind = _without_none(hint)
     shown = "" if default in (None, "", False) or "default" in text else f" (default: {_show(default, size)})"
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": (text + shown).replace("%", "%%")}
-    if kind is bool and default is False:
-        options["action"] = "store_true"
-    elif kind is bool:
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(kind) is Literal:
         choices = get_args(kind)

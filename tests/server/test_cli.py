@@ -5,9 +5,10 @@ import types
 
 import pytest
 
-from gossamer.config import EngineConfig, ServerConfig
+from gossamer.config import EngineConfig, ServerConfig, make_engine_config
 from gossamer.core import EngineDead, StartupError
 from gossamer.server import cli
+from gossamer.server.app import _flags as app_flags
 from gossamer.server.cli_options import parse, parse_size
 
 
@@ -113,6 +114,12 @@ def test_flags_left_out_keep_the_configs_defaults(served):
     server, engine = served[0]
     assert server == ServerConfig()
     assert engine == EngineConfig(load=type(engine.load)(model="m"))
+
+
+def test_the_printed_config_can_be_given_again(served):
+    config = make_engine_config(model="m", max_model_len=64, enable_prefix_caching=False, gpu_memory_utilization=0.25)
+    assert cli.main(["serve", "m", *app_flags(config).split()]) == 0
+    assert served[0][1] == config
 
 
 def test_model_as_a_flag(served):
