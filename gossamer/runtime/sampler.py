@@ -6,6 +6,8 @@ for them. Randomness is a hash of (seed, output index), so a request's tokens de
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -97,11 +99,7 @@ class Sampler:
         if logits.shape != (len(slots), self.vocab_size):
             raise ValueError(f"logits must be [{len(slots)}, {self.vocab_size}], got {list(logits.shape)}")
         if self._is_simple[slots].all() and slots:
-            token_ids = argmax(logits)
-            finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
-            token_ids = torch.where(finite, token_ids, -1)
-            self._check_on_cpu(token_ids, slots)
-            return token_ids, None
+            return self._greedy(logits, slots), None
         raw = logits.float()
         output_index = np.array([row.output_index for row in rows], np.int64)
         edited = self._edit(raw, slots, output_index) if self._has_edits[slots].any() else raw
@@ -118,12 +116,7 @@ class Sampler:
 
     def check_sampled(self, token_ids: list[int], rows: list[ScheduledRow]) -> None:
         """Raises GossamerError if a row's logits held NaN or infinity (its token id is -1)."""
-        bad = [self._request_ids[row.slot] for row, token in zip(rows, token_ids, strict=True) if token < 0]
-        if bad:
-            raise GossamerError(
-                f"The model's logits for {', '.join(bad)} are NaN or infinite, so no token can be sampled. "
-                "The weights may be damaged; --dtype float32 rules out overflow."
-            )
+        self._refuse([row.slot for row, token in zip(rows, token_ids, strict=True) if token < 0])
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Tensor | list[int], k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt token that follows each position, with the k likeliest.
@@ -137,10 +130,27 @@ class Sampler:
             out += _to_host(*token_logprobs(logits[part].float(), ids[part], min(k, self.vocab_size)))
         return out
 
+    def _greedy(self, logits: Tensor, slots: list[int]) -> Tensor:
+        """The commonest step of all, with as few operations as it can have."""
+        token_ids = argmax(logits)
+        largest = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+        if largest.is_cuda:
+            return torch.where(largest.isfinite(), token_ids, -1)
+        values = largest.tolist()
+        if not all(map(math.isfinite, values)):
+            self._refuse([slot for slot, value in zip(slots, values, strict=True) if not math.isfinite(value)])
+        return token_ids
+
     def _check_on_cpu(self, token_ids: Tensor, slots: list[int]) -> None:
-        if token_ids.device.type == "cpu" and slots and int(token_ids.min()) < 0:
-            rows = [ScheduledRow(slot, 0, 1, [], [], True) for slot in slots]
-            self.check_sampled(token_ids.tolist(), rows)
+        if token_ids.device.type == "cpu":
+            self._refuse([slot for slot, token in zip(slots, token_ids.tolist(), strict=True) if token < 0])
+
+    def _refuse(self, slots: list[int]) -> None:
+        if slots:
+            raise GossamerError(
+                f"The model's logits for {', '.join(self._request_ids[slot] for slot in slots)} are NaN or infinite, "
+                "so no token can be sampled. The weights may be damaged; --dtype float32 rules out overflow."
+            )
 
     def _edit(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
         """A copy of the logits with masks, biases and penalties applied, in vLLM's order."""

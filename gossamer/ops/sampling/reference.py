@@ -18,14 +18,10 @@ _PROBE = 128
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Two levels: torch's one-pass CPU argmax is ten times slower than its block maxima."""
-    num_rows, vocab = logits.shape
-    if vocab % _BLOCK or vocab == _BLOCK or logits.is_cuda:
+    if logits.is_cuda or logits.dtype != torch.float32:
         return logits.argmax(-1)
-    blocks = logits.view(num_rows, -1, _BLOCK)
-    best = blocks.amax(-1).argmax(-1)
-    inside = blocks.gather(1, best.view(-1, 1, 1).expand(-1, 1, _BLOCK)).squeeze(1).argmax(-1)
-    return best * _BLOCK + inside
+    # numpy's is vectorised, and an order of magnitude faster than torch's on a CPU.
+    return torch.from_numpy(logits.detach().numpy().argmax(-1))
 
 
 def apply_penalties(
