@@ -43,7 +43,7 @@ class EngineOverloaded(GossamerError):
 
 
 class RequestFailed(GossamerError):
-    """The engine gave up on this request because a step of it failed; others go on."""
+    """This request ended early, because a step of it failed or it was aborted; others go on."""
 
 
 class EngineDead(GossamerError):
@@ -106,6 +106,8 @@ class RequestLimits:
     max_model_len: int
     max_n: int = 64
     max_logprobs: int = 20
+    max_prompt_logprobs: int = 1 << 18
+    """Entries over the whole prompt: each takes memory until the request ends."""
     max_stop: int = 16
     max_stop_chars: int = 1024
     max_logit_bias: int = 1024
@@ -122,6 +124,13 @@ class RequestLimits:
                 f"{len(prompt_token_ids)} prompt tokens and {wanted} output tokens (max_tokens). Shorten one of them.",
                 "max_tokens" if room >= 1 else "prompt",
                 "context_length_exceeded",
+            )
+        num_scored = len(prompt_token_ids) * ((params.prompt_logprobs or 0) + 1)
+        if params.prompt_logprobs is not None and num_scored > self.max_prompt_logprobs:
+            raise InvalidRequest(
+                f"prompt_logprobs={params.prompt_logprobs} over {len(prompt_token_ids)} prompt tokens is more than "
+                f"{self.max_prompt_logprobs} entries. Ask for fewer, or shorten the prompt.",
+                "prompt_logprobs",
             )
         if params.max_tokens is None and params.min_tokens > room:
             raise InvalidRequest(

@@ -164,13 +164,13 @@ class EngineClient:
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stops the engine: asked first, killed after `timeout` seconds. Safe to call twice."""
-        if not self._stopping and self._process.poll() is None:
-            self._requests.send(messages.encode(messages.Shutdown()), zmq.NOBLOCK)
-            self._process.send_signal(signal.SIGTERM)
-        self._stopping = True
-        deadline = time.monotonic() + timeout
-        while self._process.poll() is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        ready = self._info is not None and self._info.done() and self._info.exception() is None
+        if ready and self.alive:
+            self._send(messages.Shutdown())
+            self._stopping = True
+            deadline = time.monotonic() + timeout
+            while self._process.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
         self.close()
 
     def close(self) -> None:

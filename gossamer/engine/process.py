@@ -76,10 +76,6 @@ class EngineServer:
         self._decoder = messages.engine_side_decoder()
         self._stopping = False
 
-    def stop(self) -> None:
-        """Makes `run` return before its next step. Safe to call from a signal handler."""
-        self._stopping = True
-
     def run(self) -> None:
         while True:
             took_any = self._take_messages()
@@ -119,7 +115,7 @@ class EngineServer:
                 for request_id in message.request_ids:
                     self._engine.abort(request_id)
             case messages.Shutdown():
-                self.stop()
+                self._stopping = True
 
     def _add(self, message: messages.AddRequest) -> messages.Refused | None:
         request_id = message.request_id
@@ -192,10 +188,8 @@ def _serve(config: messages.StartConfig, requests: zmq.Socket[bytes], outputs: z
     engine = _build(config, outputs)
     if engine is None:
         return 1
-    server = EngineServer(engine, requests, outputs)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
     try:
-        server.run()
+        EngineServer(engine, requests, outputs).run()
     except Exception as exc:
         logger.exception("the engine loop failed")
         outputs.send(messages.encode(messages.Fatal(f"{type(exc).__name__}: {exc}")))
@@ -207,9 +201,10 @@ def _serve(config: messages.StartConfig, requests: zmq.Socket[bytes], outputs: z
 def main() -> int:
     started = time.monotonic()
     faulthandler.enable()
-    # The terminal sends Ctrl-C to the whole foreground group; the parent decides what it means for us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # A terminal or a service manager signals the whole group, but open requests are the parent's to finish first. It
+    # ends us with a message, by closing the pipe, or with SIGKILL. Handlers, for SIG_IGN would outlive an exec.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     stdin = sys.stdin.buffer
     config = _read_config(stdin)
     logging.basicConfig(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gossamer import __version__
-from gossamer.config import EngineConfig, ServerConfig
+from gossamer.config import EngineConfig, ServerConfig, flag
 from gossamer.core import EngineDead, StartupError
 from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the pools of the usual clients and proxies keep a connection: they close it, not we under a request."""
 DEATH_GRACE_SECONDS = 2.0
 """How long a server without an engine still answers 503, for probes to see, before it leaves."""
 
@@ -129,7 +132,7 @@ class _Server:
 
     def _announce(self, model_name: str, info: EngineInfo) -> None:
         url = _url(self._config.host, self._listener)
-        logger.info("resolved configuration: %s", info.config)
+        _say("Config: " + _flags(info.config))
         if info.ledger:
             _say("Memory: " + ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in info.ledger))
         seconds = time.monotonic() - self._started
@@ -182,6 +185,7 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
             access_log=config.log_level == "debug",
             server_header=False,
             backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout),
         )
     )
@@ -199,6 +203,8 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("gossamer").setLevel(level.upper())
+    # Its warnings are about requests that are not HTTP; what it says at "info" is ours to say.
+    logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
 
 
 def _say(line: str) -> None:
@@ -208,6 +214,19 @@ def _say(line: str) -> None:
 def _url(host: str, listener: socket.socket) -> str:
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def _flags(config: EngineConfig) -> str:
+    """The resolved configuration as the flags that would ask for exactly it."""
+    words = []
+    for part in (config.load, config.cache, config.scheduler, config):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, bool):
+                words.append(flag(field.name if value else f"no_{field.name}"))
+            elif isinstance(value, int | float | str) and field.name != "model":
+                words.append(f"{flag(field.name)} {value}")
+    return " ".join(words)
 
 
 def _size(num_bytes: int) -> str:

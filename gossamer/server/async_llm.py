@@ -247,7 +247,7 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request, if it still runs: its pages are free before the engine's next step."""
-        self._fail(request_id, InvalidRequest(f"The request {request_id!r} was aborted.", "request_id"), "abort")
+        self._fail(request_id, RequestFailed(f"The request {request_id!r} was aborted."), "abort")
         self._streams.pop(request_id, None)
 
     async def shutdown(self, timeout: float = 5.0) -> None:

@@ -37,6 +37,7 @@ class _EngineCollector:
             ("vllm:num_requests_running", "Requests being computed.", s.num_running),
             ("vllm:num_requests_waiting", "Requests waiting for room.", s.num_waiting),
             ("vllm:kv_cache_usage_perc", "KV cache in use, 1 is all of it.", usage),
+            ("vllm:gpu_cache_usage_perc", "The former name of vllm:kv_cache_usage_perc.", usage),
             ("gossamer:kv_cache_pages", "Pages in the KV cache.", s.num_pages),
             ("gossamer:kv_cache_pages_in_use", "Pages that a request holds.", s.num_pages_in_use),
         )

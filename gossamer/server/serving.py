@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class Serving:
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, options: Mapping[str, Any] | None
     ) -> list[int]:
         """Token ids of a conversation in the model's template, which is untrusted enough to run beside the loop."""
-        self._check_length(sum(len(message["content"]) for message in messages))
+        # What a template might print, and at least one character a message.
+        texts = [*(options or {}).values(), *(value for message in messages for value in message.values())]
+        self._check_length(len(messages) + sum(len(text) for text in texts if isinstance(text, str)))
         return await asyncio.to_thread(
             self.llm.tokenizer.apply_chat_template,
             messages,
@@ -79,7 +82,7 @@ def own_name(model: str) -> str:
     path = Path(model).expanduser()
     if not path.exists():
         return model
-    path = path.resolve()
+    path = Path(os.path.abspath(path))
     return path.stem if path.suffix == ".gguf" else path.name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
@@ -77,6 +78,8 @@ class _Completion:
                 prompt = await serving.encode(
                     prompt, add_special_tokens=add_special, parse_special=request.parse_special_tokens
                 )
+                # Many short prompts are a long text, too: others get their turn in between.
+                await asyncio.sleep(0)
             prompts.append(prompt)
             serving.llm.info.limits.check(prompt, self._params)
         mode: OutputMode = "delta" if request.stream else "final"
@@ -165,7 +168,9 @@ class _Completion:
             else:
                 token = position[token_id].decoded_token or ""
                 target.token_logprobs.append(position[token_id].logprob)
-                target.top_logprobs.append({entry.decoded_token or "": entry.logprob for entry in position.values()})
+                # Tokens that are no text of their own share a spelling: the likelier one has it.
+                rising = sorted(position.values(), key=lambda entry: entry.logprob)
+                target.top_logprobs.append({entry.decoded_token or "": entry.logprob for entry in rising})
             target.tokens.append(token)
             target.text_offset.append(offset)
             offset += len(token)

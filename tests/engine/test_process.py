@@ -270,9 +270,13 @@ def _running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_interrupt_of_the_terminal_does_not_stop_the_engine():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_group_leave_the_engine_to_its_parent(number):
     async def scenario(session):
-        os.kill(session.client.pid, signal.SIGINT)
+        session.client.add_request("r", [1], SamplingParams(max_tokens=4000), None)
+        await until(lambda: session.tokens("r"))
+        os.kill(session.client.pid, number)
+        session.client.abort(["r"])
         await canary(session)
 
     with_engine(scenario)

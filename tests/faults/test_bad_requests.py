@@ -21,7 +21,7 @@ def server(tmp_path_factory):
     options = {"max_body_bytes": MAX_BODY, "log_level": "error"}
     with ServerProcess({"load": {"model": str(model)}}, options) as process:
         yield process
-        assert process.stderr.count("\n") < 3
+        assert len(process.lines) == 4, process.stderr
 
 
 @pytest.fixture(autouse=True)
