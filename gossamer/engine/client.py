@@ -63,6 +63,7 @@ class EngineClient:
         self._on_progress: ProgressCallback | None = None
         self._info: asyncio.Future[EngineInfo] | None = None
         self._last_words = ""
+        self._ready = False
         self._dead = False
         self._stopping = False
         self.last_heard = time.monotonic()
@@ -96,6 +97,8 @@ class EngineClient:
     def listen(self, on_message: Callable[[messages.FromEngine], None], on_death: Callable[[str], None]) -> None:
         """Hands every message from now on to `on_message`; calls `on_death(why)` once if the engine dies."""
         self._on_message, self._on_death = on_message, on_death
+        if self._dead:
+            on_death(self._last_words)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None
@@ -139,6 +142,7 @@ class EngineClient:
                 if self._on_progress is not None:
                     self._on_progress(message.stage, message.fraction)
             case messages.Ready():
+                self._ready = True
                 self._info.set_result(message.info)
             case messages.StartupFailed():
                 self._info.set_exception(StartupError(message.message))
@@ -164,8 +168,7 @@ class EngineClient:
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stops the engine: asked first, killed after `timeout` seconds. Safe to call twice."""
-        ready = self._info is not None and self._info.done() and self._info.exception() is None
-        if ready and self.alive:
+        if self._ready and self.alive:
             self._send(messages.Shutdown())
             self._stopping = True
             deadline = time.monotonic() + timeout

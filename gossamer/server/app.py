@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than the pools of the usual clients and proxies keep a connection: they close it, not we under a request."""
+MAX_TIMEOUT_SECONDS = 86400
 DEATH_GRACE_SECONDS = 2.0
 """How long a server without an engine still answers 503, for probes to see, before it leaves."""
 
@@ -47,6 +48,7 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
 
     Raises StartupError if the port or the model cannot be had, and EngineDead if the engine died.
     """
+    _check(server)
     _set_up_logging(server.log_level)
     listener = claim_port(server)
     try:
@@ -141,6 +143,13 @@ class _Server:
         body = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}]})
         key = ' -H "Authorization: Bearer $GOSSAMER_API_KEY"' if self._config.api_key is not None else ""
         _say(f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+
+
+def _check(config: ServerConfig) -> None:
+    for name in ("receive_timeout", "send_timeout", "drain_timeout"):
+        value = getattr(config, name)
+        if not 0 < value <= MAX_TIMEOUT_SECONDS:
+            raise StartupError(f"{flag(name)} must be more than 0 and at most {MAX_TIMEOUT_SECONDS}; got {value}.")
 
 
 def claim_port(config: ServerConfig) -> socket.socket:

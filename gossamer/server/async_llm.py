@@ -147,7 +147,11 @@ class AsyncLLM:
         """Why the engine died, if it has."""
 
     async def __aenter__(self) -> AsyncLLM:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -163,14 +167,21 @@ class AsyncLLM:
         return self.info
 
     async def _start(self, on_progress: ProgressCallback | None) -> None:
+        ready = asyncio.create_task(self._client.wait_ready(on_progress))
         loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
         try:
-            info = await self._client.wait_ready(on_progress)
-            self._tokenizer, longest = await loading
+            # Whichever fails first is what the user hears about, without waiting for the other.
+            await asyncio.wait({ready, loading}, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (loading, ready):
+                if task.done():
+                    task.result()
         except BaseException:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            for task in (loading, ready):
+                task.cancel()
+            await asyncio.gather(loading, ready, return_exceptions=True)
             raise
+        info = ready.result()
+        self._tokenizer, longest = loading.result()
         self._processor = OutputProcessor(self._tokenizer)
         self.max_prompt_chars = info.limits.max_model_len * longest
         self.stats.num_pages = info.num_pages

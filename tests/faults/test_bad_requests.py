@@ -11,6 +11,8 @@ import time
 import pytest
 from server_process import ServerProcess, error_of, write_byte_tokenizer
 
+from gossamer.core import InvalidRequest, RequestLimits, SamplingParams
+
 MAX_BODY = 200_000
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -252,6 +254,15 @@ def test_prompt_longer_than_the_context(server):
     assert error["code"] == "context_length_exceeded"
     error = refused(server, CHAT, {"messages": [{"role": "user", "content": "a" * 150_000}]})
     assert error["code"] == "context_length_exceeded"
+
+
+def test_long_prompt_with_log_probabilities():
+    """FAULTS 10: bounded by the validator that all entry points share."""
+    limits = RequestLimits(vocab_size=10, max_model_len=1 << 20)
+    limits.check([1] * 1000, SamplingParams(prompt_logprobs=20))
+    with pytest.raises(InvalidRequest) as refusal:
+        limits.check([1] * 100_000, SamplingParams(prompt_logprobs=5))
+    assert refusal.value.param == "prompt_logprobs"
 
 
 def test_bad_tokens_to_detokenize(server):

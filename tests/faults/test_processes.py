@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import ServerProcess, error_of, write_byte_tokenizer
+from server_process import FAKE_ENGINE, TESTS, ServerProcess, error_of, write_byte_tokenizer
+
+from gossamer.config import make_engine_config
+from gossamer.core import EngineDead
+from gossamer.server import async_llm
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +73,29 @@ def test_killed_server_takes_the_engine_along(model):
 
 
 def test_stopped_engine_is_not_ready(model, monkeypatch):
-    """FAULTS 28: a process that is there but does not move. The client is told the time, not made to wait for it."""
-    from gossamer.server import async_llm
+    """FAULTS 28: a process that is there but does not move; ready again when it does."""
+    monkeypatch.setattr(async_llm, "STALL_SECONDS", 1.2)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
-    class Silent:
-        alive = True
-        last_heard = time.monotonic() - async_llm.STALL_SECONDS - 1
+    async def until(ready, llm):
+        deadline = time.monotonic() + 5
+        while llm.is_ready != ready:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
 
-    llm = async_llm.AsyncLLM.__new__(async_llm.AsyncLLM)
-    llm._client, llm._info = Silent(), object()
-    assert not llm.is_ready
-    Silent.last_heard = time.monotonic()
-    assert llm.is_ready
+    async def main():
+        config = make_engine_config(model=model)
+        async with async_llm.AsyncLLM.from_config(config, factory=FAKE_ENGINE, log_level="critical") as llm:
+            await asyncio.sleep(1.5)
+            await llm.check_health()
+            os.kill(llm._client.pid, signal.SIGSTOP)
+            await until(False, llm)
+            with pytest.raises(EngineDead, match="does not answer"):
+                await llm.check_health()
+            os.kill(llm._client.pid, signal.SIGCONT)
+            await until(True, llm)
+
+    asyncio.run(main())
 
 
 def test_port_in_use_is_said_before_anything_loads(model):
@@ -93,6 +109,24 @@ def test_port_in_use_is_said_before_anything_loads(model):
             assert "--port" in server.stderr
             assert len(server.lines) <= 5
             assert time.monotonic() - started < 5
+
+
+def test_bad_timeout(model):
+    with ServerProcess(engine_config(model), {"send_timeout": 0}, wait=False) as server:
+        assert server.process.wait(10) == 2
+        server._reader.join()
+        assert "--send-timeout must be more than 0" in server.stderr
+
+
+def test_tokenizer_that_cannot_be_read(model, tmp_path):
+    """Said at once, not after the engine has loaded."""
+    folder = write_byte_tokenizer(tmp_path / "broken")
+    (folder / "tokenizer.json").write_text("{")
+    with ServerProcess(engine_config(str(folder)), factory="fake_engine:build_slowly", wait=False) as server:
+        assert server.process.wait(15) == 2
+        server._reader.join()
+        assert "tokenizer.json" in server.stderr
+        assert len(server.lines) <= 5
 
 
 def test_bad_host(model):
