@@ -103,7 +103,7 @@ class EngineClient:
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str | None
     ) -> None:
-        self._send(messages.AddRequest(request_id, prompt_token_ids, params, cache_salt, time.monotonic()))
+        self._send(messages.AddRequest(request_id, prompt_token_ids, params, cache_salt, time.time()))
 
     def abort(self, request_ids: list[str]) -> None:
         """Aborts before the engine's next step; does nothing if the engine is dead or knows no such request."""

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from gossamer.core import InvalidRequest, SamplingParams
 from gossamer.server.errors import ApiError
@@ -19,8 +19,6 @@ MAX_SEQUENCES = 256
 """Most continuations of one HTTP request: prompts times n."""
 MAX_CACHE_SALT = 128
 MAX_NEUTRAL_BYTES = 256
-
-_NULL = Raw(b"null")
 
 TemplateOptions = Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=32)]
 """Variables of a chat template, such as enable_thinking. Scalars: a template may loop over anything else."""
@@ -63,26 +61,26 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     cache_salt: str | None = None
     # Inert: they ask nothing of the answer.
     user: str | None = None
-    metadata: Raw = _NULL
+    metadata: Raw | UnsetType = UNSET
     store: bool | None = None
     # Known, not implemented: see _NEUTRAL.
-    priority: Raw = _NULL
-    request_id: Raw = _NULL
-    bad_words: Raw = _NULL
-    response_format: Raw = _NULL
-    structured_outputs: Raw = _NULL
-    guided_json: Raw = _NULL
-    guided_regex: Raw = _NULL
-    guided_choice: Raw = _NULL
-    guided_grammar: Raw = _NULL
-    kv_transfer_params: Raw = _NULL
-    logits_processors: Raw = _NULL
-    vllm_xargs: Raw = _NULL
-    use_beam_search: Raw = _NULL
-    length_penalty: Raw = _NULL
-    truncate_prompt_tokens: Raw = _NULL
-    spaces_between_special_tokens: Raw = _NULL
-    return_tokens_as_token_ids: Raw = _NULL
+    priority: Raw | UnsetType = UNSET
+    request_id: Raw | UnsetType = UNSET
+    bad_words: Raw | UnsetType = UNSET
+    response_format: Raw | UnsetType = UNSET
+    structured_outputs: Raw | UnsetType = UNSET
+    guided_json: Raw | UnsetType = UNSET
+    guided_regex: Raw | UnsetType = UNSET
+    guided_choice: Raw | UnsetType = UNSET
+    guided_grammar: Raw | UnsetType = UNSET
+    kv_transfer_params: Raw | UnsetType = UNSET
+    logits_processors: Raw | UnsetType = UNSET
+    vllm_xargs: Raw | UnsetType = UNSET
+    use_beam_search: Raw | UnsetType = UNSET
+    length_penalty: Raw | UnsetType = UNSET
+    truncate_prompt_tokens: Raw | UnsetType = UNSET
+    spaces_between_special_tokens: Raw | UnsetType = UNSET
+    return_tokens_as_token_ids: Raw | UnsetType = UNSET
 
     def _sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         defaults = SamplingParams()
@@ -112,9 +110,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     def check(self) -> None:
         """Raises InvalidRequest for fields that are not implemented or contradict each other."""
         for name, neutral in _NEUTRAL.items():
-            raw = getattr(self, name, _NULL)
             # A name may be implemented in one request type (echo in completions) and not in another.
-            if isinstance(raw, Raw) and not _is_neutral(bytes(raw), neutral):
+            if not _is_neutral(getattr(self, name, UNSET), neutral):
                 raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
         if self.stream_options is not None:
             if not self.stream:
@@ -137,9 +134,9 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = None
     parse_special_tokens: bool = False
-    best_of: Raw = _NULL
-    suffix: Raw = _NULL
-    prompt_embeds: Raw = _NULL
+    best_of: Raw | UnsetType = UNSET
+    suffix: Raw | UnsetType = UNSET
+    prompt_embeds: Raw | UnsetType = UNSET
 
     def sampling(self) -> SamplingParams:
         return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
@@ -184,7 +181,7 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tool_calls: list[None] | None = None
     function_call: None = None
     audio: None = None
-    annotations: Raw = _NULL
+    annotations: Raw | UnsetType = UNSET
     reasoning: None = None
     reasoning_content: None = None
 
@@ -212,27 +209,27 @@ class ChatRequest(GenerationRequest, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_options: Raw = _NULL
-    prompt_cache_retention: Raw = _NULL
+    prompt_cache_options: Raw | UnsetType = UNSET
+    prompt_cache_retention: Raw | UnsetType = UNSET
     # Known, not implemented: see _NEUTRAL.
-    tools: Raw = _NULL
-    tool_choice: Raw = _NULL
-    functions: Raw = _NULL
-    function_call: Raw = _NULL
-    modalities: Raw = _NULL
-    audio: Raw = _NULL
-    prediction: Raw = _NULL
-    moderation: Raw = _NULL
-    reasoning_effort: Raw = _NULL
-    include_reasoning: Raw = _NULL
-    verbosity: Raw = _NULL
-    service_tier: Raw = _NULL
-    web_search_options: Raw = _NULL
-    echo: Raw = _NULL
-    continue_final_message: Raw = _NULL
-    chat_template: Raw = _NULL
-    documents: Raw = _NULL
-    mm_processor_kwargs: Raw = _NULL
+    tools: Raw | UnsetType = UNSET
+    tool_choice: Raw | UnsetType = UNSET
+    functions: Raw | UnsetType = UNSET
+    function_call: Raw | UnsetType = UNSET
+    modalities: Raw | UnsetType = UNSET
+    audio: Raw | UnsetType = UNSET
+    prediction: Raw | UnsetType = UNSET
+    moderation: Raw | UnsetType = UNSET
+    reasoning_effort: Raw | UnsetType = UNSET
+    include_reasoning: Raw | UnsetType = UNSET
+    verbosity: Raw | UnsetType = UNSET
+    service_tier: Raw | UnsetType = UNSET
+    web_search_options: Raw | UnsetType = UNSET
+    echo: Raw | UnsetType = UNSET
+    continue_final_message: Raw | UnsetType = UNSET
+    chat_template: Raw | UnsetType = UNSET
+    documents: Raw | UnsetType = UNSET
+    mm_processor_kwargs: Raw | UnsetType = UNSET
 
     def sampling(self) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -259,14 +256,14 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool = True
     parse_special_tokens: bool = False
     return_token_strs: bool | None = None
-    continue_final_message: Raw = _NULL
+    continue_final_message: Raw | UnsetType = UNSET
     chat_template_kwargs: TemplateOptions | None = None
-    chat_template: Raw = _NULL
-    tools: Raw = _NULL
+    chat_template: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
 
     def check(self) -> None:
         for name in ("continue_final_message", "chat_template", "tools"):
-            if not _is_neutral(bytes(getattr(self, name)), _NEUTRAL[name]):
+            if not _is_neutral(getattr(self, name), _NEUTRAL[name]):
                 raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Give either prompt or messages.", "prompt")
@@ -322,7 +319,10 @@ _NEUTRAL: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def _is_neutral(raw: bytes, neutral: tuple[bytes, ...]) -> bool:
+def _is_neutral(value: object, neutral: tuple[bytes, ...]) -> bool:
+    if not isinstance(value, Raw):
+        return True
+    raw = bytes(value)
     if raw == b"null":
         return True
     if len(raw) > MAX_NEUTRAL_BYTES:

@@ -56,7 +56,7 @@ class AppState:
 
 def create_app(state: AppState) -> ASGIApp:
     """The application for `state`, whose model may be still loading."""
-    app = FastAPI(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
+    app = _Application(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
     app.add_exception_handler(HTTPException, _on_http_exception)
     for kind in (ApiError, GossamerError, Exception):
         app.add_exception_handler(kind, _on_exception)
@@ -83,8 +83,27 @@ def _add_post_route(
         methods=["POST"],
         name=request_type.__name__,
         description=request_type.__doc__,
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request_type)}}}
+        },
         response_model=None,
     )
+
+
+def _ref(request_type: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{request_type.__name__}"}
+
+
+class _Application(FastAPI):
+    """FastAPI that describes the request types in /openapi.json though it does not decode them itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        _, components = msgspec.json.schema_components(
+            [request_type for _, _, request_type in _POST_ROUTES], ref_template="#/components/schemas/{name}"
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        return schema
 
 
 def _add_get_routes(app: FastAPI, state: AppState) -> None:

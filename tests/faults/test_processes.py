@@ -51,10 +51,9 @@ def test_killed_engine(model):
         assert "Traceback" not in server.stderr
 
 
-@pytest.mark.parametrize("token", [250, 252], ids=["exception", "exit"])
-def test_engine_that_breaks_itself(model, token):
+def test_engine_that_breaks_itself(model):
     with ServerProcess(engine_config(model)) as server:
-        answer = server.post("/v1/completions", {"prompt": [token]})
+        answer = server.post("/v1/completions", {"prompt": [250]})
         assert answer.status_code == 503
         assert server.http.get("/health").status_code == 503
         assert server.process.wait(10) == 2

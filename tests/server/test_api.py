@@ -308,8 +308,10 @@ def test_health_version_and_liveness(server):
     assert server.http.get("/health").status_code == 200
     assert server.http.get("/live").status_code == 200
     assert set(server.http.get("/version").json()) == {"version"}
-    paths = server.http.get("/openapi.json").json()["paths"]
-    assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} <= set(paths)
+    schema = server.http.get("/openapi.json").json()
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    name = body["$ref"].rpartition("/")[2]
+    assert "temperature" in schema["components"]["schemas"][name]["properties"]
 
 
 def test_unknown_routes_and_methods(server):
