@@ -154,6 +154,12 @@ class ServerProcess:
             return self.http.post(path, content=body, **options)
         return self.http.post(path, json=body, **options)
 
+    def wait_running(self, count: int, seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while self.metric("vllm:num_requests_running") != count:
+            assert time.monotonic() < deadline, f"never {count} requests running"
+            time.sleep(0.01)
+
     def wait_idle(self, seconds: float = 1.0) -> None:
         """Waits until no request holds a page, as must be after every fault."""
         deadline = time.monotonic() + seconds

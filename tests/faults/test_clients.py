@@ -41,15 +41,21 @@ def raw_request(body: dict | bytes, path: str = "/v1/completions", length: int |
 
 def receive_answer(sock: socket.socket) -> bytes:
     """One answer, head and body, as its Content-Length says."""
+
+    def more() -> bytes:
+        received = sock.recv(4096)
+        assert received, "the server closed the connection in the middle of an answer"
+        return received
+
     data = b""
     while b"\r\n\r\n" not in data:
-        data += sock.recv(4096)
+        data += more()
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
         int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
     )
     while len(body) < length:
-        body += sock.recv(4096)
+        body += more()
     return head + b"\r\n\r\n" + body
 
 
@@ -125,7 +131,7 @@ def test_disconnect_in_decode(server, stream):
         sock.sendall(raw_request(LONG | {"stream": stream}))
         if stream:
             assert b"data:" in sock.recv(4096) + sock.recv(4096)
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 1)
+        server.wait_running(1)
     started = time.monotonic()
     server.wait_idle(1.0)
     assert time.monotonic() - started < 1.0
@@ -139,7 +145,7 @@ def test_disconnect_while_queued(server, stream):
     running = [server.connect() for _ in range(4)]
     for sock in running:
         sock.sendall(raw_request(LONG | {"stream": True}))
-    wait_until(lambda: server.metric("vllm:num_requests_running") == 4)
+    server.wait_running(4)
     with server.connect() as queued:
         queued.sendall(raw_request(LONG | {"stream": stream}))
         wait_until(lambda: server.metric("vllm:num_requests_waiting") == 1)
@@ -155,7 +161,7 @@ def test_disconnect_while_queued(server, stream):
 def test_disconnect_of_several_samples(server):
     with server.connect() as sock:
         sock.sendall(raw_request(LONG | {"prompt": ["a", "b"], "n": 2, "stream": True}))
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 4)
+        server.wait_running(4)
     server.wait_idle()
     server.canary()
 
@@ -168,7 +174,7 @@ def test_client_stops_reading(model):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", server.port))
         sock.sendall(raw_request(LONG | {"stream": True, "logprobs": 20, "n": 8, "seed": 1}))
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 8)
+        server.wait_running(8)
         server.wait_for("read nothing of its answer", 15.0)
         server.wait_idle()
         assert server.rss() - before < 100 << 20
@@ -254,7 +260,7 @@ def test_sigterm_drains(model):
         body = {"prompt": "HAL", "max_tokens": 120}
         whole = pool.submit(server.post, "/v1/completions", body)
         stream = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=30)
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 2)
+        server.wait_running(2)
         engine = server.engine_pid
         server.process.send_signal(signal.SIGTERM)
         assert whole.result().json()["choices"][0]["text"] == "IBM" * 40
@@ -270,7 +276,7 @@ def test_draining_is_bounded(model):
     with ServerProcess(engine, options) as server, server.connect() as sock, server.connect() as streaming:
         sock.sendall(raw_request(LONG))
         streaming.sendall(raw_request(LONG | {"stream": True}))
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 2)
+        server.wait_running(2)
         started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert b" 503 " in receive_answer(sock).split(b"\r\n")[0]
@@ -288,7 +294,7 @@ def test_second_sigterm_leaves_at_once(model):
     """FAULTS 29."""
     with ServerProcess({"load": {"model": model, "seed": 20}}) as server, server.connect() as sock:
         sock.sendall(raw_request(LONG))
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 1)
+        server.wait_running(1)
         engine = server.engine_pid
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)

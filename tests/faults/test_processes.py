@@ -34,8 +34,7 @@ def test_killed_engine(model):
         body = {"prompt": "HAL", "max_tokens": 4000}
         whole = pool.submit(server.post, "/v1/completions", body)
         stream = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=30)
-        while server.metric("vllm:num_requests_running") < 2:
-            time.sleep(0.01)
+        server.wait_running(2)
         os.kill(server.engine_pid, signal.SIGKILL)
         started = time.monotonic()
         answer = whole.result()

@@ -45,11 +45,15 @@ def with_llm(model, scenario, **options):
     asyncio.run(main())
 
 
-async def idle(llm, seconds=1.0):
+async def until(condition, seconds=5.0):
     deadline = time.monotonic() + seconds
-    while llm.stats.num_running or llm.stats.num_waiting or llm.stats.num_pages_in_use:
-        assert time.monotonic() < deadline, "the engine still works"
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
         await asyncio.sleep(0.01)
+
+
+async def idle(llm):
+    await until(lambda: not (llm.stats.num_running or llm.stats.num_waiting or llm.stats.num_pages_in_use), 1.0)
 
 
 async def collect(llm, prompt, params=None, **options):
@@ -109,8 +113,7 @@ def test_leaving_the_loop_aborts(model):
 def test_cancelling_the_reader_aborts(model):
     async def scenario(llm):
         task = asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000)))
-        while not llm.stats.num_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: llm.stats.num_running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -121,8 +124,7 @@ def test_cancelling_the_reader_aborts(model):
 def test_abort_by_id_ends_the_reader(model):
     async def scenario(llm):
         reader = asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000), request_id="mine"))
-        while not llm.stats.num_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: llm.stats.num_running)
         llm.abort("mine")
         with pytest.raises(RequestFailed, match="was aborted"):
             await reader
@@ -183,15 +185,22 @@ def test_refusals_of_the_engine(model):
 
 
 def test_open_requests_are_bounded(model):
+    """Two run and four wait; one more is refused here, without asking the engine."""
+
     async def scenario(llm):
-        open_requests = [asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000))) for _ in range(5)]
-        while len(llm._samples) < 5:
-            await asyncio.sleep(0.01)
-        with pytest.raises(EngineOverloaded):
-            await collect(llm, "HAL", SamplingParams(n=2))
-        for task in open_requests:
+        def ask():
+            return asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000)))
+
+        running = [ask() for _ in range(2)]
+        await until(lambda: llm.stats.num_running == 2)
+        waiting = [ask() for _ in range(4)]
+        await until(lambda: len(llm._samples) == 6)
+        with pytest.raises(EngineOverloaded, match="6 sequences are open"):
+            await collect(llm, "HAL", SamplingParams())
+        for task in running + waiting:
             task.cancel()
-        await asyncio.gather(*open_requests, return_exceptions=True)
+        results = await asyncio.gather(*running, *waiting, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
 
     with_llm(model, scenario, max_num_seqs=2, max_num_queued=4)
 
@@ -199,8 +208,7 @@ def test_open_requests_are_bounded(model):
 def test_death_reaches_every_reader(model):
     async def scenario(llm):
         readers = [asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000))) for _ in range(3)]
-        while llm.stats.num_running < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: llm.stats.num_running == 3)
         await llm.check_health()
         os.kill(llm._client.pid, signal.SIGKILL)
         started = time.monotonic()
@@ -221,8 +229,7 @@ def test_death_reaches_every_reader(model):
 def test_shutdown_ends_open_requests(model):
     async def scenario(llm):
         reader = asyncio.create_task(collect(llm, "HAL", SamplingParams(max_tokens=4000)))
-        while not llm.stats.num_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: llm.stats.num_running)
         await llm.shutdown()
         with pytest.raises(EngineDead, match="shut down"):
             await reader
