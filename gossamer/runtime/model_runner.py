@@ -20,7 +20,8 @@ class ModelRunner:
     The token a slot sampled last stays in `last_token`, so a decode row's input never waits for the host.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool, max_num_seqs: int) -> None:
+    def __init__(self, decoder: Decoder, pool: KVPool, max_num_seqs: int, num_threads: int | None = None) -> None:
+        self._num_threads = num_threads
         self.decoder = decoder
         self.pool = pool
         self.device = decoder.fmt.device
@@ -44,6 +45,9 @@ class ModelRunner:
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """One step. Tokens come back in row order, -1 for rows that do not sample."""
         start_time = time.monotonic()
+        if self._num_threads is not None:  # a setting of the thread that computes, so made there, once
+            torch.set_num_threads(self._num_threads)
+            self._num_threads = None
         self._update_slots(batch)
         hidden = self._forward(batch.rows)
         sampling = [i for i, row in enumerate(batch.rows) if row.samples]
