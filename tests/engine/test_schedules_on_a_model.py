@@ -37,18 +37,22 @@ def run(folder: Path, order: list[int], **options: object) -> dict[int, list[int
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
-def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list]]:
+def oracle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, list, int]]:
     before = torch.get_num_threads()
     folder = save_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
     alone = [
         run(folder, [i], enable_prefix_caching=False, overlap=False, max_num_batched_tokens=512)[i]
         for i in range(len(PROMPTS))
     ]
-    yield folder, alone
+    engine, info = build_engine(make_engine_config(model=str(folder), page_size=8, dtype="float32", num_threads=1))
+    engine.shutdown()
+    yield folder, alone, info.config.cache.kv_cache_memory_bytes // info.num_pages
     torch.set_num_threads(before)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.permutations(range(len(PROMPTS))),
     overlap=st.booleans(),
@@ -58,10 +62,15 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     spare_pages=st.integers(0, 24),
 )
 def test_tokens_do_not_depend_on_the_schedule(
-    oracle: tuple[Path, list], order: list[int], overlap: bool, prefix: bool, budget: int, seqs: int, spare_pages: int
+    oracle: tuple[Path, list, int],
+    order: list[int],
+    overlap: bool,
+    prefix: bool,
+    budget: int,
+    seqs: int,
+    spare_pages: int,
 ) -> None:
-    folder, alone = oracle
-    page_bytes = 8 * 2 * 2 * 16 * 4 * 3  # tokens x (k, v) x kv heads x head dim x fp32 x layers
+    folder, alone, page_bytes = oracle
     tokens = run(
         folder,
         order,
