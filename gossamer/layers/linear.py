@@ -113,7 +113,10 @@ def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: Weig
     if fmt.quantization != "none" and wo.int8_supported(num_out, num_in):
         full = _cat([dense(p, fmt) for p in parts])
         q, scale = wo.quantize_int8(full)
-        return Int8Weight(q, scale.to(fmt.dtype), bias, full if fmt.keep_dense else None)
+        scale = scale.to(fmt.dtype)
+        # Dequantised, not the original: prefill and decode must see the same weights.
+        copy = wo.dequantize_int8(q, scale, fmt.dtype) if fmt.keep_dense else None
+        return Int8Weight(q, scale, bias, copy)
     return DenseWeight(_cat([dense(p, fmt) for p in parts]), bias)
 
 

@@ -40,7 +40,7 @@ def test_the_models_context_is_shortened_but_a_requested_one_is_refused() -> Non
     assert (plan.num_pages, plan.max_model_len) == (10, 640)
     require_context(plan, None, 64, PAGE_BYTES)
     require_context(plan, 640, 64, PAGE_BYTES)
-    with pytest.raises(StartupError, match=r"--max-model-len 641 needs .*Set --max-model-len 640") as error:
+    with pytest.raises(StartupError, match=r"(?s)--max-model-len 641 needs .*Set --max-model-len 640") as error:
         require_context(plan, 641, 64, PAGE_BYTES)
     assert str(error.value).count("\n") < 5
 
