@@ -55,7 +55,8 @@ class SamplingParams:
     """How to sample a continuation. Field names, defaults and meanings are vLLM's.
 
     `temperature == 0` is greedy. `top_k` of 0 or -1 is off. `logprobs=k` returns the k most likely tokens and the
-    sampled one. `seed` makes the request reproducible whatever else is in its batch.
+    sampled one. `seed` fixes the request's random
+    numbers whatever else is in its batch; bf16 and quantised logits may still round differently with the batch's size.
     """
 
     n: int = 1

@@ -18,8 +18,8 @@ from gossamer.ops.weights import QuantizedTensor
 Quantization = Literal["none", "int8", "int4"]
 Part = torch.Tensor | QuantizedTensor
 
-# From this many rows on, torch's packed int4/int8 products on a CPU lose to a bf16 product: 1.0-1.1x at 8 rows,
-# 1.4-2x at 16, 2.4x at 512 (docs/techniques/cpu.md).
+# From this many rows on, torch's packed int4 products on a CPU lose to a bf16 product: about equal at 8 rows, 1.0-2.9x
+# slower at 16, 2.4x at 512 (single products, hot cache, SmolLM2's shapes).
 DENSE_FROM_ROWS = 12
 
 
