@@ -11,3 +11,10 @@ def require_reference(x: torch.Tensor, backend: str, op: str) -> None:
         raise NotImplementedError(
             f"{op} has no kernel for {x.device.type} tensors; --ops-backend reference runs the torch reference there"
         )
+
+
+def use_kernel(x: torch.Tensor, backend: str) -> bool:
+    """True where the Triton kernel serves `x`: backend "triton", or "auto" on a CUDA tensor."""
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend {backend!r} is none of auto, reference, triton")
+    return backend == "triton" or (backend == "auto" and not x.is_cpu)
