@@ -106,6 +106,7 @@ class ModelRunner:
         return hidden[torch.tensor(last, device=self.device)]
 
     def _remember(self, rows: list[ScheduledRow], sampled: torch.Tensor) -> None:
+        sampled = sampled.clamp_min(0)  # the row after a failed one may be in flight: it must be able to run
         if len(rows) == 1:
             self.last_token[rows[0].slot] = sampled[0]
         else:

@@ -6,14 +6,12 @@ for them. Randomness is a hash of (seed, output index), so a request's tokens de
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.core import AdmittedSequence, GossamerError, SamplingParams, ScheduledRow, TokenLogprobs
+from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow, TokenLogprobs
 from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs
 
 # Rows of prompt log-probabilities handled at once; bounds the temporaries to a few times this many rows of logits.
@@ -29,7 +27,6 @@ class Sampler:
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self._request_ids = [""] * max_num_seqs
         self._temperature = np.ones(max_num_seqs, np.float64)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float64)
@@ -47,7 +44,6 @@ class Sampler:
     def admit(self, seq: AdmittedSequence) -> None:
         """Sets up a slot, whatever it held before."""
         p, slot = seq.params, seq.slot
-        self._request_ids[slot] = seq.request_id
         self._temperature[slot] = p.temperature
         self._top_k[slot] = max(p.top_k, 0)
         self._top_p[slot] = p.top_p
@@ -90,10 +86,9 @@ class Sampler:
             logits: [num_rows, vocab_size], one row per entry of `rows`; not modified.
             rows: the rows of the step that sample.
             want_logprobs: false skips log-probabilities even where requests ask for them.
-        Returns: int64 [num_rows] token ids on the logits' device, and the log-probabilities of the rows that ask for
-            them, or None if none does. They are of the raw logits, before any bias, mask, penalty or temperature.
-        Raises: GossamerError where logits are not finite; on a GPU the caller passes the ids to `check_sampled` once
-            they have reached the host.
+        Returns: int64 [num_rows] token ids on the logits' device, -1 where a row's largest logit is not finite, and
+            the log-probabilities of the rows that ask for them, or None if none does. They are of the raw logits,
+            before any bias, mask, penalty or temperature.
         """
         slots = [row.slot for row in rows]
         if logits.shape != (len(slots), self.vocab_size):
@@ -107,16 +102,11 @@ class Sampler:
         temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
         uniform = torch.from_numpy(_uniform(self._seed[slots], output_index))
         token_ids = sample(edited, temperature, top_k, top_p, min_p, uniform)
-        self._check_on_cpu(token_ids, slots)
         self._penalties.count(slots, token_ids)
         wanted = self._num_logprobs[slots]
         if not want_logprobs or not (wanted >= 0).any():
             return token_ids, None
         return token_ids, self._logprobs(raw, token_ids, wanted.tolist())
-
-    def check_sampled(self, token_ids: list[int], rows: list[ScheduledRow]) -> None:
-        """Raises GossamerError if a row's logits held NaN or infinity (its token id is -1)."""
-        self._refuse([row.slot for row, token in zip(rows, token_ids, strict=True) if token < 0])
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Tensor | list[int], k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt token that follows each position, with the k likeliest.
@@ -134,23 +124,7 @@ class Sampler:
         """The commonest step of all, with as few operations as it can have."""
         token_ids = argmax(logits)
         largest = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-        if largest.is_cuda:
-            return torch.where(largest.isfinite(), token_ids, -1)
-        values = largest.tolist()
-        if not all(map(math.isfinite, values)):
-            self._refuse([slot for slot, value in zip(slots, values, strict=True) if not math.isfinite(value)])
-        return token_ids
-
-    def _check_on_cpu(self, token_ids: Tensor, slots: list[int]) -> None:
-        if token_ids.device.type == "cpu":
-            self._refuse([slot for slot, token in zip(slots, token_ids.tolist(), strict=True) if token < 0])
-
-    def _refuse(self, slots: list[int]) -> None:
-        if slots:
-            raise GossamerError(
-                f"The model's logits for {', '.join(self._request_ids[slot] for slot in slots)} are NaN or infinite, "
-                "so no token can be sampled. The weights may be damaged; --dtype float32 rules out overflow."
-            )
+        return torch.where(largest.isfinite(), token_ids, -1)
 
     def _edit(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
         """A copy of the logits with masks, biases and penalties applied, in vLLM's order."""
@@ -173,7 +147,7 @@ class Sampler:
         asking = [i for i, k in enumerate(wanted) if k >= 0]
         rows = torch.tensor(asking, device=logits.device)
         most = min(max(wanted), self.vocab_size)
-        found = _to_host(*token_logprobs(logits[rows], token_ids[rows], most))
+        found = _to_host(*token_logprobs(logits[rows], token_ids[rows].clamp_min(0), most))
         out: list[TokenLogprobs | None] = [None] * len(wanted)
         for i, entry in zip(asking, found, strict=True):
             end = 1 + wanted[i]
@@ -220,7 +194,7 @@ class _PenaltyTable:
     def count(self, slots: list[int], token_ids: Tensor) -> None:
         rows, table = self._locate(slots)
         if rows is not None:
-            # On a GPU an invalid row's -1 is counted somewhere harmless: its step fails once the host sees it.
+            # An invalid row's -1 is counted somewhere harmless: its request ends.
             self._counts[table, token_ids[rows].clamp_min(0)] += 1
 
     def _locate(self, slots: list[int]) -> tuple[Tensor | None, Tensor]:

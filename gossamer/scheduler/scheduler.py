@@ -26,6 +26,11 @@ from gossamer.scheduler.decode import schedule_decodes
 from gossamer.scheduler.prefill import schedule_prefills
 from gossamer.scheduler.sequences import Sequences
 
+_NO_TOKEN = (
+    "The model's logits for this request are NaN or infinite, so no token can be sampled. The weights may be damaged; "
+    "--dtype float32 rules out overflow."
+)
+
 
 @dataclass(slots=True)
 class _InFlight:
@@ -204,7 +209,7 @@ class Scheduler:
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         if token_id < 0:
             self._sequences.distrust(request)
-            return self._finish_with_error(request, "The model produced no valid token for this request.")
+            return self._finish_with_error(request, _NO_TOKEN)
         output_index = len(request.output_token_ids)
         request.num_in_flight -= 1
         request.output_token_ids.append(token_id)

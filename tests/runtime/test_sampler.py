@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gossamer.core import AdmittedSequence, GossamerError, SamplingParams, ScheduledRow
+from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow
 from gossamer.runtime.sampler import Sampler
 
 torch.set_num_threads(1)
@@ -161,16 +161,23 @@ def test_prompt_logprobs() -> None:
     assert sampler.prompt_logprobs(logits[:0], [], 3) == []
 
 
-@pytest.mark.parametrize("params", [GREEDY, {}, {"top_p": 0.5}, {"presence_penalty": 1.0}], ids=str)
-def test_bad_logits_raise_and_name_the_request(params: dict) -> None:
-    sampler = Sampler(VOCAB, 3, "cpu")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("params", [GREEDY, {}, {"top_p": 0.5}, {"presence_penalty": 1.0}, {"logprobs": 3}], ids=str)
+def test_bad_logits_mark_their_own_row_only(params: dict, bad: float) -> None:
+    clean, sampler = Sampler(VOCAB, 3, "cpu"), Sampler(VOCAB, 3, "cpu")
     for slot in range(3):
+        admit(clean, slot, **params)
         admit(sampler, slot, **params)
-    logits = random_logits(3)
-    logits[1, 40] = float("nan")
-    with pytest.raises(GossamerError, match="logits for request-1 are NaN"):
-        sampler.sample(logits, [row(i) for i in range(3)])
-    assert (sampler.sample(random_logits(3), [row(i) for i in range(3)])[0] >= 0).all()
+    rows, logits = [row(i) for i in range(3)], random_logits(3)
+    good = clean.sample(logits, rows)[0].tolist()
+    if bad == -float("inf"):
+        logits[1] = bad
+    else:
+        logits[1, 40] = bad
+    ids, logprobs = sampler.sample(logits, rows)
+    assert ids.tolist() == [good[0], -1, good[2]]
+    assert (logprobs is not None) == ("logprobs" in params)
+    assert (sampler.sample(random_logits(3), rows)[0] >= 0).all()
 
 
 def test_shapes() -> None:
