@@ -1,23 +1,33 @@
-"""What every endpoint does the same way: which model, how text becomes tokens, how several prompts share a stream."""
+"""What every endpoint does the same way: which model, how text becomes tokens, how several prompts share a stream,
+how an answer goes out whole or as events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
 
 from gossamer.config import ServerConfig
 from gossamer.core import InvalidRequest, SamplingParams
 from gossamer.server.async_llm import AsyncLLM
-from gossamer.server.errors import ApiError
-from gossamer.server.openai_responses import PromptLogprobs, Usage
+from gossamer.server.errors import ApiError, error_event
+from gossamer.server.http import EventStream, unless_disconnected
+from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, decode_body
+from gossamer.server.openai_responses import DONE, PromptLogprobs, Usage, encode, event
 from gossamer.server.outputs import Logprob, RequestOutput
 
 LONG_TEXT = 4096
 """Characters from which tokenising leaves the event loop: below, a thread costs more than it saves."""
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 class Serving:
@@ -38,9 +48,14 @@ class Serving:
                 code="model_not_found",
             )
 
-    def check_params(self, params: SamplingParams) -> None:
-        """Everything that can be refused before the prompt is looked at, so that nothing large is ever expanded."""
+    def accept(self, body: bytes, decoder: msgspec.json.Decoder[R]) -> tuple[R, SamplingParams]:
+        """A checked request: whatever can be refused before its prompt is looked at, so nothing large is expanded."""
+        request = decode_body(body, decoder)
+        self.check_model(request.model)
+        request.check()
+        params = request.sampling()
         self.llm.info.limits.check_params(params)
+        return request, params
 
     async def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text. Raises InvalidRequest for a text that cannot fit whatever its tokens are."""
@@ -107,6 +122,51 @@ class UsageCount:
 IndexedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
+class Answer(Protocol):
+    """What an endpoint adds to `respond`: how a request begins, and the shapes of its answer."""
+
+    async def start(self) -> IndexedOutputs: ...
+    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> msgspec.Struct: ...
+    def chunks(
+        self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None
+    ) -> Iterator[msgspec.Struct]: ...
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct: ...
+
+
+async def respond(http: Request, request: ChatRequest | CompletionRequest, answer: Answer) -> Response:
+    """Runs a request and answers it. Raises ApiError or GossamerError for what goes wrong before the answer begins."""
+
+    async def run() -> Response:
+        source = await answer.start()
+        # Until the first output an error can still be answered with its own HTTP status.
+        outputs = _with_first(await anext(source, None), source)
+        if request.stream:
+            return EventStream(_events(outputs, answer, request.include_usage), source)
+        usage = UsageCount()
+        async with contextlib.aclosing(outputs):
+            finished = [item async for item in outputs]
+        for index, output in finished:
+            usage.add(index, output)
+        return Response(encode(answer.whole(finished, usage.usage())), media_type="application/json")
+
+    return await unless_disconnected(http, run())
+
+
+async def _events(outputs: IndexedOutputs, answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    usage = UsageCount()
+    try:
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                usage.add(index, output)
+                for chunk in answer.chunks(index, output, None if include_usage else UNSET):
+                    yield event(chunk)
+        if include_usage:
+            yield event(answer.usage_chunk(usage.usage()))
+        yield DONE
+    except Exception as exc:
+        yield error_event(exc)
+
+
 async def merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> IndexedOutputs:
     """The outputs of several prompts as they come, with the prompt's index. Closes all of them when closed.
 
@@ -137,7 +197,7 @@ async def merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> Index
             await stream.aclose()
 
 
-async def with_first(first: tuple[int, RequestOutput] | None, rest: IndexedOutputs) -> IndexedOutputs:
+async def _with_first(first: tuple[int, RequestOutput] | None, rest: IndexedOutputs) -> IndexedOutputs:
     """`rest` with the output that was already taken from it put back."""
     async with contextlib.aclosing(rest):
         if first is None:

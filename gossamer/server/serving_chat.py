@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -11,11 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.core import SamplingParams
-from gossamer.server.errors import error_event
-from gossamer.server.http import EventStream, unless_disconnected
-from gossamer.server.openai_protocol import ChatRequest, decode_body
+from gossamer.server.openai_protocol import ChatRequest
 from gossamer.server.openai_responses import (
-    DONE,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -26,26 +22,19 @@ from gossamer.server.openai_responses import (
     TokenLogprob,
     TopLogprob,
     Usage,
-    encode,
-    event,
     new_id,
     now,
 )
 from gossamer.server.outputs import CompletionOutput, Logprob, OutputMode, RequestOutput
-from gossamer.server.serving import IndexedOutputs, Serving, UsageCount, merge, prompt_logprobs_json, with_first
+from gossamer.server.serving import IndexedOutputs, Serving, merge, prompt_logprobs_json, respond
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 async def handle(serving: Serving, body: bytes, http: Request) -> Response:
     """Answers one request. Raises ApiError or GossamerError for whatever goes wrong before the answer begins."""
-    request = decode_body(body, _decoder)
-    serving.check_model(request.model)
-    request.check()
-    params = request.sampling()
-    serving.check_params(params)
-    chat = _Chat(serving, request, params)
-    return await unless_disconnected(http, chat.answer())
+    request, params = serving.accept(body, _decoder)
+    return await respond(http, request, _Chat(serving, request, params))
 
 
 class _Chat:
@@ -57,17 +46,9 @@ class _Chat:
         self._params = params
         self._id = new_id("chatcmpl")
         self._created = now()
-        self._usage = UsageCount()
+        self._started: set[int] = set()
 
-    async def answer(self) -> Response:
-        source = await self._start()
-        # Until the first output an error can still be answered with its own HTTP status.
-        outputs = with_first(await anext(source, None), source)
-        if self._request.stream:
-            return EventStream(self._events(outputs), source)
-        return Response(encode(await self._whole(outputs)), media_type="application/json")
-
-    async def _start(self) -> IndexedOutputs:
+    async def start(self) -> IndexedOutputs:
         request, llm = self._request, self._serving.llm
         prompt = await self._serving.encode_chat(
             [message.as_template_input() for message in request.messages],
@@ -78,16 +59,14 @@ class _Chat:
         mode: OutputMode = "delta" if request.stream else "final"
         return merge([llm.generate(prompt, self._params, self._id, cache_salt=request.cache_salt, mode=mode)])
 
-    async def _whole(self, outputs: IndexedOutputs) -> ChatResponse:
-        async with contextlib.aclosing(outputs):
-            _, output = await anext(outputs)
-        self._usage.add(0, output)
+    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> ChatResponse:
+        [(_, output)] = outputs
         return ChatResponse(
             id=self._id,
             created=self._created,
             model=self._serving.model_name,
             choices=[self._choice(choice) for choice in output.outputs],
-            usage=self._usage.usage(),
+            usage=usage,
             prompt_token_ids=self._prompt_token_ids(output),
             prompt_logprobs=UNSET
             if self._request.prompt_logprobs is None
@@ -107,26 +86,18 @@ class _Chat:
             choice.token_ids if self._request.return_token_ids else UNSET,
         )
 
-    async def _events(self, outputs: IndexedOutputs) -> AsyncGenerator[bytes, None]:
-        started: set[int] = set()
-        no_usage = None if self._request.include_usage else UNSET
-        try:
-            async with contextlib.aclosing(outputs):
-                async for prompt_index, output in outputs:
-                    self._usage.add(prompt_index, output)
-                    for choice in output.outputs:
-                        if choice.index not in started:
-                            started.add(choice.index)
-                            role = ChatChunkChoice(choice.index, ChatDelta(role="assistant", content=""))
-                            yield event(self._chunk([role], no_usage, self._prompt_token_ids(output)))
-                        made = self._delta(choice)
-                        if made.delta.content or made.finish_reason or made.logprobs or made.token_ids:
-                            yield event(self._chunk([made], no_usage))
-            if self._request.include_usage:
-                yield event(self._chunk([], self._usage.usage()))
-            yield DONE
-        except Exception as exc:
-            yield error_event(exc)
+    def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[ChatChunk]:
+        for choice in output.outputs:
+            if choice.index not in self._started:
+                self._started.add(choice.index)
+                role = ChatChunkChoice(choice.index, ChatDelta(role="assistant", content=""))
+                yield self._chunk([role], no_usage, self._prompt_token_ids(output))
+            made = self._delta(choice)
+            if made.delta.content or made.finish_reason or made.logprobs or made.token_ids:
+                yield self._chunk([made], no_usage)
+
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        return self._chunk([], usage)
 
     def _chunk(
         self,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -13,35 +12,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.core import SamplingParams
-from gossamer.server.errors import error_event
-from gossamer.server.http import EventStream, unless_disconnected
-from gossamer.server.openai_protocol import CompletionRequest, decode_body
+from gossamer.server.openai_protocol import CompletionRequest
 from gossamer.server.openai_responses import (
-    DONE,
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
     Usage,
-    encode,
-    event,
     new_id,
     now,
 )
 from gossamer.server.outputs import CompletionOutput, Logprob, OutputMode, RequestOutput
-from gossamer.server.serving import IndexedOutputs, Serving, UsageCount, merge, prompt_logprobs_json, with_first
+from gossamer.server.serving import IndexedOutputs, Serving, merge, prompt_logprobs_json, respond
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
 
 
 async def handle(serving: Serving, body: bytes, http: Request) -> Response:
     """Answers one request. Raises ApiError or GossamerError for whatever goes wrong before the answer begins."""
-    request = decode_body(body, _decoder)
-    serving.check_model(request.model)
-    request.check()
-    params = request.sampling()
-    serving.check_params(params)
-    completion = _Completion(serving, request, params)
-    return await unless_disconnected(http, completion.answer())
+    request, params = serving.accept(body, _decoder)
+    return await respond(http, request, _Completion(serving, request, params))
 
 
 class _Completion:
@@ -55,20 +44,11 @@ class _Completion:
             self._params = dataclasses.replace(params, prompt_logprobs=params.logprobs)
         self._id = new_id("cmpl")
         self._created = now()
-        self._usage = UsageCount()
         self._texts: list[str | None] = []
         self._offsets: dict[int, int] = {}
         """Choice index -> characters whose log-probabilities were sent; no entry before its first part."""
 
-    async def answer(self) -> Response:
-        source = await self._start()
-        # Until the first output an error can still be answered with its own HTTP status.
-        outputs = with_first(await anext(source, None), source)
-        if self._request.stream:
-            return EventStream(self._events(outputs), source)
-        return Response(encode(await self._whole(outputs)), media_type="application/json")
-
-    async def _start(self) -> IndexedOutputs:
+    async def start(self) -> IndexedOutputs:
         request, serving = self._request, self._serving
         add_special = True if request.add_special_tokens is None else request.add_special_tokens
         prompts: list[list[int]] = []
@@ -90,30 +70,20 @@ class _Completion:
             ]
         )
 
-    async def _whole(self, outputs: IndexedOutputs) -> CompletionResponse:
-        choices: list[CompletionChoice] = []
-        async with contextlib.aclosing(outputs):
-            async for prompt_index, output in outputs:
-                self._usage.add(prompt_index, output)
-                choices += [self._choice(prompt_index, output, choice) for choice in output.outputs]
-        choices.sort(key=lambda choice: choice.index)
-        return self._response(choices, self._usage.usage())
+    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> CompletionResponse:
+        choices = [self._choice(index, output, choice) for index, output in outputs for choice in output.outputs]
+        return self._response(sorted(choices, key=lambda choice: choice.index), usage)
 
-    async def _events(self, outputs: IndexedOutputs) -> AsyncGenerator[bytes, None]:
-        no_usage = None if self._request.include_usage else UNSET
-        try:
-            async with contextlib.aclosing(outputs):
-                async for prompt_index, output in outputs:
-                    self._usage.add(prompt_index, output)
-                    for choice in output.outputs:
-                        made = self._choice(prompt_index, output, choice)
-                        if made.text or made.finish_reason or made.logprobs or made.token_ids:
-                            yield event(self._response([made], no_usage))
-            if self._request.include_usage:
-                yield event(self._response([], self._usage.usage()))
-            yield DONE
-        except Exception as exc:
-            yield error_event(exc)
+    def chunks(
+        self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None
+    ) -> Iterator[CompletionResponse]:
+        for choice in output.outputs:
+            made = self._choice(prompt_index, output, choice)
+            if made.text or made.finish_reason or made.logprobs or made.token_ids:
+                yield self._response([made], no_usage)
+
+    def usage_chunk(self, usage: Usage) -> CompletionResponse:
+        return self._response([], usage)
 
     def _response(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionResponse:
         return CompletionResponse(
