@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gossamer.config import EngineConfig, Hardware, ModelConfig
@@ -43,25 +44,37 @@ def temporaries(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def plan_memory(
-    config: EngineConfig, hardware: Hardware, model: ModelConfig, layout: KVLayout, weight_bytes: int
+    config: EngineConfig,
+    hardware: Hardware,
+    model: ModelConfig,
+    layout: KVLayout,
+    weight_bytes: int,
+    measured: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """Divides the device's free memory. Raises StartupError, with the sum and the flags that mend it, if it cannot fit.
 
-    `config` is resolved. An explicit --max-model-len must fit; the model's own is shortened to what does.
+    `config` is resolved. An explicit --max-model-len must fit; the model's own is shortened to what does. `measured`
+    holds what else was seen to take memory on the device (temporaries, graphs); without it temporaries are estimated.
     """
     cache = config.cache
     page_bytes = cache.page_size * layout.bytes_per_token * model.num_layers
-    temporary = temporaries(config, model)
+    others = dict(measured) if measured is not None else {"temporaries": temporaries(config, model)}
     usable = int(hardware.memory_bytes * cache.gpu_memory_utilization)
-    room = usable - weight_bytes - temporary
+    room = usable - weight_bytes - sum(others.values())
     sums = (
         f"{human(usable)} usable ({human(hardware.memory_bytes)} free x --gpu-memory-utilization "
-        f"{cache.gpu_memory_utilization}) - {human(weight_bytes)} weights - {human(temporary)} temporaries"
+        f"{cache.gpu_memory_utilization}) - {human(weight_bytes)} weights"
+        + "".join(f" - {human(size)} {name}" for name, size in others.items())
     )
     if room < page_bytes:
         raise StartupError(
             f"The model does not fit on {hardware.name}: no memory is left for the KV cache.\n{sums} = {human(room)}.\n"
-            "Use --quantization int4, a smaller --max-num-batched-tokens, or a smaller model."
+            + (
+                "Use --quantization int4, a smaller --max-num-batched-tokens, or a smaller model."
+                if hardware.device == "cpu"
+                else "Use a smaller --max-num-batched-tokens or --max-num-seqs, a larger --gpu-memory-utilization, "
+                "or a smaller model."
+            )
         )
     longest = config.load.max_model_len or model.max_position_embeddings
     wanted = cache.kv_cache_memory_bytes
@@ -81,7 +94,7 @@ def plan_memory(
         raise StartupError(
             f"--kv-cache-memory-bytes {wanted} holds no page: one of {cache.page_size} tokens takes {page_bytes} bytes."
         )
-    entries = (("weights", weight_bytes), ("KV cache", num_pages * page_bytes), ("temporaries", temporary))
+    entries = (("weights", weight_bytes), ("KV cache", num_pages * page_bytes), *others.items())
     return MemoryPlan(num_pages, min(longest, num_pages * cache.page_size), entries)
 
 

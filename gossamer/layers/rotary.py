@@ -97,3 +97,9 @@ class RotaryTable:
         if longest > self._cos.shape[0]:
             self._grow(min(self._max_position, 1 << (longest - 1).bit_length()))
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def table(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [at least `length`, head_dim] by position; grown at once, so that a graph's addresses stay."""
+        if length > self._cos.shape[0]:
+            self._grow(length)
+        return self._cos.squeeze(1), self._sin.squeeze(1)

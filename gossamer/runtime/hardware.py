@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 
@@ -10,18 +11,44 @@ import torch
 from gossamer.config import Hardware
 from gossamer.core import StartupError
 
+MIN_CAPABILITY = (8, 0)
+"""Ampere: the first with bf16 products."""
+
 
 def detect(device: str) -> Hardware:
-    """The device named by --device; `auto` is the CPU until CUDA kernels exist. Raises StartupError if it is absent."""
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise StartupError(
-                "--device cuda: torch sees no CUDA device here.\n"
-                f"torch is {torch.__version__}; install a CUDA build and a driver, or use --device cpu."
-            )
-        free, _ = torch.cuda.mem_get_info()
-        return Hardware("cuda", torch.cuda.get_device_name(), free, physical_cores())
-    return Hardware("cpu", _cpu_name(), available_memory(), physical_cores())
+    """The device named by --device; `auto` is a CUDA GPU that the kernels support, else the CPU.
+
+    Raises StartupError if the device asked for is absent, too old, or unusable by this build of torch.
+    """
+    if device == "cpu" or (device == "auto" and _cuda_obstacle() is not None):
+        return Hardware("cpu", _cpu_name(), available_memory(), physical_cores())
+    obstacle = _cuda_obstacle()
+    if obstacle is not None:
+        raise StartupError(f"--device cuda: {obstacle}")
+    free, _ = torch.cuda.mem_get_info()
+    return Hardware("cuda", torch.cuda.get_device_name(), free, physical_cores())
+
+
+def _cuda_obstacle() -> str | None:
+    """Why no CUDA device can be used, with the remedy; None if one can."""
+    if not torch.cuda.is_available():
+        build = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else (f"torch {torch.__version__} is a build without CUDA")
+        )
+        return (
+            f"torch sees no CUDA device here ({build}).\nInstall a matching CUDA build and driver, or use --device cpu."
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; the kernels need "
+            f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere) or newer.\nUse --device cpu."
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "the kernels need the package triton, which is not installed.\npip install triton, or use --device cpu."
+    return None
 
 
 def available_memory() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,8 +28,35 @@ class AttentionBatch:
     page_size: int
 
 
+@dataclass(slots=True)
+class PagedPlan:
+    """A step as a GPU sees it: static int32 device tensors (`runtime.step_inputs` says what each holds) and host numbers.
+
+    The first `num_decode` rows have one token each, padding included; the other rows are prefill chunks, whose tokens
+    follow. Padding has slot -1. `max_seq_len` bounds every seq_len that a captured graph will ever see.
+    """
+
+    num_decode: int
+    positions: torch.Tensor
+    token_slots: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_q_len: int
+    page_table: torch.Tensor
+    max_seq_len: int
+    workspace: torch.Tensor
+
+
+Attend = Callable[[PagedPlan], None]
+"""The attention proper of one layer and step, its tensors bound: what stays outside piecewise graphs."""
+
+
 class AttentionLayer(Protocol):
-    """One layer's attention. `linears` and `norms` are what the loader fills by canonical name."""
+    """One layer's attention. `linears` and `norms` are what the loader fills by canonical name.
+
+    On a GPU it is called in three parts: `project` (projections, norms, rotary embedding, KV write), `attend`, `output`.
+    """
 
     linears: list[Linear]
     norms: dict[str, torch.Tensor | None]
@@ -39,6 +66,20 @@ class AttentionLayer(Protocol):
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: Any, planes: Sequence[torch.Tensor]
     ) -> torch.Tensor: ...
+
+    def project(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: PagedPlan,
+        planes: Sequence[torch.Tensor],
+        q: torch.Tensor,
+    ) -> None: ...
+
+    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
+
+    def output(self, attended: torch.Tensor) -> torch.Tensor: ...
 
 
 class AttentionKind(Protocol):
