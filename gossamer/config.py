@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
@@ -102,6 +103,9 @@ class LoadConfig:
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option(
         "auto", "weights to load; dummy draws seeded random ones"
     )
+    dummy_routing: str = option(
+        "uniform", "experts that dummy weights choose: uniform, or zipf:S (popularity falls as rank^-S)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of activations and unquantised weights")
     quantization: Literal["auto", "none", "int8", "int4"] = option(
         "auto", "weight-only quantisation; auto: int4 or int8 for a quantised GGUF, else none"
@@ -149,6 +153,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     ops_backend: Literal["auto", "reference"] = option("auto", "reference: plain torch instead of kernels")
+    enforce_eager: bool = option(False, "no CUDA graphs: every step launches its kernels one by one")
     num_threads: int | None = option(None, "CPU threads for the model (default: all physical cores)")
     disable_progress: bool = option(False, "no progress bars")
 
@@ -218,6 +223,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def zipf_exponent(routing: str) -> float:
+    """`uniform` -> 0.0, `zipf:1.2` -> 1.2. Raises StartupError for anything else."""
+    found = re.fullmatch(r"uniform|zipf:(\d+(?:\.\d+)?)", routing)
+    if found is None:
+        raise StartupError(f"--dummy-routing must be uniform or zipf:S, as in zipf:1.2; got {routing!r}.")
+    return float(found[1] or 0.0)
+
+
 def _check_values(config: EngineConfig) -> None:
     load, cache, sched = config.load, config.cache, config.scheduler
     at_least_one = {
@@ -236,6 +249,8 @@ def _check_values(config: EngineConfig) -> None:
             raise StartupError(f"{flag(name)} must be at least 1; got {value}.")
     if not 0.0 < cache.gpu_memory_utilization <= 1.0:
         raise StartupError(f"--gpu-memory-utilization must be in (0, 1]; got {cache.gpu_memory_utilization}.")
+    if zipf_exponent(load.dummy_routing) and load.load_format != "dummy":
+        raise StartupError(f"--dummy-routing {load.dummy_routing} needs --load-format dummy.")
     if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
         raise StartupError(f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}.")
 

@@ -99,7 +99,7 @@ def _load(decoder: Decoder, source: ModelSource, config: EngineConfig, report: P
         report("Loading weights", loaded / total)
 
     with torch.inference_mode():
-        decoder.load(iter_weights(source, config.load), on_tensor)
+        decoder.load(iter_weights(source, config.load, decoder.fmt.device), on_tensor)
 
 
 def _with_plan(config: EngineConfig, plan: MemoryPlan, page_bytes: int, fmt: WeightFormat) -> EngineConfig:

@@ -23,15 +23,20 @@ __all__ = ["ModelSource", "inspect_model", "iter_weights"]
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def iter_weights(source: ModelSource, load: LoadConfig) -> Iterator[tuple[str, Weight]]:
+def iter_weights(
+    source: ModelSource, load: LoadConfig, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Weight]]:
     """Yields (canonical name, weight) for every weight of `source.config`, each of the shape that `shapes.py` expects.
 
     A floating-point weight is a CPU tensor of the checkpoint's dtype, usually a view of the memory-mapped file: copy
-    before writing. A quantised one is a QuantizedTensor. Dummy weights have load.dtype, or the config's under auto.
+    before writing. A quantised one is a QuantizedTensor. Dummy weights have load.dtype, or the config's under auto,
+    and are drawn on `device`.
     """
     dtype = _dummy_dtype(source, load)
     if source.kind == "dummy":
-        stream: Iterator[tuple[str, Weight]] = iter(dummy_weights(source.stored_config, load.seed, dtype))
+        stream: Iterator[tuple[str, Weight]] = dummy_weights(
+            source.stored_config, load.seed, dtype, device, load.dummy_routing
+        )
     elif source.kind == "gguf":
         stream = _gguf_weights(source)
     else:
