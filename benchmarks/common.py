@@ -81,7 +81,7 @@ def environment() -> dict[str, str]:
 
 
 def write(path: str | None, **fields: Any) -> None:
-    """Writes `environment()` and `fields` (unit, shapes, repeats, median, all, floor) as JSON; nothing without a path."""
+    """Writes `environment()` and `fields` (unit, shapes, repeats, median, all, floor) as JSON, given a path."""
     if path:
         pathlib.Path(path).write_text(json.dumps({**environment(), **fields}, indent=1) + "\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -13,8 +15,30 @@ def require_reference(x: torch.Tensor, backend: str, op: str) -> None:
         )
 
 
-def use_kernel(x: torch.Tensor, backend: str) -> bool:
-    """True where the Triton kernel serves `x`: backend "triton", or "auto" on a CUDA tensor."""
+def use_kernel(x: torch.Tensor, backend: str, op: str = "this op") -> bool:
+    """True where the Triton kernel serves `x`: backend "triton", or "auto" on a CUDA tensor.
+
+    Raises ValueError for an unknown backend and NotImplementedError for other devices.
+    """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"backend {backend!r} is none of auto, reference, triton")
-    return backend == "triton" or (backend == "auto" and not x.is_cpu)
+    if not (x.is_cuda or x.is_cpu):
+        require_reference(x, backend, op)
+    return backend == "triton" or (backend == "auto" and x.is_cuda)
+
+
+def overlap_options(x: torch.Tensor) -> dict[str, bool]:
+    """Keyword arguments of a Triton launch that may start before the kernel ahead of it has ended.
+
+    Programmatic dependent launch (Hopper on): `PDL` is a constexpr of the kernel. Such a kernel, in every program and
+    on every path, calls gdc_wait() before it reads what an earlier kernel wrote and before it writes anything at all,
+    and gdc_launch_dependents() as early as it likes: what waits for it waits until all of it has ended.
+    """
+    if not x.is_cuda or torch.version.hip is not None or _capability(x.device.index) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)

@@ -15,3 +15,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         both = torch.cat((x, -x), -1)
         return F.layer_norm(both, (both.shape[-1],), None, None, eps)[..., : x.shape[-1]] * weight
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return rms_norm(residual.add_(x), weight, eps).to(x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.ops.dispatch import require_reference
+from gossamer.ops.dispatch import require_reference, use_kernel
 from gossamer.ops.rope import reference
 
 
@@ -16,3 +16,62 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend
     """
     require_reference(x, backend, "apply_rope")
     return reference.apply_rope(x, cos, sin)
+
+
+def rope_write_kv(
+    qkv: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    token_slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    q_out: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    norm_full: bool = False,
+    clip: float | None = None,
+    backend: str = "auto",
+) -> None:
+    """From the packed projection to rotated queries and to keys and values in their pages, in one pass.
+
+    In this order: RMSNorm of queries and keys, clamp of all three to [-clip, clip], rotation of queries and keys.
+
+    Args:
+        qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], queries || keys || values.
+        cos, sin: tables [max_position, rotary_dim] or [max_position, 1, rotary_dim] in `apply_rope`'s layout;
+            dimensions from rotary_dim on pass unrotated.
+        positions, token_slots: int [num_tokens]. A token of slot -1 is padding: no page changes, its queries are zero.
+        page_table: int [num_slots, max_pages].
+        k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place.
+        q_out: [num_tokens, num_q_heads, head_dim], written.
+        q_norm, k_norm: norm weights, both or neither: [head_dim], applied per head; with `norm_full` of q's and k's
+            whole width, normalised over all heads at once (OLMoE).
+    """
+    num_tokens, width = qkv.shape[0], (num_q_heads + 2 * num_kv_heads) * head_dim
+    if qkv.shape[-1] != width or q_out.shape != (num_tokens, num_q_heads, head_dim):
+        raise ValueError(f"qkv {tuple(qkv.shape)} or q_out {tuple(q_out.shape)} does not match {width} packed columns")
+    if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
+        raise ValueError(
+            f"pages {tuple(k_pages.shape)}, {tuple(v_pages.shape)} do not hold {num_kv_heads} x {head_dim}"
+        )
+    if (q_norm is None) != (k_norm is None) or cos.shape != sin.shape or cos.shape[-1] > head_dim or cos.shape[-1] % 2:
+        raise ValueError("q_norm and k_norm come together; cos and sin have one even width of at most head_dim")
+    tensors = (qkv, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out)
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("rope_write_kv needs contiguous tensors")
+    run = reference.rope_write_kv
+    if use_kernel(qkv, backend, "rope_write_kv"):
+        from gossamer.ops.rope import triton
+
+        run = triton.rope_write_kv
+    run(
+        qkv, num_q_heads, num_kv_heads, head_dim, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out,
+        q_norm=q_norm, k_norm=k_norm, eps=eps, norm_full=norm_full, clip=clip,
+    )  # fmt: skip

@@ -4,6 +4,55 @@ from __future__ import annotations
 
 import torch
 
+from gossamer.ops.norm.reference import rms_norm
+
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rope_write_kv(
+    qkv: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    token_slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    q_out: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    norm_full: bool,
+    clip: float | None,
+) -> None:
+    live = token_slots >= 0
+    heads = qkv.view(-1, num_q_heads + 2 * num_kv_heads, head_dim)[live]
+    q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
+    if q_norm is not None and k_norm is not None:
+        if norm_full:
+            q, k = (rms_norm(x.flatten(1), w, eps).view_as(x) for x, w in ((q, q_norm), (k, k_norm)))
+        else:
+            q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    if clip is not None:
+        q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
+    slots, at = token_slots[live].long(), positions[live].long()
+    cos, sin = (table.view(-1, 1, table.shape[-1])[at].to(qkv.dtype) for table in (cos, sin))
+    q, k = (_rotate(x, cos, sin) for x in (q, k))
+    page_size = k_pages.shape[2]
+    page = page_table[slots, at // page_size].long()
+    k_pages[page, :, at % page_size] = k.to(k_pages.dtype)
+    v_pages[page, :, at % page_size] = v.to(v_pages.dtype)
+    q_out.zero_()
+    q_out[live] = q
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    rotary_dim = cos.shape[-1]
+    rotated = apply_rope(x[..., :rotary_dim], cos, sin)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), -1)
