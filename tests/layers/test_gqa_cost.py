@@ -21,5 +21,7 @@ def test_cost_equals_a_count(window: int | None, start: int, length: int) -> Non
     pairs, keys = sum(map(len, seen)), len(set().union(*seen))
     batch = AttentionBatch(0, [start], [length], [[]], 64)
     cost = gqa.cost(config, 0, batch, 2)
+    if length == 1:
+        assert cost == gqa.cost(config, 0, AttentionBatch(1, [start], [length], [[]], 64), 2)
     assert cost.flops == 2 * 2 * pairs * 8 * 16
     assert cost.bytes == 2 * (keys * 2 * 2 * 16 + length * (2 * 8 * 16 + 2 * 2 * 16))

@@ -71,9 +71,12 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
 
 def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
     """2 products of head_dim per (query head, visible key); each row's visible KV and q read once, k, v, o written."""
-    window = config.sliding_window(layer)
-    pairs = kv_tokens = 0
-    for start, length in zip(batch.starts, batch.lengths, strict=True):
+    window, n = config.sliding_window(layer), batch.num_decode
+    # Decode rows apart: this runs beside every step, on as many rows.
+    decode = batch.starts[:n]
+    pairs = sum(decode) + n if window is None else sum([s + 1 if s < window else window for s in decode])
+    kv_tokens = pairs
+    for start, length in zip(batch.starts[n:], batch.lengths[n:], strict=True):
         end = start + length
         if window is None or end <= window:
             pairs += length * start + length * (length + 1) // 2
