@@ -96,7 +96,7 @@ class LoadConfig:
     """Which model, and in what form it is held in memory."""
 
     model: str = option("", "local folder, .gguf file, or hub id of the model", positional=True)
-    tokenizer: str | None = option(None, "folder with tokenizer.json (default: the model's own)")
+    tokenizer: str | None = option(None, "folder, .gguf file or hub id of the tokenizer (default: the model's own)")
     download_dir: str | None = option(
         None, "folder that keeps models of the hub (default: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub)"
     )

@@ -20,6 +20,17 @@ from gossamer.models.registry import Family, family_of_gguf
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 # The routers of these are renormalised by definition: GGUF states it only where it differs.
 _RENORMALISED = {"llama": True, "qwen3moe": True, "olmoe": False}
+# Control tokens that end a turn in some family, for files that name only one of their end tokens.
+_ENDS = {
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (),
@@ -121,9 +132,12 @@ def _uniform(meta: ConfigReader, key: str, default: int | None = None) -> int:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> list[Any]:
-    """End of sequence, of turn and of message: each ends an answer."""
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    return [metadata[key] for key in keys if key in metadata]
+    """End of sequence, of turn and of message, and control tokens that end a turn by name: each ends an answer."""
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, types = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if isinstance(tokens, list) and isinstance(types, list):
+        ends += [i for i, (text, kind) in enumerate(zip(tokens, types, strict=False)) if kind == 3 and text in _ENDS]
+    return [token for token in ends if token is not None]
 
 
 def _rope(meta: ConfigReader, files: list[GGUFFile], head_dim: int) -> dict[str, Any]:

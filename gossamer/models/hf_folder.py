@@ -47,6 +47,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def tokenizer_end(folder: Path) -> tuple[int, ...]:
+    """The id of the tokenizer's own eos_token, which config.json need not name; () if there is none."""
+    files = [folder / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in files):
+        return ()
+    config = read_json(files[0])
+    token = config.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        added = read_json(files[1]).get("added_tokens") or ()
+        listed = {entry.get("id"): entry for entry in added if isinstance(entry, dict)}
+    named = [key for key, entry in listed.items() if isinstance(entry, dict) and entry.get("content") == text]
+    return tuple(int(key) for key in named if text is not None and str(key).isdecimal())
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, all present; StartupError says what is missing or half downloaded."""
     index = folder / INDEX_NAME

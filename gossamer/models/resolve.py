@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
 
+from gossamer.config import LoadConfig
 from gossamer.core import StartupError
 from gossamer.models.hf_folder import weight_files
 
@@ -16,6 +18,21 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _WANTED_METADATA = ["*.json", "*.jinja", "tokenizer.model"]
 _WANTED_WEIGHTS = ["*.safetensors"]
 _UNWANTED = ["consolidated*", "*/*"]
+
+
+def resolve_paths(load: LoadConfig) -> LoadConfig:
+    """`load` with local paths for the model and the tokenizer. Raises StartupError that says where it looked."""
+    model = str(resolve_model(load.model, load.download_dir, load.load_format))
+    tokenizer = load.tokenizer
+    if tokenizer is not None:
+        path = Path(tokenizer).expanduser()
+        try:
+            # A local folder needs no config.json beside its tokenizer.
+            path = path if os.path.exists(path) else resolve_model(tokenizer, load.download_dir, "dummy")
+        except StartupError as e:
+            raise StartupError(str(e).replace("The model", "--tokenizer:", 1)) from e
+        tokenizer = str(path)
+    return dataclasses.replace(load, model=model, tokenizer=tokenizer)
 
 
 def resolve_model(model: str, hub_cache: str | Path | None = None, load_format: str = "auto") -> Path:

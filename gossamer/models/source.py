@@ -22,7 +22,7 @@ from gossamer.models.gguf_tensors import (
     suggested_quantization,
 )
 from gossamer.models.hf_config import ConfigReader, merge_token_ids
-from gossamer.models.hf_folder import SafetensorsHeaders, read_headers, read_json, weight_files
+from gossamer.models.hf_folder import SafetensorsHeaders, read_headers, read_json, tokenizer_end, weight_files
 from gossamer.models.registry import family_of_hf
 from gossamer.models.resolve import resolve_model
 from gossamer.models.weight_names import PlannedWeight, plan_weights
@@ -42,8 +42,6 @@ class ModelSource:
     config: ModelConfig
     stored_config: ModelConfig
     """As the checkpoint has it; differs from `config` only under --upcycle-experts."""
-    tokenizer_path: Path
-    """Where the tokenizer is: a folder with tokenizer.json, or the .gguf file."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """What --quantization auto means for this checkpoint."""
     generation_config: dict[str, Any] = field(default_factory=dict)
@@ -64,14 +62,12 @@ def inspect_model(load: LoadConfig) -> ModelSource:
     path = resolve_model(load.model, load.download_dir, load.load_format)
     if path.is_dir():
         with _naming(path):
-            source = _inspect_folder(path, dummy)
+            source = _inspect_folder(path, Path(load.tokenizer or path).expanduser(), dummy)
     elif load.load_format == "safetensors":
         raise StartupError(f"--load-format safetensors, but {path} is a GGUF file.\nUse --load-format auto.")
     else:
         with _naming(path):
             source = _inspect_gguf(path, dummy)
-    if load.tokenizer is not None:
-        source = dataclasses.replace(source, tokenizer_path=_tokenizer(load.tokenizer))
     if load.upcycle_experts is not None:
         moe = _upcycled(source.stored_config, load.upcycle_experts, load.upcycle_topk)
         source = dataclasses.replace(source, config=dataclasses.replace(source.config, moe=moe))
@@ -89,16 +85,17 @@ def _naming(path: Path) -> Iterator[None]:
         raise StartupError(f"{path}: {e}") from e
 
 
-def _inspect_folder(folder: Path, dummy: bool) -> ModelSource:
+def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
     raw = read_json(folder / "config.json")
     family = family_of_hf(raw)
     config = family.from_hf(raw)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     ends = ConfigReader(generation, "generation_config.json: ").token_ids("eos_token_id")
-    config = dataclasses.replace(config, eos_token_ids=merge_token_ids(config.vocab_size, config.eos_token_ids, ends))
+    ends = merge_token_ids(config.vocab_size, config.eos_token_ids, ends, tokenizer_end(tokenizer))
+    config = dataclasses.replace(config, eos_token_ids=ends)
     if dummy:
-        return ModelSource("dummy", folder, config, config, folder, generation_config=generation)
+        return ModelSource("dummy", folder, config, config, generation_config=generation)
     headers = read_headers(weight_files(folder))
     plan = tuple(plan_weights(config, family.weights, headers.shapes, _IGNORABLE))
     for planned in plan:
@@ -109,9 +106,7 @@ def _inspect_folder(folder: Path, dummy: bool) -> ModelSource:
             )
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         config = dataclasses.replace(config, dtype=SAFETENSORS_DTYPES[headers.dtypes[plan[0].stored_name]])
-    return ModelSource(
-        "safetensors", folder, config, config, folder, generation_config=generation, plan=plan, headers=headers
-    )
+    return ModelSource("safetensors", folder, config, config, generation_config=generation, plan=plan, headers=headers)
 
 
 def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:
@@ -119,25 +114,17 @@ def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:
     family, raw = hf_config_of_gguf(files)
     config = family.from_hf(raw)
     if dummy:
-        return ModelSource("dummy", path, config, config, path)
+        return ModelSource("dummy", path, config, config)
     return ModelSource(
         "gguf",
         path,
         config,
         config,
-        path,
         quantization=suggested_quantization(files),
         plan=tuple(plan_weights(config, GGUF_WEIGHTS, stored_shapes(files), GGUF_IGNORABLE)),
         gguf=tuple(files),
         interleaved_heads=interleaved_heads(files[0].metadata["general.architecture"], config),
     )
-
-
-def _tokenizer(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise StartupError(f"--tokenizer {name!r} does not exist.\nGive a folder with tokenizer.json, or a .gguf file.")
-    return path
 
 
 def _upcycled(config: ModelConfig, num_experts: int, top_k: int) -> MoEConfig:

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ from gossamer.core import (
 from gossamer.engine import messages
 from gossamer.engine.client import EngineClient
 from gossamer.engine.info import EngineInfo, ProgressCallback
-from gossamer.models.resolve import resolve_model
+from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
@@ -126,9 +125,7 @@ class AsyncLLM:
 
     def _init(self, config: EngineConfig, chat_template: str | None, factory: str, log_level: str) -> None:
         self.requested_model = config.load.model
-        load = config.load
-        path = resolve_model(load.model, load.download_dir, load.load_format)
-        config = dataclasses.replace(config, load=dataclasses.replace(load, model=str(path)))
+        config = dataclasses.replace(config, load=resolve_paths(config.load))
         self._config = config
         self._chat_template = chat_template
         self._client = EngineClient(config, factory=factory, log_level=log_level)
@@ -190,10 +187,8 @@ class AsyncLLM:
 
     def _load_tokenizer(self) -> tuple[Tokenizer, int]:
         """The tokenizer and the number of characters of its longest token."""
-        path = Path(self._config.load.tokenizer or self._config.load.model)
-        if not path.exists():
-            path = resolve_model(str(path), self._config.load.download_dir, "dummy")
-        tokenizer = load_tokenizer(path, self._chat_template)
+        load = self._config.load
+        tokenizer = load_tokenizer(load.tokenizer or load.model, self._chat_template)
         # Built lazily; better now than in the first request.
         tokenizer.encode("warm", parse_special=False)
         return tokenizer, max(len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.vocab_size))

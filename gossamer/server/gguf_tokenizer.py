@@ -65,18 +65,6 @@ PRE_TOKENIZERS: dict[str, _Pre] = {
     "tekken": _Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
 }
 
-# Control tokens that end a turn in some family, for files that name only one of their end tokens.
-_END_TEXTS = {
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-}
-
 
 def read_gguf_tokenizer(path: Path) -> TokenizerParts:
     """Raises StartupError, naming what is missing or unsupported."""
@@ -101,20 +89,15 @@ def tokenizer_from_metadata(metadata: dict[str, Any], path: Path) -> TokenizerPa
             "Name a folder with the model's tokenizer.json with --tokenizer."
         )
     _add_special(backend, tokens, types)
-    ids = {name: _special_id(get, f"{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")}
-    ids["padding"] = _special_id(get, "padding_token_id", len(tokens))
-    ends = [i for i, text in enumerate(tokens) if types[i] == _CONTROL and text in _END_TEXTS]
-    eos = [i for i in (ids["eos"], ids["eot"], ids["eom"], *ends) if i is not None]
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    named = {name: ids[key] for name, key in names.items()}
-    bos, end = ids["bos"], ids["eos"]
+    ids = {name: _special_id(get, f"{key}_token_id", len(tokens)) for name, key in names.items()}
+    bos, end = ids["bos_token"], ids["eos_token"]
     return TokenizerParts(
         backend=backend,
         prefix_ids=[bos] if bos is not None and get("add_bos_token", bool, add_bos) else [],
         suffix_ids=[end] if end is not None and get("add_eos_token", bool, False) else [],
         bos_token_id=bos,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
-        special_tokens={name: tokens[i] for name, i in named.items() if i is not None},
+        special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
         chat_templates=_chat_templates(metadata),
     )
 

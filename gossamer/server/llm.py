@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from gossamer.config import LoadConfig, make_engine_config
+from gossamer.config import make_engine_config
 from gossamer.core import EngineDead, InvalidRequest, SamplingParams
 from gossamer.engine.build import build_engine
-from gossamer.models.resolve import resolve_model
+from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputProcessor, RequestOutput
 from gossamer.server.progress import progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
@@ -68,11 +67,10 @@ class LLM:
 
     def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
         config = make_engine_config(model=model, **options)
-        load = config.load
-        path = resolve_model(load.model, load.download_dir, load.load_format)
-        config = dataclasses.replace(config, load=dataclasses.replace(load, model=str(path)))
+        load = resolve_paths(config.load)
+        config = dataclasses.replace(config, load=load)
         # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
-        self._tokenizer = load_tokenizer(_tokenizer_path(config.load), chat_template)
+        self._tokenizer = load_tokenizer(load.tokenizer or load.model, chat_template)
         self._show_progress = not config.disable_progress
         with progress_on_terminal(self._show_progress) as on_progress:
             self._engine, self.info = build_engine(config, on_progress)
@@ -216,12 +214,6 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompt
             "sampling_params",
         )
     return list(params)
-
-
-def _tokenizer_path(load: LoadConfig) -> Path:
-    if load.tokenizer is None or Path(load.tokenizer).exists():
-        return Path(load.tokenizer or load.model)
-    return resolve_model(load.tokenizer, load.download_dir, "dummy")
 
 
 class _ProgressBar:

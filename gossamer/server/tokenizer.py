@@ -61,7 +61,6 @@ class Tokenizer:
         self._special = {token.content: i for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special.values())
         self.bos_token_id = parts.bos_token_id
-        self.eos_token_ids = parts.eos_token_ids
         self.vocab_size: int = parts.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:

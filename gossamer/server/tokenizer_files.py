@@ -31,7 +31,6 @@ class TokenizerParts:
     prefix_ids: list[int] = field(default_factory=list)
     suffix_ids: list[int] = field(default_factory=list)
     bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
 
@@ -57,17 +56,11 @@ def read_hf_tokenizer(folder: Path) -> TokenizerParts:
     special = _special_tokens(config, read_json(folder / "special_tokens_map.json"))
     ids = {name: backend.token_to_id(text) for name, text in special.items()}
     prefix, suffix = _surroundings(backend, config, ids)
-    eos = _token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
-    own_eos = ids.get("eos_token")
-    if own_eos is not None:
-        eos = (own_eos, *eos)
-    eos = eos or _token_ids(read_json(folder / "config.json").get("eos_token_id"))
     return TokenizerParts(
         backend=backend,
         prefix_ids=prefix,
         suffix_ids=suffix,
         bos_token_id=ids.get("bos_token"),
-        eos_token_ids=tuple(dict.fromkeys(eos)),
         special_tokens=special,
         chat_templates=_chat_templates(folder, config),
     )
@@ -125,11 +118,6 @@ def _surroundings(backend: Backend, config: dict[str, Any], ids: dict[str, int |
     if isinstance(config.get("add_eos_token"), bool) and eos is not None:
         suffix = [eos] if config["add_eos_token"] else [i for i in suffix if i != eos]
     return prefix, suffix
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

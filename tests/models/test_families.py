@@ -251,9 +251,18 @@ def test_registry_names_are_distinct() -> None:
     assert len({f.model_type for f in FAMILIES}) == len({f.architecture for f in FAMILIES}) == len(FAMILIES)
 
 
-def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
+def test_generation_config_and_tokenizer_add_end_tokens(tmp_path: Path) -> None:
+    def ends(backend: dict[str, Any], config: dict[str, Any], **options: Any) -> tuple[int, ...]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return inspect_model(LoadConfig(model=str(tmp_path), load_format="dummy", **options)).config.eos_token_ids
+
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "temperature": 0.6}))
-    source = inspect_model(LoadConfig(model=str(tmp_path), load_format="dummy"))
-    assert source.config.eos_token_ids == (2, 7)
-    assert source.generation_config["temperature"] == 0.6
+    added = {"added_tokens": [{"id": 3, "content": "<end>"}, {"id": 4, "content": "<other>"}]}
+    assert ends({}, {}) == (2, 7)
+    assert ends(added, {"eos_token": "<end>"}) == (2, 7, 3)
+    assert ends(added, {"eos_token": {"content": "<other>"}}) == (2, 7, 4)
+    assert ends(added, {"eos_token": "<end>", "added_tokens_decoder": {"5": {"content": "<end>"}}}) == (2, 7, 5)
+    assert ends({}, {"eos_token": "<end>", "added_tokens_decoder": {"x": {"content": "<end>"}, "6": 0}}) == (2, 7)
+    assert ends(added, {"eos_token": "<end>"}, tokenizer=str(tmp_path / "other")) == (2, 7)

@@ -250,6 +250,14 @@ def test_metadata_by_layer_and_end_of_turn(tmp_path: Path) -> None:
     assert config.eos_token_ids == (2, 9)
 
 
+def test_control_tokens_that_end_a_turn_by_name(tmp_path: Path) -> None:
+    texts = [f"<{i}>" for i in range(128)]
+    texts[5], texts[6] = "<|endoftext|>", "<|im_end|>"
+    kinds = [3] * 6 + [1] * 122  # 6 is plain text that spells a control token
+    changes = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": kinds}
+    assert config_of(build(tmp_path, changes=changes)).eos_token_ids == (2, 5)
+
+
 def test_unknown_architecture_and_types(tmp_path: Path) -> None:
     mamba = write_gguf(tmp_path / "a.gguf", "mamba", {"mamba.block_count": 1}, {"x": np.zeros(4, np.float32)})
     with pytest.raises(StartupError, match=r"'mamba'[\s\S]*qwen3moe"):
@@ -278,7 +286,7 @@ def test_default_model(default_gguf: Path) -> None:
     assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
     assert (config.rope.theta, config.max_position_embeddings) == (100000.0, 8192)
     assert config.tie_word_embeddings
-    assert (config.bos_token_id, config.eos_token_ids, source.quantization) == (1, (2,), "int4")
+    assert (config.bos_token_id, config.eos_token_ids, source.quantization) == (1, (2, 0), "int4")
     shapes = {}
     for name, weight in iter_weights(source, load):
         shapes[name] = tuple(weight.shape)

@@ -220,13 +220,6 @@ def test_broken_generation_config(folder: Path) -> None:
     assert "generation_config.json" in refusal(folder)
 
 
-def test_missing_tokenizer_folder(folder: Path, tmp_path: Path) -> None:
-    assert "--tokenizer" in refusal(folder, tokenizer=str(tmp_path / "none"))
-    source = inspect_model(LoadConfig(model=str(folder), tokenizer=str(tmp_path)))
-    assert source.tokenizer_path == tmp_path
-    assert inspect_model(LoadConfig(model=str(folder))).tokenizer_path == folder
-
-
 def test_single_file_under_another_name(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     assert inspect_model(LoadConfig(model=str(folder))).kind == "safetensors"

@@ -10,7 +10,7 @@ import pytest
 
 from gossamer.config import LoadConfig
 from gossamer.core import StartupError
-from gossamer.models.resolve import resolve_model
+from gossamer.models.resolve import resolve_model, resolve_paths
 from gossamer.models.source import inspect_model
 
 Checkpoint = Callable[[str], Path]
@@ -114,3 +114,20 @@ def test_what_cannot_be_an_id_is_a_missing_path(model: str, tmp_path: Path) -> N
 def test_no_model_given() -> None:
     with pytest.raises(StartupError, match="No model given"):
         resolve_model("")
+
+
+def test_a_tokenizer_is_a_folder_a_file_or_a_hub_id(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, snapshot = checkpoint("llama"), cached(checkpoint("qwen2"), tmp_path)
+
+    def resolved(tokenizer: str | None) -> str | None:
+        load = LoadConfig(model=str(folder), tokenizer=tokenizer, download_dir=str(tmp_path))
+        assert resolve_paths(load).model == str(folder)
+        return resolve_paths(load).tokenizer
+
+    assert resolved(None) is None
+    assert resolved(str(tmp_path)) == str(tmp_path)
+    assert resolved("org/tiny") == str(snapshot)
+    with pytest.raises(StartupError, match="--tokenizer: '/none' does not exist"):
+        resolved("/none")
+    with pytest.raises(StartupError, match=r"--tokenizer: 'org/other' is not a local path[\s\S]*unreachable"):
+        resolved("org/other")

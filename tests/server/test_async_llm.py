@@ -60,6 +60,21 @@ async def collect(llm, prompt, params=None, **options):
     return [output async for output in llm.generate(prompt, params, **options)]
 
 
+def test_a_tokenizer_from_the_hub(model, tmp_path):
+    repository = tmp_path / "models--org--tokenizer"
+    write_byte_tokenizer(repository / "snapshots" / "1a2b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1a2b")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+
+    async def scenario(llm):
+        assert (await collect(llm, "HAL", SamplingParams(max_tokens=3)))[-1].outputs[0].text == "IBM"
+
+    with_llm(str(bare), scenario, tokenizer="org/tokenizer", download_dir=str(tmp_path))
+
+
 def test_modes_agree(model):
     async def scenario(llm):
         params = SamplingParams(max_tokens=7)

@@ -219,7 +219,7 @@ def test_the_default_model_answers() -> None:
         answer = real.chat(question, greedy)[0].outputs[0]
         assert answer.text == "The capital of France is Paris."
         assert answer.finish_reason == "stop"
-        assert answer.token_ids[-1] in real.get_tokenizer().eos_token_ids
+        assert answer.token_ids[-1] in real.info.model.eos_token_ids
         sampled = SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=12, logprobs=2)
         alone = real.generate("Once upon a time", sampled)[0].outputs[0]
         crowd = real.generate(["The capital of France is", "Once upon a time", "1, 2, 3,"], [greedy, sampled, greedy])
