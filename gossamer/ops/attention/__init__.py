@@ -9,9 +9,20 @@ import torch
 
 from gossamer.ops.attention import reference
 from gossamer.ops.attention.reference import DecodeGroup, PrefillSequence, plan_decode, plan_prefill
-from gossamer.ops.dispatch import require_reference
+from gossamer.ops.attention.workspace import DecodeWorkspace
+from gossamer.ops.dispatch import require_reference, use_kernel
 
-__all__ = ["DecodeGroup", "PrefillSequence", "decode_attention", "plan_decode", "plan_prefill", "prefill_attention"]
+__all__ = [
+    "DecodeGroup",
+    "DecodeWorkspace",
+    "PrefillSequence",
+    "decode_attention",
+    "paged_decode",
+    "paged_prefill",
+    "plan_decode",
+    "plan_prefill",
+    "prefill_attention",
+]
 
 
 def prefill_attention(
@@ -51,3 +62,77 @@ def decode_attention(
     """
     require_reference(q, backend, "decode_attention")
     reference.decode_attention(q, k_pages, v_pages, groups, scale, out)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+    max_seq_len: int,
+    backend: str = "auto",
+) -> None:
+    """One new token per row attends to its pages, its own (already written) key included; no host sync.
+
+    q, out [num_rows, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim];
+    int32: page_table [num_slots, max_pages], slots and seq_lens [num_rows] (slot -1 or length 0: padding, out is 0).
+    A token sees `window` tokens, itself included. sinks [num_q_heads]: a further logit of each head's softmax, without
+    a value. No seq_len exceeds `max_seq_len`, which bounds the launch. On a device the metadata must not come from a
+    kernel that lets its successor start early. The kernel needs a workspace; its results do not depend on the order
+    in which programs finish. Raises ValueError for shapes, dtypes or layouts it does not serve.
+    """
+    if not use_kernel(q, backend):
+        implementation = reference.paged_decode
+    else:
+        if workspace is None:
+            raise ValueError("the kernel of paged_decode needs a DecodeWorkspace")
+        from gossamer.ops.attention import triton
+
+        implementation = triton.paged_decode
+    implementation(
+        q, k_pages, v_pages, page_table, slots, seq_lens, scale, out,
+        window=window, sinks=sinks, workspace=workspace, max_seq_len=max_seq_len,
+    )  # fmt: skip
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_q_len: int,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Causal attention of each row's new tokens to all of its pages, where their keys already are; no host sync.
+
+    q, out [num_tokens, num_q_heads, head_dim], rows packed: row r holds tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1]
+    - 1 (int32 [num_rows + 1]), the last of which has position seq_lens[r] - 1. Rows may be empty or of one token;
+    tokens beyond cu_seqlens_q[num_rows] are padding, for which out is 0. `max_q_len` bounds a row's tokens. The rest,
+    and the errors, as for `paged_decode`.
+    """
+    if not use_kernel(q, backend):
+        implementation = reference.paged_prefill
+    else:
+        from gossamer.ops.attention import triton
+
+        implementation = triton.paged_prefill
+    implementation(
+        q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, max_q_len, scale, out,
+        window=window, sinks=sinks,
+    )  # fmt: skip

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from gossamer.ops.attention.workspace import DecodeWorkspace
+
 # Splitting a decode batch costs about as much as reading this many padding pages.
 _GROUP_COST_PAGES = 24
 
@@ -242,3 +244,74 @@ def _windowed(
     distance = torch.arange(seq.length, device=q.device)[:, None] + offset - torch.arange(k.shape[2], device=q.device)
     visible = (distance >= 0) & (distance < (seq.window or 0))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+
+
+def _visible_pages(
+    pages: torch.Tensor, page_ids: torch.Tensor, first_token: int, seq_len: int
+) -> tuple[torch.Tensor, int]:
+    """Tokens of the pages that hold first_token .. seq_len - 1 as [num_kv_heads, tokens, head_dim]; the first's position."""
+    page_size = pages.shape[2]
+    first_page = first_token // page_size
+    taken = pages[page_ids[first_page : -(-seq_len // page_size)].long()].transpose(0, 1).flatten(1, 2)
+    return taken[:, : seq_len - first_page * page_size], first_page * page_size
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_q_len: int,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """The definition, row by row and in float64 where q is, else in fp32; waits for the device."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k_pages.shape[1]
+    bounds = cu_seqlens_q.tolist()
+    out.zero_()
+    for slot, seq_len, start, stop in zip(slots.tolist(), seq_lens.tolist(), bounds[:-1], bounds[1:], strict=True):
+        if slot < 0 or stop == start:
+            continue
+        first_token = 0 if window is None else max(0, seq_len - (stop - start) - window + 1)
+        k, first = _visible_pages(k_pages, page_table[slot], first_token, seq_len)
+        v, _ = _visible_pages(v_pages, page_table[slot], first_token, seq_len)
+        k, v = (x.to(compute).repeat_interleave(group, 0) for x in (k, v))
+        scores = q[start:stop].to(compute).transpose(0, 1) @ k.transpose(1, 2) * scale
+        position = torch.arange(seq_len - (stop - start), seq_len, device=q.device)[:, None]
+        token = torch.arange(first, seq_len, device=q.device)
+        hidden = (token > position) if window is None else (token > position) | (token <= position - window)
+        scores.masked_fill_(hidden, -torch.inf)
+        normaliser = torch.logsumexp(scores, -1, keepdim=True)
+        if sinks is not None:
+            normaliser = torch.logaddexp(normaliser, sinks.to(compute)[:, None, None])
+        out[start:stop] = (torch.exp(scores - normaliser) @ v).transpose(0, 1).to(out.dtype)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    workspace: DecodeWorkspace | None,
+    max_seq_len: int,
+) -> None:
+    """Prefill of one token a row; rows of length 0 are padding."""
+    present = torch.where(seq_lens > 0, slots, -1)
+    cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+    paged_prefill(
+        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, out, window=window, sinks=sinks
+    )

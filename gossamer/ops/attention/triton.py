@@ -1,0 +1,375 @@
+"""Triton kernels of paged attention: split-KV decode and variable-length prefill, for MHA, GQA and MQA.
+
+Both give the query heads of one KV head to one program as rows of its products, and both find their share of the
+work on the device, so that launch parameters depend on shapes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gossamer.ops.attention.workspace import DecodeWorkspace
+from gossamer.ops.dispatch import overlap_options
+
+_LOG2E = 1.4426950408889634
+_NO_WINDOW = 2**31 - 1
+# Fewer pages in a program than this cost more in merging than they gain in parallelism.
+_MIN_PAGES = 1
+# Stands for minus infinity where a difference of two of them must be zero.
+_LOW = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _merge_partials(
+    partials, stats, head, first, last, tail_of_first, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The normalised sum [BLOCK_G, HEAD_DIM] over programs first .. last, in their order whoever arrived last."""
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, HEAD_DIM)
+    peak = tl.full([BLOCK_G], _LOW, tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+    for start in range(first, last + 1, CHUNK):
+        owner = start + tl.arange(0, CHUNK)
+        second = tail_of_first & (owner == first)
+        index = (owner * NUM_KV_HEADS + head) * 2 + second.to(tl.int32)
+        inside = (owner <= last)[:, None] & (g < GROUP)[None, :]
+        stat = stats + (index * 2 * GROUP)[:, None] + g[None, :]
+        peaks = tl.load(stat, mask=inside, other=_LOW, cache_modifier=".cg")
+        weights = tl.load(stat + GROUP, mask=inside, other=0.0, cache_modifier=".cg")
+        rows = partials + (index[:, None] * GROUP + g[None, :])[:, :, None] * HEAD_DIM + d[None, None, :]
+        values = tl.load(rows, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(peak, tl.max(peaks, 0))
+        old = tl.exp2(peak - highest)
+        new = tl.exp2(peaks - highest[None, :])
+        weight = weight * old + tl.sum(weights * new, 0)
+        total = total * old[:, None] + tl.sum(values * new[:, :, None], 0)
+        peak = highest
+    return total / tl.maximum(weight, 1e-30)[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+    q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out, partials, stats, arrivals,
+    num_rows, table_stride, scale_log2, window,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
+
+    A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
+    """
+    head = tl.program_id(0) % NUM_KV_HEADS
+    program = tl.program_id(0) // NUM_KV_HEADS
+    num_programs = tl.num_programs(0) // NUM_KV_HEADS
+    rows = tl.arange(0, BLOCK_R)
+    lens = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
+    lens = tl.where(tl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0, lens, 0)
+    row_pages = tl.cdiv(lens, PAGE) - tl.maximum(lens - window, 0) // PAGE
+    ends = tl.cumsum(row_pages, 0)
+    num_pages = tl.sum(row_pages, 0)
+    share = tl.maximum(tl.cdiv(num_pages, num_programs), MIN_PAGES)
+    begin = program * share
+    stop = tl.minimum(begin + share, num_pages)
+    row = tl.sum((ends <= begin).to(tl.int32), 0)
+    row_begin = tl.max(tl.where(ends <= begin, ends, 0), 0)
+    num_empty = tl.sum(((row_pages == 0) & (rows < num_rows)).to(tl.int32), 0)
+
+    g = tl.arange(0, BLOCK_G)
+    n = tl.arange(0, PAGE)
+    d = tl.arange(0, HEAD_DIM)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    unit = begin
+    while unit < stop:
+        slot = tl.load(slots + row)
+        seq_len = tl.where(slot >= 0, tl.load(seq_lens + row), 0)
+        first_token = tl.maximum(seq_len - window, 0)
+        first_page = first_token // PAGE
+        row_end = row_begin + tl.cdiv(seq_len, PAGE) - first_page
+        if row_end > unit:
+            part_end = tl.minimum(row_end, stop)
+            low, high = first_page + unit - row_begin, first_page + part_end - row_begin
+            q_rows = (row * NUM_KV_HEADS + head) * GROUP
+            queries = tl.load(
+                q + (q_rows + g).to(tl.int64)[:, None] * HEAD_DIM + d[None, :], mask=(g < GROUP)[:, None], other=0.0
+            )
+            peak = tl.full([BLOCK_G], _LOW, tl.float32)
+            weight = tl.zeros([BLOCK_G], tl.float32)
+            if HAS_SINKS:
+                if unit == row_begin:
+                    sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
+                    peak = tl.maximum(sink * 1.4426950408889634, _LOW)
+                    weight = tl.full([BLOCK_G], 1.0, tl.float32)
+            total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+            table = page_table + slot.to(tl.int64) * table_stride
+            for p in range(low, high):
+                page = tl.load(table + p)
+                base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
+                token = p * PAGE + n
+                visible = (token >= first_token) & (token < seq_len)
+                # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
+                k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
+                v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
+                scores = tl.dot(queries, k, input_precision="ieee") * scale_log2
+                scores = tl.where(visible[None, :], scores, float("-inf"))
+                highest = tl.maximum(peak, tl.max(scores, 1))
+                fade = tl.exp2(peak - highest)
+                weights = tl.exp2(scores - highest[:, None])
+                weight = weight * fade + tl.sum(weights, 1)
+                total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+                peak = highest
+
+            first_program, last_program = row_begin // share, (row_end - 1) // share
+            if first_program == last_program:
+                rows_out = out + (q_rows + g).to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(rows_out, (total / weight[:, None]).to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
+            else:
+                index = (program * NUM_KV_HEADS + head) * 2 + (unit > begin).to(tl.int32)
+                tl.store(stats + index * 2 * GROUP + g, peak, mask=g < GROUP)
+                tl.store(stats + index * 2 * GROUP + GROUP + g, weight, mask=g < GROUP)
+                part = partials + (index * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(part, total, mask=(g < GROUP)[:, None])
+                tl.debug_barrier()
+                counter = arrivals + row * NUM_KV_HEADS + head
+                arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+                if arrived == last_program - first_program:
+                    merged = _merge_partials(
+                        partials, stats, head, first_program, last_program, row_begin > first_program * share,
+                        NUM_KV_HEADS, GROUP, MERGE_G, HEAD_DIM, CHUNK,
+                    )  # fmt: skip
+                    mg = tl.arange(0, MERGE_G)
+                    merged_out = out + (q_rows + mg).to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
+                    tl.store(merged_out, merged.to(out.dtype.element_ty), mask=(mg < GROUP)[:, None])
+                    tl.store(counter, 0)
+            unit = part_end
+        row_begin = row_end
+        row += 1
+    if num_empty > 0:
+        for r in range(program, num_rows, num_programs):
+            if (tl.load(slots + r) < 0) | (tl.load(seq_lens + r) <= 0):
+                rows_out = out + ((r * NUM_KV_HEADS + head) * GROUP + g).to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(rows_out, tl.zeros([BLOCK_G, HEAD_DIM], out.dtype.element_ty), mask=(g < GROUP)[:, None])
+
+
+@triton.jit
+def _attend_pages(
+    queries, peak, weight, total, k_desc, v_desc, table, head, low, high, position, seq_len, scale_log2, window,
+    NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Pages low .. high - 1 of one sequence; queries [BLOCK_M, head_dim] at `position` [BLOCK_M]."""
+    for p in range(low, high):
+        base = (tl.load(table + p) * NUM_KV_HEADS + head) * PAGE
+        k = k_desc.load([base, 0])
+        scores = tl.dot(queries, k.T, input_precision="ieee")
+        if MASKED:
+            token = p * PAGE + tl.arange(0, PAGE)
+            visible = token[None, :] <= position[:, None]
+            if HAS_WINDOW:
+                visible = visible & (token[None, :] > position[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        highest = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        fade = tl.exp2(peak - highest)
+        weights = tl.exp2(scores * scale_log2 - highest[:, None])
+        weight = weight * fade + tl.sum(weights, 1)
+        v = v_desc.load([base, 0])
+        if MASKED:
+            # What the last page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
+            v = tl.where((p * PAGE + tl.arange(0, PAGE) < seq_len)[:, None], v, 0.0)
+        total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+        peak = highest
+    return peak, weight, total
+
+
+@triton.jit
+def _prefill_kernel(
+    q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
+    num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the query heads of a KV head for BLOCK_M // GROUP tokens of one row, causal over the row's pages.
+
+    A row has ceil(tokens / BLOCK_TOKENS) blocks; those left over beyond all rows' write zeros into padded tokens.
+    """
+    BLOCK_TOKENS: tl.constexpr = BLOCK_M // GROUP
+    head = tl.program_id(0) % NUM_KV_HEADS
+    # A sequence's last blocks see the most keys: they start first.
+    block = num_blocks - 1 - tl.program_id(0) // NUM_KV_HEADS
+    rows = tl.arange(0, BLOCK_R)
+    starts = tl.load(cu_seqlens_q + rows, mask=rows < num_rows, other=0)
+    counts = tl.load(cu_seqlens_q + rows + 1, mask=rows < num_rows, other=0) - starts
+    ends = tl.cumsum(tl.cdiv(counts, BLOCK_TOKENS), 0)
+    used = tl.max(ends, 0)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if block >= used:
+        token = tl.load(cu_seqlens_q + num_rows) + (block - used) * BLOCK_TOKENS + m // GROUP
+        inside = (m < BLOCK_TOKENS * GROUP) & (token < num_tokens)
+        rows_out = ((token * NUM_KV_HEADS + head) * GROUP + m % GROUP).to(tl.int64)
+        zeros = tl.zeros([BLOCK_M, HEAD_DIM], out.dtype.element_ty)
+        tl.store(out + rows_out[:, None] * HEAD_DIM + d[None, :], zeros, mask=inside[:, None])
+        return
+    row = tl.sum((ends <= block).to(tl.int32), 0)
+    row_block = block - tl.max(tl.where(ends <= block, ends, 0), 0)
+    row_start = tl.load(cu_seqlens_q + row)
+    row_stop = tl.load(cu_seqlens_q + row + 1)
+    seq_len = tl.load(seq_lens + row)
+    table = page_table + tl.maximum(tl.load(slots + row), 0).to(tl.int64) * table_stride
+    first = row_start + row_block * BLOCK_TOKENS
+    token = first + m // GROUP
+    inside = (m < BLOCK_TOKENS * GROUP) & (token < row_stop)
+    q_rows = ((token * NUM_KV_HEADS + head) * GROUP + m % GROUP).to(tl.int64)
+    queries = tl.load(q + q_rows[:, None] * HEAD_DIM + d[None, :], mask=inside[:, None], other=0.0)
+    shift = seq_len - row_stop
+    position = token + shift
+    first_position = first + shift
+    last_position = tl.minimum(first + BLOCK_TOKENS, row_stop) - 1 + shift
+
+    peak = tl.full([BLOCK_M], _LOW, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head * GROUP + m % GROUP).to(tl.float32)
+        peak = tl.maximum(sink * 1.4426950408889634, _LOW)
+        weight = tl.full([BLOCK_M], 1.0, tl.float32)
+    total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    last_page = last_position // PAGE + 1
+    low = 0
+    whole_low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(first_position - window + 1, 0) // PAGE
+        whole_low = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), PAGE), last_page)
+        peak, weight, total = _attend_pages(
+            queries, peak, weight, total, k_desc, v_desc, table, head, low, whole_low, position, seq_len, scale_log2,
+            window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW,
+        )  # fmt: skip
+    whole_high = tl.maximum((first_position + 1) // PAGE, whole_low)
+    peak, weight, total = _attend_pages(
+        queries, peak, weight, total, k_desc, v_desc, table, head, whole_low, whole_high, position, seq_len, scale_log2,
+        window, NUM_KV_HEADS, PAGE, False, HAS_WINDOW,
+    )  # fmt: skip
+    peak, weight, total = _attend_pages(
+        queries, peak, weight, total, k_desc, v_desc, table, head, whole_high, last_page, position, seq_len, scale_log2,
+        window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW,
+    )  # fmt: skip
+    result = (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + q_rows[:, None] * HEAD_DIM + d[None, :], result, mask=inside[:, None])
+
+
+def _check(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor, window: int | None,
+    indices: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    num_kv_heads, page_size, head_dim = k_pages.shape[1:]
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k_pages.dtype != q.dtype != v_pages.dtype:
+        raise ValueError(f"q {q.dtype}, k {k_pages.dtype}, v {v_pages.dtype}: one of fp32, fp16, bf16 for all three")
+    if k_pages.shape != v_pages.shape or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or out.shape != q.shape:
+        raise ValueError(f"q {[*q.shape]}, out {[*out.shape]}, k {[*k_pages.shape]}, v {[*v_pages.shape]} do not match")
+    if head_dim not in (16, 32, 64, 128, 256) or page_size not in (16, 32, 64, 128):
+        raise ValueError(f"head_dim {head_dim} (16 .. 256), page_size {page_size} (16 .. 128): powers of two")
+    if not all(t.is_contiguous() for t in (q, k_pages, v_pages, out)):
+        raise ValueError("q, out, k_pages and v_pages must be contiguous")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} must be at least 1")
+    for name, tensor in indices.items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32 and contiguous in its last dimension")
+
+
+def _row_block(num_rows: int) -> int:
+    return max(32, triton.next_power_of_2(num_rows))
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    workspace: DecodeWorkspace,
+    max_seq_len: int,
+) -> None:
+    _check(q, k_pages, v_pages, out, window, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    group = num_q_heads // num_kv_heads
+    if workspace.partials.shape[1:] != (num_kv_heads, 2, group, head_dim):
+        raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, kv heads, 2, group, dim]")
+    if workspace.arrivals.numel() < num_rows * num_kv_heads:
+        raise ValueError(
+            f"the workspace has room for {workspace.arrivals.numel() // num_kv_heads} rows, not {num_rows}"
+        )
+    if num_rows == 0:
+        return
+    pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
+    if window is not None:
+        pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
+    # Programs without a share leave at once; their number never changes the others' shares.
+    num_programs = min(workspace.num_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
+    merge_g = triton.next_power_of_2(group)
+    page_bytes = 2 * page_size * head_dim * q.element_size()
+    _decode_kernel[(num_programs * num_kv_heads,)](
+        q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out,
+        workspace.partials, workspace.stats, workspace.arrivals,
+        num_rows, page_table.stride(0), scale * _LOG2E, _NO_WINDOW if window is None else window,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
+        PAGE=page_size, BLOCK_R=_row_block(num_rows), MIN_PAGES=_MIN_PAGES,
+        CHUNK=max(1, min(16, 8192 // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
+        num_warps=4, num_stages=max(1, min(4, 98304 // page_bytes)), **overlap_options(q),
+    )  # fmt: skip
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_q_len: int,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    indices = {"page_table": page_table, "slots": slots, "cu_seqlens_q": cu_seqlens_q, "seq_lens": seq_lens}
+    _check(q, k_pages, v_pages, out, window, indices)
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    num_rows = seq_lens.shape[0]
+    if num_tokens == 0:
+        return
+    if num_rows == 0:
+        out.zero_()
+        return
+    group = num_q_heads // num_kv_heads
+    block_m = 64 if q.element_size() == 4 or max_q_len * group <= 64 else 128
+    block_m = max(block_m, triton.next_power_of_2(group))
+    num_blocks = triton.cdiv(num_tokens, block_m // group) + num_rows
+    page_rows = [page_size, head_dim]
+    _prefill_kernel[(num_blocks * num_kv_heads,)](
+        q, TensorDescriptor.from_tensor(k_pages.view(-1, head_dim), page_rows),
+        TensorDescriptor.from_tensor(v_pages.view(-1, head_dim), page_rows),
+        page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
+        num_tokens, num_rows, num_blocks, page_table.stride(0), scale * _LOG2E, _NO_WINDOW if window is None else window,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, PAGE=page_size,
+        BLOCK_R=_row_block(num_rows), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
+        num_warps=8 if block_m >= 128 else 4, num_stages=2, **overlap_options(q),
+    )  # fmt: skip

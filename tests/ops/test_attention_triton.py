@@ -1,0 +1,198 @@
+"""Kernels of paged attention against a float64 oracle: ragged and padded rows, windows, sinks, poisoned pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
+
+# rel-RMS against float64. Half precisions round the softmax weights before the product with V.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = 16 if DEVICE == "cpu" else 64
+
+
+class Batch:
+    """Rows of a paged cache. Everything no row may read is NaN, or a page that does not exist."""
+
+    def __init__(
+        self, seq_lens: list[int], q_lens: list[int], heads: tuple[int, int, int], dtype: torch.dtype,
+        *, page: int = PAGE, window: int | None = None, padding: int = 0,
+    ) -> None:  # fmt: skip
+        q_heads, kv_heads, dim = heads
+        counts = [-(-n // page) for n in seq_lens]
+        order = torch.randperm(sum(counts) + 2)[: sum(counts)].split(counts)
+        num_slots = len(seq_lens) + 1
+        slots = torch.randperm(num_slots)[: len(seq_lens)]
+        table = torch.full((num_slots, max(counts, default=0) + 2), 2**30)
+        shape = (sum(counts) + 2, kv_heads, page, dim)
+        pages = [torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2)]
+        for slot, ids, seq_len, q_len in zip(slots.tolist(), order, seq_lens, q_lens, strict=True):
+            first = 0 if window is None else max(0, seq_len - q_len - window + 1) // page
+            table[slot, first : len(ids)] = ids[first:]
+            for position in range(first * page, seq_len):
+                for x in pages:
+                    x[ids[position // page], :, position % page] = torch.randn(kv_heads, dim, dtype=torch.float64)
+        row_slots = [-1 if q_len == 0 else slot for slot, q_len in zip(slots.tolist(), q_lens, strict=True)]
+        lens = [0 if q_len == 0 else seq_len for seq_len, q_len in zip(seq_lens, q_lens, strict=True)]
+        self.k_pages, self.v_pages = (x.to(DEVICE, dtype) for x in pages)
+        self.q = torch.randn(sum(q_lens) + padding, q_heads, dim).to(DEVICE, dtype)
+        self.page_table = table.to(DEVICE, torch.int32)
+        self.slots = torch.tensor(row_slots, dtype=torch.int32, device=DEVICE)
+        self.seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+        self.cu_seqlens_q = torch.tensor([0, *q_lens], device=DEVICE).cumsum(0).to(torch.int32)
+        self.sinks = torch.randn(q_heads, device=DEVICE)
+        self.window, self.scale, self.max_q_len = window, dim**-0.5, max(q_lens, default=0)
+        self.max_seq_len = max(seq_lens, default=0)
+
+    def oracle(self, sinks: torch.Tensor | None) -> torch.Tensor:
+        q, k_pages, v_pages = (x.double() for x in (self.q, self.k_pages, self.v_pages))
+        out = torch.full_like(q, torch.nan)
+        paged_prefill(
+            q, k_pages, v_pages, self.page_table, self.slots, self.cu_seqlens_q, self.seq_lens, self.max_q_len,
+            self.scale, out, window=self.window, sinks=sinks, backend="reference",
+        )  # fmt: skip
+        return out
+
+    def prefill(self, sinks: torch.Tensor | None) -> torch.Tensor:
+        out = torch.full_like(self.q, torch.nan)
+        paged_prefill(
+            self.q, self.k_pages, self.v_pages, self.page_table, self.slots, self.cu_seqlens_q, self.seq_lens,
+            self.max_q_len, self.scale, out, window=self.window, sinks=sinks, backend="triton",
+        )  # fmt: skip
+        return out
+
+    def decode(self, sinks: torch.Tensor | None, num_programs: int | None, rows: slice = slice(None)) -> torch.Tensor:
+        """`rows` are a batch of their own; a padded row keeps its line of q."""
+        slots, lens, q = (x[rows].contiguous() for x in (self.slots, self.seq_lens, self.q))
+        out = torch.full_like(q, torch.nan)
+        heads = (q.shape[1], self.k_pages.shape[1], q.shape[2])
+        workspace = DecodeWorkspace.allocate(len(slots), *heads, DEVICE, num_programs)
+        workspace.partials.fill_(torch.nan)
+        workspace.stats.fill_(torch.nan)
+        for _ in range(2):
+            paged_decode(
+                q, self.k_pages, self.v_pages, self.page_table, slots, lens, self.scale, out, window=self.window,
+                sinks=sinks, workspace=workspace, max_seq_len=self.max_seq_len, backend="triton",
+            )  # fmt: skip
+        assert not workspace.arrivals.any()
+        return out
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert float(error) < TOLERANCE[actual.dtype]
+
+
+def decode_case(lens: list[int], heads: tuple[int, int, int], dtype: torch.dtype, **options: int | None) -> Batch:
+    """A decode batch: a length of 0 is a padded row, which has a line of q like every row."""
+    batch = Batch([max(n, 1) for n in lens], [1] * len(lens), heads, dtype, **options)  # type: ignore[arg-type]
+    padded = torch.tensor([n == 0 for n in lens], dtype=torch.bool, device=DEVICE)
+    batch.slots.masked_fill_(padded, -1)
+    batch.seq_lens.masked_fill_(padded, 0)
+    return batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "window", "num_programs"),
+    [((6, 2, 16), None, 5), ((2, 2, 32), 20, 5), ((3, 1, 64), 1, 5), ((6, 2, 16), 20, 1), ((3, 1, 64), None, 1)],
+)
+def test_decode_equals_float64(
+    dtype: torch.dtype, heads: tuple[int, int, int], window: int | None, num_programs: int
+) -> None:
+    batch = decode_case([0, 1, 16, 71, 0, 33, 0], heads, dtype, window=window)
+    sinks = batch.sinks if num_programs == 5 else None
+    check(batch.decode(sinks, num_programs), batch.oracle(sinks))
+
+
+@pytest.mark.parametrize("lens", [[], [0, 0], [5], [200]])
+def test_decode_of_few_rows(lens: list[int]) -> None:
+    batch = decode_case(lens, (4, 2, 16), torch.float32)
+    check(batch.decode(batch.sinks, 7), batch.oracle(batch.sinks))
+
+
+def test_decode_merges_more_parts_than_it_loads_at_once() -> None:
+    batch = decode_case([40 * PAGE - 3], (2, 1, 16), torch.float32)
+    check(batch.decode(None, 40), batch.oracle(None))
+
+
+def test_padded_rows_change_no_bit_of_a_decode_batch() -> None:
+    batch = decode_case([50, 90, 7, 0, 0], (4, 2, 16), torch.float32)
+    assert torch.equal(batch.decode(None, 3)[:3], batch.decode(None, 3, slice(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "window"), [((6, 2, 16), None), ((6, 2, 16), 20), ((2, 2, 32), 20), ((3, 1, 64), None), ((3, 1, 64), 1)]
+)
+def test_prefill_equals_float64(dtype: torch.dtype, heads: tuple[int, int, int], window: int | None) -> None:
+    seq_lens, q_lens = [50, 17, 9, 70, 16], [50, 1, 0, 33, 16]
+    batch = Batch(seq_lens, q_lens, heads, dtype, window=window, padding=13)
+    sinks = batch.sinks if window else None
+    check(batch.prefill(sinks), batch.oracle(sinks))
+
+
+@pytest.mark.parametrize("q_lens", [[], [0], [0, 1, 0]])
+def test_prefill_of_few_tokens(q_lens: list[int]) -> None:
+    batch = Batch([20] * len(q_lens), q_lens, (4, 2, 16), torch.float32, padding=3)
+    check(batch.prefill(batch.sinks), batch.oracle(batch.sinks))
+
+
+def test_unsupported_input_is_refused() -> None:
+    batch = decode_case([5], (4, 2, 16), torch.float32)
+    with pytest.raises(ValueError, match="one of fp32"):
+        Batch([5], [1], (4, 2, 16), torch.float64).prefill(None)
+    with pytest.raises(ValueError, match="head_dim 48"):
+        Batch([5], [1], (4, 2, 48), torch.float32).prefill(None)
+    with pytest.raises(ValueError, match="contiguous"):
+        batch.k_pages = batch.k_pages.transpose(0, 1).contiguous().transpose(0, 1)
+        batch.prefill(None)
+    batch = decode_case([5, 6], (4, 2, 16), torch.float32, window=0)
+    with pytest.raises(ValueError, match="window 0"):
+        batch.decode(None, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [(32, 4, 128), (28, 4, 128), (8, 8, 64), (16, 1, 256), (64, 2, 64)])
+@pytest.mark.parametrize("window", [None, 128, 1000])
+def test_on_the_device(dtype: torch.dtype, heads: tuple[int, int, int], window: int | None) -> None:
+    batch = decode_case([1, 0, 64, 1500, 333, 5000, 0, 65], heads, dtype, window=window)
+    check(batch.decode(batch.sinks, None), batch.oracle(batch.sinks))
+    first, second = batch.decode(None, None), batch.decode(None, None)
+    check(first, batch.oracle(None))
+    assert torch.equal(first, second)
+    seq_lens, q_lens = [700, 1, 65, 9, 2100, 300], [700, 1, 1, 0, 513, 300]
+    batch = Batch(seq_lens, q_lens, heads, dtype, window=window, padding=200)
+    check(batch.prefill(batch.sinks), batch.oracle(batch.sinks))
+    check(batch.prefill(None), batch.oracle(None))
+
+
+@pytest.mark.gpu
+def test_one_captured_graph_serves_all_lengths() -> None:
+    long = decode_case([4000, 1700, 300, 1], (32, 4, 128), torch.bfloat16)
+    out = torch.empty_like(long.q)
+    workspace = DecodeWorkspace.allocate(4, 32, 4, 128, DEVICE)
+
+    def step() -> None:
+        paged_decode(
+            long.q, long.k_pages, long.v_pages, long.page_table, long.slots, long.seq_lens, long.scale, out,
+            workspace=workspace, max_seq_len=4096,
+        )  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lens in ([4000, 1700, 300, 1], [64, 1, 65, 1], [0, 1500, 2, 1]):
+        long.seq_lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        replayed = out.clone()
+        step()
+        assert torch.equal(replayed, out)
+        long.slots.copy_(torch.where(long.seq_lens > 0, long.slots, -1))
+        check(replayed, long.oracle(None))
