@@ -6,19 +6,111 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gossamer.ops.dispatch import require_reference
+from gossamer.ops.dispatch import require_reference, use_kernel
 from gossamer.ops.moe import reference
+
+MAX_EXPERTS, MAX_TOP_K = 512, 16
 
 
 def route_topk(
-    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax", backend: str = "auto"
+    router_logits: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score_func: str = "softmax",
+    token_slots: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses experts. router_logits [num_tokens, num_experts] -> weights fp32, ids int64 [num_tokens, top_k].
+    """Chooses experts. router_logits [num_tokens, num_experts] -> weights fp32, ids int32 [num_tokens, top_k].
 
-    Scores are softmax or sigmoid of the logits in fp32; `renormalize` makes the kept weights sum to 1.
+    Scores are softmax or sigmoid of the logits in fp32; of equal logits the lower id wins; `renormalize` makes the kept
+    weights sum to 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
     """
-    require_reference(router_logits, backend, "route_topk")
-    return reference.route_topk(router_logits, top_k, renormalize=renormalize, score_func=score_func)
+    _check_choice(router_logits.shape[1], top_k, score_func)
+    if not use_kernel(router_logits, backend):
+        return reference.route_topk(
+            router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
+        )
+    from gossamer.ops.moe import triton
+
+    return triton.route_topk(
+        router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
+    )
+
+
+def router(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score_func: str = "softmax",
+    token_slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
+
+    arrivals: zeroed int32 [1] that the kernel leaves zeroed; calls that share one must not run at the same time. Without
+    it every call clears one of its own.
+    """
+    _check_choice(weight.shape[0], top_k, score_func)
+    if not use_kernel(x, backend):
+        return reference.router(
+            x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
+        )
+    _check_contiguous("router", x=x, weight=weight)
+    from gossamer.ops.moe import triton
+
+    return triton.router(
+        x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots, arrivals=arrivals
+    )
+
+
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate, up [..., inter, hidden] -> [..., 2 * inter, hidden], the storage order of `moe_mlp`: gate 0, up 0, gate 1 ...
+
+    A gate and its up value are neighbours in one thread's accumulator there, so that SiLU*mul needs no exchange. A
+    loader may as well write into `w_gate_up.view(num_experts, inter, 2, hidden)[e, :, 0 or 1]`.
+    """
+    return torch.stack((gate, up), dim=-2).flatten(-3, -2)
+
+
+def moe_mlp(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """sum_k topk_weights[t, k] * down(silu(gate(x[t])) * up(x[t])) with the matrices of expert topk_ids[t, k].
+
+    x [num_tokens, hidden]; topk_weights fp32, topk_ids int32 [num_tokens, top_k], ids distinct within a token, -1 for
+    none; w_gate_up [num_experts, 2 * inter, hidden] interleaved (`interleave_gate_up`); w_down [num_experts, hidden,
+    inter]. Returns [num_tokens, hidden]. Experts without tokens are not read; sums over k are in fp32 and in order.
+    """
+    if not use_kernel(x, backend):
+        return reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+    _check_contiguous(
+        "moe_mlp", x=x, topk_weights=topk_weights, topk_ids=topk_ids, w_gate_up=w_gate_up, w_down=w_down
+    )
+    num_experts, hidden, inter = w_down.shape
+    if w_gate_up.shape != (num_experts, 2 * inter, hidden) or x.shape[1] != hidden:
+        raise ValueError(f"moe_mlp: x {x.shape}, w_gate_up {w_gate_up.shape}, w_down {w_down.shape} do not fit")
+    if topk_ids.dtype != torch.int32 or topk_weights.dtype != torch.float32:
+        raise ValueError(f"moe_mlp: ids are {topk_ids.dtype} and weights {topk_weights.dtype}, not int32 and float32")
+    if not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise ValueError(f"moe_mlp: x is {x.dtype}, the experts {w_gate_up.dtype} and {w_down.dtype}")
+    if hidden % 16 or inter % 16 or num_experts > MAX_EXPERTS or topk_ids.shape[1] > MAX_TOP_K:
+        raise ValueError(
+            f"moe_mlp: hidden {hidden} and inter {inter} must be multiples of 16, experts {num_experts} at most "
+            f"{MAX_EXPERTS}, top-k {topk_ids.shape[1]} at most {MAX_TOP_K}"
+        )
+    from gossamer.ops.moe import triton
+
+    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
 
 
 def grouped_mlp(
@@ -35,3 +127,18 @@ def grouped_mlp(
     """
     require_reference(x, backend, "grouped_mlp")
     return reference.grouped_mlp(x, topk_weights, topk_ids, experts)
+
+
+def _check_choice(num_experts: int, top_k: int, score_func: str) -> None:
+    if score_func not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_func {score_func!r} is neither softmax nor sigmoid")
+    if not 1 <= top_k <= min(num_experts, MAX_TOP_K) or num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"top-{top_k} of {num_experts} experts: top-k up to {MAX_TOP_K}, experts up to {MAX_EXPERTS} are supported"
+        )
+
+
+def _check_contiguous(op: str, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} is not contiguous")

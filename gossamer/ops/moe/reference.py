@@ -5,17 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 def route_topk(
-    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str
+    router_logits: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score_func: str,
+    token_slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = router_logits.float()
     scores = torch.softmax(logits, -1) if score_func == "softmax" else torch.sigmoid(logits)
-    weights, ids = scores.topk(top_k, -1)
+    # Both functions are monotone; topk leaves the order of equal logits open, a stable sort does not.
+    ids = torch.sort(logits, dim=-1, descending=True, stable=True)[1][:, :top_k]
+    weights, ids = scores.gather(1, ids), ids.int()
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
+    if token_slots is not None:
+        padding = (token_slots < 0).unsqueeze(1)
+        weights, ids = weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1)
     return weights, ids
+
+
+def router(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score_func: str,
+    token_slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = F.linear(x.float(), weight.float())
+    return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
+
+
+def moe_mlp(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids.unique().tolist():
+        if expert >= 0:
+            tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
+            gate_up = F.linear(x[tokens], w_gate_up[expert])
+            y = F.linear(F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2], w_down[expert])
+            out.index_add_(0, tokens, y.float() * topk_weights[tokens, slots].unsqueeze(1))
+    return out.to(x.dtype)
 
 
 def grouped_mlp(

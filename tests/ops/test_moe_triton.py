@@ -1,0 +1,145 @@
+"""The MoE kernels against float64: the interpreter on tiny shapes, the device (marker gpu) on real ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.ops.moe import interleave_gate_up, moe_mlp, route_topk, router
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh tensors hold NaN (floats) or a large number (ints): whatever is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def oracle(x, topk_weights, topk_ids, gate, up, down):
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    gate, up, down = gate.double(), up.double(), down.double()
+    for t, k in (topk_ids >= 0).nonzero().tolist():
+        e, row = int(topk_ids[t, k]), x[t].double()
+        act = torch.nn.functional.silu(gate[e] @ row) * (up[e] @ row)
+        out[t] += float(topk_weights[t, k]) * (down[e] @ act)
+    return out
+
+
+def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def experts(num_experts: int, hidden: int, inter: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        (torch.randn(num_experts, *shape, device=DEVICE) / shape[1] ** 0.5).to(dtype)
+        for shape in ((inter, hidden), (inter, hidden), (hidden, inter))
+    )
+
+
+def spread(num_tokens: int, num_experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.rand(num_tokens, num_experts, device=DEVICE).argsort(-1)[:, :top_k].int().contiguous()
+    return torch.rand(num_tokens, top_k, device=DEVICE), ids
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 4, 2), (1, 4, 4), (7, 60, 8), (5, 300, 16)])
+def test_routing_equals_the_reference(score_func, renormalize, num_tokens, num_experts, top_k) -> None:
+    logits = (torch.randn(num_tokens, num_experts, device=DEVICE) * 4).round() / 4  # ties are frequent
+    slots = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) - 1
+    options = {"renormalize": renormalize, "score_func": score_func, "token_slots": slots}
+    expected_weights, expected_ids = route_topk(logits, top_k, backend="reference", **options)
+    weights, ids = route_topk(logits, top_k, backend="triton", **options)
+    assert ids.dtype == torch.int32
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "hidden"), [(1, 12, 48), (5, 20, 64), (40, 8, 32)])
+def test_router_equals_the_reference(num_tokens: int, num_experts: int, hidden: int) -> None:
+    x = torch.randn(num_tokens, hidden, device=DEVICE)
+    weight = torch.randn(num_experts, hidden, device=DEVICE)
+    slots = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) - 1
+    arrivals = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # the second call finds the counter as the first left it
+        weights, ids = router(
+            x, weight, 3, renormalize=True, token_slots=slots, arrivals=arrivals, backend="triton"
+        )
+        expected_weights, expected_ids = router(
+            x, weight, 3, renormalize=True, token_slots=slots, backend="reference"
+        )
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+
+
+def test_nan_logits_give_nan_weights_and_distinct_ids_in_range() -> None:
+    logits = torch.randn(3, 6, device=DEVICE)
+    logits[1] = float("nan")
+    weights, ids = route_topk(logits, 4, renormalize=True, backend="triton")
+    assert weights[1].isnan().all()
+    assert weights[[0, 2]].isfinite().all()
+    assert sorted(ids[1].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 21])
+@pytest.mark.parametrize(("hidden", "inter", "num_experts", "top_k"), [(48, 80, 5, 3), (32, 16, 33, 1)])
+def test_moe_mlp_equals_float64(num_tokens: int, hidden: int, inter: int, num_experts: int, top_k: int) -> None:
+    gate, up, down = experts(num_experts, hidden, inter, torch.float32)
+    x = torch.randn(num_tokens, hidden, device=DEVICE)
+    weights, ids = spread(num_tokens, num_experts, top_k)
+    for variant in ("spread", "one expert", "padded rows"):
+        if variant == "one expert":
+            ids[:, 0] = num_experts - 1
+            ids[:, 1:] = -1
+        if variant == "padded rows":
+            ids[1::2] = -1
+            weights[1::2] = float("nan")
+        actual = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down, backend="triton")
+        assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 1e-6
+
+
+def test_fp16_and_the_reference() -> None:
+    gate, up, down = experts(6, 32, 48, torch.float16)
+    x = torch.randn(9, 32, device=DEVICE).half()
+    weights, ids = spread(9, 6, 2)
+    ids[4] = -1
+    for backend in ("triton", "reference"):
+        actual = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down, backend=backend)
+        assert actual.dtype == torch.float16
+        assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 2e-3
+
+
+def test_unsupported_input_is_refused() -> None:
+    gate, up, down = experts(4, 32, 16, torch.float32)
+    x, (weights, ids) = torch.randn(3, 32, device=DEVICE), spread(3, 4, 2)
+    w = interleave_gate_up(gate, up)
+    with pytest.raises(ValueError, match="not int32"):
+        moe_mlp(x, weights, ids.long(), w, down, backend="triton")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        moe_mlp(x[:, :24].contiguous(), weights, ids, w[..., :24].contiguous(), down[:, :24].contiguous(), backend="triton")
+    with pytest.raises(ValueError, match="not contiguous"):
+        moe_mlp(x, weights, ids, w, down.transpose(1, 2), backend="triton")
+    with pytest.raises(ValueError, match="top-5 of 4"):
+        route_topk(torch.randn(2, 4, device=DEVICE), 5, renormalize=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 33, 64, 200, 513, 1500, 4096])
+@pytest.mark.parametrize("num_padded", [0, 1])
+def test_moe_mlp_bf16_at_real_shapes(num_tokens: int, num_padded: int) -> None:
+    gate, up, down = experts(128, 2048, 768, torch.bfloat16)
+    x = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16()
+    weights, ids = spread(num_tokens, 128, 8)
+    if num_padded:
+        ids[-1] = -1
+    actual = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down)
+    picked = sorted({0, num_tokens // 2, num_tokens - 1})
+    expected = oracle(x[picked], weights[picked], ids[picked], gate, up, down)
+    assert rel_rms(actual[picked], expected) < 5e-3
+    assert actual.isfinite().all()
+    again = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down)
+    assert torch.equal(actual, again), "sums have a fixed order"
