@@ -8,14 +8,21 @@ import torch
 
 from gossamer.config import EngineConfig, Hardware, ModelConfig, resolve
 from gossamer.core import RequestLimits, StartupError
+from gossamer.engine.account import StepAccount
 from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.trace import Trace
 from gossamer.kv_cache.ledger import MemoryPlan, plan_memory, require_context
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.linear import WeightFormat
+from gossamer.layers.moe import ExpertUse, MoELayer
+from gossamer.models.cost import StepCost, bytes_per_weight
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
 from gossamer.models.loader import ModelSource, inspect_model, iter_weights
 from gossamer.models.shapes import expected_shapes
+from gossamer.runtime import ceilings, cuda_memory
+from gossamer.runtime.cuda_runner import CudaRunner
+from gossamer.runtime.executor import Executor
 from gossamer.runtime.hardware import detect
 from gossamer.runtime.model_runner import ModelRunner
 
@@ -24,45 +31,89 @@ from gossamer.runtime.model_runner import ModelRunner
 _DENSE_COPY_FRACTION = 0.2
 
 
-def build_engine(config: EngineConfig, on_progress: ProgressCallback | None = None) -> tuple[Engine, EngineInfo]:
-    """Loads the model and returns a running engine. Raises StartupError for anything that the user can mend."""
+def build_engine(
+    config: EngineConfig, on_progress: ProgressCallback | None = None, *, paged: bool | None = None
+) -> tuple[Engine, EngineInfo]:
+    """Loads the model and returns a running engine. Raises StartupError for anything that the user can mend.
+
+    paged: run the GPU's executor (None: on a GPU).
+    """
     report = on_progress or (lambda stage, fraction: None)
     report("Inspecting model", 0.0)
     source = inspect_model(config.load)
     hardware = detect(config.device)
-    if hardware.device == "cuda" and config.ops_backend != "reference":
-        raise StartupError(
-            "--device cuda: there are no CUDA kernels in this version yet.\n"
-            "Use --device cpu, or --ops-backend reference to run the (slow) torch reference on the GPU."
-        )
     requested = config.load.max_model_len
     config = resolve(config, hardware, source.config)
+    trace = Trace(config.profile_trace) if config.profile_trace else None
     # One thread until the worker runs: OpenMP keeps a team of threads for each thread that ever used several, and
     # with more team members than cores its barriers stop spinning, which makes a decode step three times slower.
     torch.set_num_threads(1)
     fmt = weight_format(config, hardware, source)
     layout = ATTENTION_KINDS[source.config.attention].kv_layout(source.config, config.cache.kv_cache_dtype)
     plan_memory(config, hardware, source.config, layout, estimate_weight_bytes(source.config, fmt))
-    decoder = Decoder(source.config, fmt, config.load.max_model_len or 1, config.ops_backend)
+    decoder = Decoder(source.config, fmt, config.load.max_model_len or 1, config.ops_backend, paged)
     _load(decoder, source, config, report)
-    plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes)
+    cost = StepCost(source.config, ATTENTION_KINDS[source.config.attention], fmt, layout.itemsize)
+    account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
     page_bytes = config.cache.page_size * layout.bytes_per_token * source.config.num_layers
+    measured: dict[str, int] | None = None
+    paged_runner: CudaRunner | None = None
+    if decoder.paged:
+        report("Compiling kernels", 0.0)
+        paged_runner = _paged_runner(config, decoder)
+        if fmt.device.type == "cuda":
+            measured = cuda_memory.measure(paged_runner, layout, config)
+    plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes, measured)
     require_context(plan, requested, config.cache.page_size, page_bytes)
     config = _with_plan(config, plan, page_bytes, fmt)
     pool = KVPool(source.config.num_layers, layout, plan.num_pages, config.cache.page_size, fmt.device)
-    runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads)
+    runner: Executor
+    if paged_runner is not None:
+        paged_runner.attach(pool)
+        runner = paged_runner
+    else:
+        runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads)
     limits = RequestLimits(vocab_size=source.config.vocab_size, max_model_len=plan.max_model_len)
-    engine = Engine(config, runner, num_pages=plan.num_pages, limits=limits, eos_token_ids=source.config.eos_token_ids)
+    engine = Engine(
+        config,
+        runner,
+        num_pages=plan.num_pages,
+        limits=limits,
+        eos_token_ids=source.config.eos_token_ids,
+        account=account,
+        trace=trace,
+    )
     report("Ready", 1.0)
-    info = EngineInfo(config, source.config, limits, plan.num_pages, list(plan.entries), hardware.name)
+    best = ceilings.load(config.cache_dir, hardware, config.load.dtype)
+    info = EngineInfo(config, source.config, limits, plan.num_pages, list(plan.entries), hardware.name, best)
     return engine, info
 
 
+def _paged_runner(config: EngineConfig, decoder: Decoder) -> CudaRunner:
+    scheduler = config.scheduler
+    return CudaRunner(
+        decoder,
+        max_num_seqs=scheduler.max_num_seqs or 1,
+        max_num_tokens=scheduler.max_num_batched_tokens or 1,
+        max_model_len=config.load.max_model_len or 1,
+        page_size=config.cache.page_size,
+        enforce_eager=config.enforce_eager or config.ops_backend == "reference",
+    )
+
+
+def _count_experts(decoder: Decoder) -> list[ExpertUse]:
+    """Makes every MoE layer count from now on. Before any CUDA graph is captured."""
+    layers = [block.mlp for block in decoder.blocks if isinstance(block.mlp, MoELayer)]
+    for layer in layers:
+        layer.use = ExpertUse(layer.num_experts, decoder.fmt.device)
+    return [layer.use for layer in layers if layer.use is not None]
+
+
 def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource) -> WeightFormat:
-    """How weights are held: `auto` quantisation is that of a quantised GGUF file, else none."""
+    """How weights are held: `auto` quantisation is, on a CPU, that of a quantised GGUF file, else none."""
     quantization = config.load.quantization
     if quantization == "auto":
-        quantization = source.quantization
+        quantization = source.quantization if hardware.device == "cpu" else "none"
     dtype = getattr(torch, config.load.dtype)
     fmt = WeightFormat(dtype, torch.device(hardware.device), quantization)
     if quantization != "none":
@@ -79,7 +130,7 @@ def _num_parameters(model: ModelConfig) -> int:
 
 def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
     """Bytes that the weights will take, before anything is loaded: what does not fit is refused early."""
-    per_weight = {"none": fmt.dtype.itemsize, "int8": 1.0, "int4": 0.5 + 2 * fmt.dtype.itemsize / 32}[fmt.quantization]
+    per_weight = bytes_per_weight(fmt)
     if fmt.quantization != "none" and fmt.keep_dense:
         per_weight += fmt.dtype.itemsize
     total = 0.0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from gossamer.config import MoEConfig
+from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import Linear
 from gossamer.layers.mlp import GatedMLP
-from gossamer.ops.moe import grouped_mlp, route_topk
+from gossamer.ops.moe import grouped_mlp, router
 
 
 class ExpertUse:
-    """Counts on the device which experts a layer chooses; safe inside a CUDA graph. Ids below 0 are padding."""
+    """Counts on the device which experts a layer chooses; safe inside a CUDA graph. Other ids are padding."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.tokens = torch.zeros(num_experts, dtype=torch.int64, device=device)
@@ -23,35 +23,51 @@ class ExpertUse:
     def add(self, topk_ids: torch.Tensor) -> None:
         """topk_ids [num_tokens, top_k] of one step."""
         ids = topk_ids.flatten().long()
-        counts = torch.zeros_like(self.tokens).scatter_add_(0, ids.clamp_min(0), (ids >= 0).long())
+        last = self.tokens.numel() - 1
+        valid = (ids >= 0) & (ids <= last)
+        counts = torch.zeros_like(self.tokens).scatter_add_(0, ids.clamp(0, last), valid.long())
         self.tokens += counts
         self.touched += torch.stack([(counts > 0).sum(), torch.ones_like(self.touched[1])])
 
 
 class MoELayer:
-    """The router stays dense and in fp32 (TECHNIQUES 1): its ties and near-ties choose experts."""
+    """The router stays dense and in fp32 (TECHNIQUES 1): its ties and near-ties choose experts.
 
-    def __init__(self, config: MoEConfig, layer: int, backend: str) -> None:
+    `stacked` experts are two tensors, for grouped kernels; else each is an MLP of its own, which may be quantised.
+    """
+
+    def __init__(self, config: MoEConfig, layer: int, backend: str, *, stacked: bool = False) -> None:
         name = f"layers.{layer}.moe"
         self.router_name = f"{name}.router.weight"
         self.router: torch.Tensor | None = None
-        self.experts = [GatedMLP(f"{name}.experts.{e}", backend) for e in range(config.num_experts)]
+        self.stacked = StackedExperts(name, config, backend) if stacked else None
+        self.experts = [GatedMLP(f"{name}.experts.{e}", backend) for e in range(0 if stacked else config.num_experts)]
         self.linears: list[Linear] = [linear for expert in self.experts for linear in expert.linears]
         self.use: ExpertUse | None = None
+        self._arrivals: torch.Tensor | None = None
+        self.num_experts = config.num_experts
         self._config = config
         self._backend = backend
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
+        """x [num_tokens, hidden]; int32 token_slots [num_tokens], -1 for padding, which then reads no expert."""
         if self.router is None:
             raise RuntimeError(f"{self.router_name} used before it was loaded")
         config = self._config
-        weights, ids = route_topk(
-            F.linear(x.float(), self.router),
+        if self._arrivals is None:
+            self._arrivals = torch.zeros(1, dtype=torch.int32, device=x.device)
+        weights, ids = router(
+            x,
+            self.router,
             config.top_k,
             renormalize=config.renormalize,
             score_func=config.score_func,
+            token_slots=token_slots,
+            arrivals=self._arrivals,
             backend=self._backend,
         )
         if self.use is not None:
             self.use.add(ids)
+        if self.stacked is not None:
+            return self.stacked(x, weights, ids)
         return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)

@@ -6,7 +6,8 @@ Families differ in their config alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -16,7 +17,8 @@ from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import AttentionBatch
+from gossamer.layers.attention.base import Attend, AttentionBatch, AttentionLayer, PagedPlan
+from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import (
     DenseWeight,
     Int4Weight,
@@ -31,7 +33,8 @@ from gossamer.layers.linear import (
 from gossamer.layers.mlp import GatedMLP
 from gossamer.layers.moe import MoELayer
 from gossamer.layers.rotary import RotaryTable
-from gossamer.ops.norm import rms_norm
+from gossamer.ops.embedding import embed_tokens
+from gossamer.ops.norm import add_rms_norm, rms_norm
 
 ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
 
@@ -39,25 +42,36 @@ ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
 class Block:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: str, paged: bool) -> None:
         self.attn_norm: torch.Tensor | None = None
         self.mlp_norm: torch.Tensor | None = None
         self.attention = ATTENTION_KINDS[config.attention].build(config, layer, backend)
         moe = config.moe
         self.mlp: GatedMLP | MoELayer
         if moe is not None and layer not in moe.dense_layers:
-            self.mlp = MoELayer(moe, layer, backend)
+            self.mlp = MoELayer(moe, layer, backend, stacked=paged)
         else:
             self.mlp = GatedMLP(f"layers.{layer}.mlp", backend, bias=config.mlp_bias)
 
 
 class Decoder:
-    """Inference only, so a plain object: weights are set by `load`, called by canonical name in any order."""
+    """Inference only, so a plain object: weights are set by `load`, called by canonical name in any order.
 
-    def __init__(self, config: ModelConfig, fmt: WeightFormat, max_model_len: int, backend: str = "auto") -> None:
+    `paged` decoders run by `pieces` (None: on a GPU), others by `forward`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fmt: WeightFormat,
+        max_model_len: int,
+        backend: str = "auto",
+        paged: bool | None = None,
+    ) -> None:
         self.config = config
         self.fmt = fmt
-        self.blocks = [Block(config, i, backend) for i in range(config.num_layers)]
+        self.paged = fmt.device.type == "cuda" if paged is None else paged
+        self.blocks = [Block(config, i, backend, self.paged) for i in range(config.num_layers)]
         self.embed: torch.Tensor | None = None
         self.final_norm: torch.Tensor | None = None
         self.head: Weight | None = None
@@ -80,6 +94,8 @@ class Decoder:
                 loaders[name] = self._layer_loader(block.attention)
             if isinstance(block.mlp, MoELayer):
                 loaders[block.mlp.router_name] = self._router_loader(block.mlp)
+                if block.mlp.stacked is not None:
+                    loaders |= dict.fromkeys(block.mlp.stacked.names, self._stacked_loader(block.mlp.stacked))
             for linear in [*block.attention.linears, *block.mlp.linears]:
                 for name in linear.expected_names():
                     loaders[name] = self._linear_loader(linear)
@@ -100,6 +116,9 @@ class Decoder:
 
     def _layer_loader(self, attention: gqa.GQALayer) -> Callable[[str, Part], None]:
         return lambda name, tensor: attention.load(name, tensor, self.fmt)
+
+    def _stacked_loader(self, experts: StackedExperts) -> Callable[[str, Part], None]:
+        return lambda name, tensor: experts.load(name, tensor, self.fmt)
 
     def _router_loader(self, layer: MoELayer) -> Callable[[str, Part], None]:
         return lambda _, tensor: setattr(layer, "router", dense(tensor, self.fmt).float())
@@ -127,7 +146,8 @@ class Decoder:
         held = [self.embed, self.final_norm, *(self.head.tensors() if self.head else [])]
         for block in self.blocks:
             held += [block.attn_norm, block.mlp_norm, *block.attention.norms.values()]
-            held += [block.mlp.router] if isinstance(block.mlp, MoELayer) else []
+            if isinstance(block.mlp, MoELayer):
+                held += [block.mlp.router, *(block.mlp.stacked.tensors() if block.mlp.stacked else [])]
             for linear in [*block.attention.linears, *block.mlp.linears]:
                 held += linear.weight.tensors()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
@@ -149,11 +169,54 @@ class Decoder:
             x += block.mlp(h)
         return rms_norm(x, _loaded(self.final_norm), eps, backend=backend)
 
+    def pieces(
+        self,
+        input_ids: torch.Tensor,
+        last_token: torch.Tensor,
+        plan: PagedPlan,
+        pool: KVPool,
+        result: list[torch.Tensor],
+    ) -> Iterator[Attend]:
+        """The forward pass on a GPU, broken at each layer's attention: call what is yielded, then go on.
+
+        input_ids: int32 [num_tokens], -1 for what the token's slot sampled last (`last_token`, int64 [num_slots]).
+        `result` gets the hidden states [num_tokens, hidden] after the final norm; rows of padding hold no meaning.
+        """
+        config, eps, backend = self.config, self.config.rms_norm_eps, self._backend
+        cos, sin = self._rotary.table(plan.max_seq_len)
+        shape = (input_ids.shape[0], config.num_q_heads, config.head_dim)
+        x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=backend)
+        q, attended = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        h = rms_norm(x, _loaded(self.blocks[0].attn_norm), eps, backend=backend)
+        following = [*(block.attn_norm for block in self.blocks[1:]), self.final_norm]
+        for block, planes, next_norm in zip(self.blocks, pool.layers, following, strict=True):
+            block.attention.project(h, cos, sin, plan, planes, q)
+            yield partial(_attend, block.attention, q, planes, attended)
+            h = add_rms_norm(block.attention.output(attended), x, _loaded(block.mlp_norm), eps, backend=backend)
+            h = block.mlp(h, plan.token_slots) if isinstance(block.mlp, MoELayer) else block.mlp(h)
+            h = add_rms_norm(h, x, _loaded(next_norm), eps, backend=backend)
+        result.append(h)
+
+    def forward_paged(
+        self, input_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool
+    ) -> torch.Tensor:
+        """`pieces`, in one go."""
+        result: list[torch.Tensor] = []
+        for attend in self.pieces(input_ids, last_token, plan, pool, result):
+            attend(plan)
+        return result[0]
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 [num_rows, vocab_size] for `hidden` [num_rows, hidden]."""
         if self.head is None:
             raise RuntimeError("the head was used before its weights were loaded")
         return self.head(hidden).float()
+
+
+def _attend(
+    layer: AttentionLayer, q: torch.Tensor, planes: Sequence[torch.Tensor], out: torch.Tensor, plan: PagedPlan
+) -> None:
+    layer.attend(q, plan, planes, out)
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

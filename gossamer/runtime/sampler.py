@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow, TokenLogprobs
-from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs
+from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs, uniform
 
 # Rows of prompt log-probabilities handled at once; bounds the temporaries to a few times this many rows of logits.
 _PROMPT_CHUNK = 32
@@ -100,8 +100,8 @@ class Sampler:
         edited = self._edit(raw, slots, output_index) if self._has_edits[slots].any() else raw
         host = (self._temperature, self._top_k, self._top_p, self._min_p)
         temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
-        uniform = torch.from_numpy(_uniform(self._seed[slots], output_index))
-        token_ids = sample(edited, temperature, top_k, top_p, min_p, uniform)
+        numbers = torch.from_numpy(uniform(self._seed[slots], output_index))
+        token_ids = sample(edited, temperature, top_k, top_p, min_p, numbers)
         self._penalties.count(slots, token_ids)
         wanted = self._num_logprobs[slots]
         if not want_logprobs or not (wanted >= 0).any():
@@ -224,17 +224,3 @@ def _coordinates(rows: list[int], ids: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _to_host(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLogprobs]:
     columns = zip(ids.tolist(), values.tolist(), ranks.tolist(), strict=True)
     return [TokenLogprobs(i, v, r) for i, v, r in columns]
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): a bijection that spreads every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _uniform(seeds: NDArray[np.uint64], index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Number `index` of each seed's stream, in [0, 1) with 53 random bits. Arithmetic is modulo 2**64."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    step = (index.astype(np.uint64) + np.uint64(1)) * golden
-    return (_mix(_mix(seeds + golden) + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -11,6 +11,7 @@ import torch
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.linear import Linear, Part, WeightFormat
+from gossamer.ops.attention import DecodeWorkspace
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class AttentionBatch:
 
 @dataclass(slots=True)
 class PagedPlan:
-    """A step as a GPU sees it: static int32 device tensors (`runtime.step_inputs` says what each holds) and host numbers.
+    """A step as a GPU sees it: host numbers, and static int32 device tensors that `runtime.step_inputs` explains.
 
     The first `num_decode` rows have one token each, padding included; the other rows are prefill chunks, whose tokens
     follow. Padding has slot -1. `max_seq_len` bounds every seq_len that a captured graph will ever see.
@@ -45,7 +46,7 @@ class PagedPlan:
     max_q_len: int
     page_table: torch.Tensor
     max_seq_len: int
-    workspace: torch.Tensor
+    workspace: DecodeWorkspace | None
 
 
 Attend = Callable[[PagedPlan], None]
@@ -55,7 +56,7 @@ Attend = Callable[[PagedPlan], None]
 class AttentionLayer(Protocol):
     """One layer's attention. `linears` and `norms` are what the loader fills by canonical name.
 
-    On a GPU it is called in three parts: `project` (projections, norms, rotary embedding, KV write), `attend`, `output`.
+    On a GPU it is called in three parts: `project` (to the KV write), `attend`, `output`.
     """
 
     linears: list[Linear]

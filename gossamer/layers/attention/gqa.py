@@ -9,19 +9,21 @@ import torch
 
 from gossamer.config import DTYPE_BYTES, ModelConfig
 from gossamer.core import KVLayout, OpCost
-from gossamer.layers.attention.base import AttentionBatch
+from gossamer.layers.attention.base import AttentionBatch, PagedPlan
 from gossamer.layers.linear import Linear, Part, WeightFormat, dense
 from gossamer.ops.attention import (
     DecodeGroup,
     PrefillSequence,
     decode_attention,
+    paged_decode,
+    paged_prefill,
     plan_decode,
     plan_prefill,
     prefill_attention,
 )
 from gossamer.ops.kv_cache import write_kv
 from gossamer.ops.norm import rms_norm
-from gossamer.ops.rope import apply_rope
+from gossamer.ops.rope import apply_rope, rope_write_kv
 
 
 @dataclass(slots=True)
@@ -143,6 +145,77 @@ class GQALayer:
             sequences = plan.prefill[self._window]
             prefill_attention(q, k, v, k_pages, v_pages, sequences, self._scale, out, backend=backend)
         return self.o(out.flatten(1))
+
+    def project(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: PagedPlan,
+        planes: Sequence[torch.Tensor],
+        q: torch.Tensor,
+    ) -> None:
+        """Fills `q` [num_tokens, num_q_heads, head_dim] and writes keys and values; cos, sin: whole tables."""
+        config = self._config
+        k_pages, v_pages = planes
+        rope_write_kv(
+            self.qkv(x),
+            config.num_q_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            cos,
+            sin,
+            plan.positions,
+            plan.token_slots,
+            plan.page_table,
+            k_pages,
+            v_pages,
+            q,
+            q_norm=self.norms.get(self._q_norm),
+            k_norm=self.norms.get(self._k_norm),
+            eps=config.rms_norm_eps,
+            norm_full=config.qk_norm == "full",
+            clip=config.clip_qkv,
+            backend=self._backend,
+        )
+
+    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        n, scale, window = plan.num_decode, self._scale, self._window
+        k_pages, v_pages = planes
+        table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
+        if n:
+            paged_decode(
+                q[:n],
+                k_pages,
+                v_pages,
+                table,
+                slots[:n],
+                lens[:n],
+                scale,
+                out[:n],
+                window=window,
+                workspace=plan.workspace,
+                max_seq_len=plan.max_seq_len,
+                backend=self._backend,
+            )
+        if len(slots) > n:
+            paged_prefill(
+                q[n:],
+                k_pages,
+                v_pages,
+                table,
+                slots[n:],
+                plan.cu_seqlens_q,
+                lens[n:],
+                plan.max_q_len,
+                scale,
+                out[n:],
+                window=window,
+                backend=self._backend,
+            )
+
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        return self.o(attended.flatten(1))
 
     def _normalise(self, qkv: torch.Tensor) -> None:
         """QK norm in place on the packed projection: per head, or over all heads at once."""

@@ -1,0 +1,43 @@
+"""What a GPU's steps take beside weights and KV cache, measured before the cache is sized: nothing is left to luck.
+
+The widest steps run once on padding, which also compiles every kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer.config import EngineConfig
+from gossamer.core import KVLayout
+from gossamer.kv_cache.pool import KVPool
+from gossamer.runtime.cuda_runner import CudaRunner
+
+GRAPH_SLACK = 1.3
+"""Graphs of other sizes share the largest one's memory, but its blocks do not fit theirs exactly."""
+
+
+def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[str, int]:
+    """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs."""
+    device, scheduler = runner.device, config.scheduler
+    max_num_seqs, max_tokens = scheduler.max_num_seqs or 1, scheduler.max_num_batched_tokens or 1
+    runner.attach(KVPool(runner.decoder.config.num_layers, layout, 1, config.cache.page_size, device))
+    with torch.inference_mode(), torch.cuda.stream(runner.stream):
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        runner.warm_up_prefill(max_tokens)
+        runner.warm_up_decode_eagerly(max_num_seqs)
+        torch.cuda.synchronize(device)
+        temporaries = torch.cuda.max_memory_allocated(device) - held
+        torch.cuda.empty_cache()
+        graphs = 0
+        if runner.captures_graphs:
+            free, _ = torch.cuda.mem_get_info(device)
+            runner.warm_up_decode(max_num_seqs)
+            torch.cuda.synchronize(device)
+            graphs = max(0, free - torch.cuda.mem_get_info(device)[0])
+    runner.detach()
+    torch.cuda.empty_cache()
+    entries = {"temporaries": temporaries}
+    if graphs:
+        entries["CUDA graphs"] = int(graphs * GRAPH_SLACK)
+    return entries

@@ -1,0 +1,316 @@
+"""The executor of a GPU: no step waits for the host, and a decode step is one graph launch.
+
+`submit` enqueues a step and returns; its future waits for the device when it is asked for the result, in the engine's
+thread, while the worker already enqueues the next. On CPU tensors, without streams and graphs, tests prove it.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
+from gossamer.kv_cache.pool import KVPool
+from gossamer.layers.attention.base import PagedPlan
+from gossamer.models.decoder import Decoder
+from gossamer.ops.attention import DecodeWorkspace
+from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
+from gossamer.runtime.device_sampler import DeviceSampler
+from gossamer.runtime.prompt_logprobs import prompt_logprobs
+from gossamer.runtime.sampler import Sampler
+from gossamer.runtime.step_inputs import RING, StepInputs
+
+MAX_PIECEWISE_TOKENS = 512
+"""Mixed steps of up to this many tokens run as piecewise graphs; longer ones hide their launches."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Host memory and events of one step in flight."""
+
+    tokens: torch.Tensor
+    start: torch.cuda.Event | None
+    end: torch.cuda.Event | None
+
+
+class CudaRunner:
+    """Runs batches in order on one device. `max_num_tokens` is the scheduler's token budget."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_model_len: int,
+        page_size: int,
+        enforce_eager: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.device = device = decoder.fmt.device
+        self._on_gpu = device.type == "cuda"
+        max_pages = -(-max_model_len // page_size)
+        self.inputs = StepInputs(max_num_seqs, max_num_tokens, max_num_seqs, max_pages, device)
+        self.sampler = Sampler(decoder.config.vocab_size, max_num_seqs, device)
+        self.device_sampler = DeviceSampler(max_num_seqs, decoder.config.vocab_size, max_num_seqs, device)
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._max_model_len = max_model_len
+        self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
+        self._buckets = decode_buckets(max_num_seqs)
+        self._token_buckets = token_buckets(min(MAX_PIECEWISE_TOKENS, max_num_tokens))
+        self._graphs = GraphPool(device) if self._on_gpu and not enforce_eager else None
+        heads = (decoder.config.num_q_heads, decoder.config.num_kv_heads, decoder.config.head_dim)
+        self._workspace = DecodeWorkspace.allocate(max_num_seqs, *heads, device)
+        self.stream = torch.cuda.Stream(device) if self._on_gpu else None
+        self._ring = [self._make_slot(max_num_seqs) for _ in range(RING)]
+        self._num_steps = 0
+        self.pool: KVPool | None = None
+        self._clock_start, self._clock_event = time.monotonic(), self._event()
+        if self._clock_event is not None:
+            self._clock_event.record(self.stream)
+            self._clock_event.synchronize()
+            self._clock_start = time.monotonic()
+
+    def _event(self) -> torch.cuda.Event | None:
+        return torch.cuda.Event(enable_timing=True) if self._on_gpu else None
+
+    def _make_slot(self, max_num_seqs: int) -> _Slot:
+        tokens = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=self._on_gpu)
+        return _Slot(tokens, self._event(), self._event())
+
+    def attach(self, pool: KVPool) -> None:
+        """Sets the KV cache; graphs captured over a former one are dropped."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.pool = pool
+
+    def detach(self) -> None:
+        """Gives the KV cache up, and with it every graph."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.pool = None
+
+    @property
+    def captures_graphs(self) -> bool:
+        return self._graphs is not None
+
+    def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
+        try:
+            with torch.inference_mode(), self._on_stream():
+                return self._launch(batch)
+        except Exception as error:  # the engine fails this batch and goes on
+            future: Future[StepResult] = Future()
+            future.set_exception(error)
+            return future
+
+    def shutdown(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
+
+    def _launch(self, batch: ScheduledBatch) -> Future[StepResult]:
+        slot = self._ring[self._num_steps % RING]
+        self._num_steps += 1
+        host_start = time.monotonic()
+        for sequence in batch.admitted:
+            self.inputs.release(sequence.slot)
+            self._sequences[sequence.slot] = sequence
+            self.sampler.admit(sequence)
+            self.device_sampler.admit(sequence)
+        self.device_sampler.flush()
+        if batch.num_decode_rows == len(batch.rows):
+            hidden, logits, sampled = self._decode(batch.rows, slot.start)
+        else:
+            hidden, logits, sampled = self._mixed(batch.rows, slot.start)
+        rows = [row for row in batch.rows if row.samples]
+        logprobs = None
+        if rows and self.device_sampler.needs_host_path(rows):
+            sampled, logprobs = self.sampler.sample(logits[: len(rows)], rows)
+            slots = self.inputs.device["sample_slots"][: len(rows)]
+            self.last_token.index_copy_(0, slots.long(), sampled)
+        slot.tokens[: len(rows)].copy_(sampled[: len(rows)], non_blocking=True)
+        if slot.end is not None:
+            slot.end.record()
+        prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
+        return _StepFuture(self, batch, slot, logprobs, prompt, host_start)
+
+    def _decode(
+        self, rows: list[ScheduledRow], start: torch.cuda.Event | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._graphs is None:
+            self.inputs.load_decode(rows, len(rows))
+            _record(start)
+            return self._decode_step(len(rows))
+        bucket = round_up(len(rows), self._buckets)
+        if bucket is None:
+            raise ValueError(f"{len(rows)} decode rows are more than --max-num-seqs {self._buckets[-1]}")
+        if not self._graphs.has_step(bucket):
+            self.warm_up_decode(bucket)
+        self.inputs.load_decode(rows, bucket)
+        _record(start)
+        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._graphs.replay_step(bucket)  # type: ignore[assignment]
+        return result
+
+    def _decode_step(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, logits and sampled tokens of the first `bucket` rows of the static inputs."""
+        device = self.inputs.device
+        slots = device["slots"][:bucket]
+        plan = self._plan(bucket, bucket, device["row_positions"][:bucket], slots, 0)
+        input_ids = torch.full_like(slots, -1)
+        hidden = self.decoder.forward_paged(input_ids, self.last_token, plan, self._pool())
+        return (hidden, *self._sample(hidden, bucket))
+
+    def _mixed(
+        self, rows: list[ScheduledRow], start: torch.cuda.Event | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_tokens = sum(row.num_tokens for row in rows)
+        bucket = round_up(num_tokens, self._token_buckets) if self._graphs is not None else None
+        if bucket is not None and self._graphs is not None and not self._graphs.has_pieces(bucket):
+            self._capture_pieces(bucket)
+        self.inputs.load_mixed(rows, bucket or num_tokens)
+        _record(start)
+        num_decode = sum(row.is_decode for row in rows)
+        plan = self._token_plan(bucket or num_tokens, num_decode, len(rows), max(row.num_tokens for row in rows))
+        if bucket is not None and self._graphs is not None:
+            hidden: torch.Tensor = self._graphs.replay_pieces(bucket, plan)
+        else:
+            hidden = self.decoder.forward_paged(self._ids(num_tokens), self.last_token, plan, self._pool())
+        num_sampling = sum(row.samples for row in rows)
+        if not num_sampling:
+            return hidden, hidden[:0], self.last_token[:0]
+        last = hidden.index_select(0, self.inputs.device["sample_rows"][:num_sampling])
+        return (hidden, *self._sample(last, num_sampling))
+
+    def _sample(self, hidden: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and tokens of the rows to sample; the tokens also become their slots' last."""
+        logits = self.decoder.logits(hidden)
+        device = self.inputs.device
+        slots, index = device["sample_slots"][:num_rows], device["output_index"][:num_rows]
+        return logits, self.device_sampler.sample(logits, slots, index, self.last_token)
+
+    def _ids(self, num_tokens: int) -> torch.Tensor:
+        return self.inputs.device["input_ids"][:num_tokens]
+
+    def _token_plan(self, num_tokens: int, num_decode: int, num_rows: int, longest: int) -> PagedPlan:
+        device = self.inputs.device
+        positions, slots = device["positions"][:num_tokens], device["token_slots"][:num_tokens]
+        return self._plan(num_decode, num_rows, positions, slots, longest)
+
+    def _plan(
+        self, num_decode: int, num_rows: int, positions: torch.Tensor, token_slots: torch.Tensor, longest: int
+    ) -> PagedPlan:
+        device = self.inputs.device
+        return PagedPlan(
+            num_decode=num_decode,
+            positions=positions,
+            token_slots=token_slots,
+            slots=device["slots"][:num_rows],
+            seq_lens=device["seq_lens"][:num_rows],
+            cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
+            max_q_len=longest,
+            page_table=self.inputs.page_table,
+            max_seq_len=self._max_model_len,
+            workspace=self._workspace,
+        )
+
+    def _pool(self) -> KVPool:
+        if self.pool is None:
+            raise RuntimeError("attach a KV pool before the first step")
+        return self.pool
+
+    def warm_up_decode_eagerly(self, bucket: int) -> None:
+        """Runs a decode step of padding: compiles its kernels."""
+        self.inputs.pad(bucket, 0)
+        self._decode_step(bucket)
+
+    def warm_up_decode(self, bucket: int) -> None:
+        """Captures the graph of a decode batch size, after a run of padding that compiles its kernels."""
+        self.warm_up_decode_eagerly(bucket)
+        if self._graphs is not None and not self._graphs.has_step(bucket):
+            self._graphs.capture_step(bucket, lambda: self._decode_step(bucket))
+
+    def warm_up_prefill(self, num_tokens: int) -> None:
+        """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
+        self.inputs.pad(len(self._sequences), num_tokens)
+        plan = self._token_plan(num_tokens, 0, 1, num_tokens)
+        hidden = self.decoder.forward_paged(self._ids(num_tokens), self.last_token, plan, self._pool())
+        self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
+
+    def _capture_pieces(self, bucket: int) -> None:
+        if self._graphs is None:
+            return
+        self.warm_up_prefill(bucket)
+        plan = self._token_plan(bucket, 0, 0, 0)
+        self._graphs.capture_pieces(
+            bucket,
+            lambda result: self.decoder.pieces(self._ids(bucket), self.last_token, plan, self._pool(), result),
+        )
+
+    def finish(
+        self,
+        batch: ScheduledBatch,
+        slot: _Slot,
+        logprobs: list[TokenLogprobs | None] | None,
+        prompt: list[list[TokenLogprobs] | None] | None,
+        host_start: float,
+    ) -> StepResult:
+        """Waits for a step and reads what it left in host memory."""
+        seconds, start_time = time.monotonic() - host_start, host_start
+        if slot.start is not None and slot.end is not None and self._clock_event is not None:
+            slot.end.synchronize()
+            seconds = slot.start.elapsed_time(slot.end) / 1e3
+            start_time = self._clock_start + self._clock_event.elapsed_time(slot.start) / 1e3
+        sampled = slot.tokens.tolist()
+        token_ids = [-1] * len(batch.rows)
+        found: list[TokenLogprobs | None] | None = None if logprobs is None else [None] * len(batch.rows)
+        for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
+            token_ids[i] = sampled[j]
+            if found is not None and logprobs is not None:
+                found[i] = logprobs[j]
+        return StepResult(batch.step_id, token_ids, found, prompt, seconds, start_time)
+
+
+class _StepFuture(Future[StepResult]):
+    """Resolved by whoever asks for it, by waiting for the device: no thread of its own, no hand-over."""
+
+    def __init__(
+        self,
+        runner: CudaRunner,
+        batch: ScheduledBatch,
+        slot: _Slot,
+        logprobs: list[TokenLogprobs | None] | None,
+        prompt: list[list[TokenLogprobs] | None] | None,
+        host_start: float,
+    ) -> None:
+        super().__init__()
+        self._parts = (batch, slot, logprobs, prompt, host_start)
+        self._runner = runner
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        self._resolve()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._resolve()
+        return super().exception(timeout)
+
+    def _resolve(self) -> None:
+        if self.done():
+            return
+        try:
+            self.set_result(self._runner.finish(*self._parts))
+        except Exception as error:  # a kernel's fault surfaces here
+            self.set_exception(error)
+
+
+def _record(event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        event.record()

@@ -1,0 +1,87 @@
+"""The GPU's executor gives the CPU engine's tokens: every family, mixed steps, graphs or not. On a CPU it runs too,
+on the ops' references and without graphs, so that all but the kernels is proved anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models.tiny_checkpoints import CHECKPOINTS, save_checkpoint
+
+from gossamer.config import make_engine_config
+from gossamer.core import SamplingParams, TokenOutput
+from gossamer.engine.build import build_engine
+
+PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((1, 5, 17, 40, 64, 33, 90))]
+PROMPTS += [[*PROMPTS[4], 9, 8]]  # a full page in common
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(folder: Path, params: SamplingParams, *, paged: bool, **options: object) -> list[list[TokenOutput]]:
+    options = {"max_model_len": 192, "dtype": "float32", "num_threads": 1, "max_num_seqs": 5} | options
+    config = make_engine_config(model=str(folder), max_num_batched_tokens=48, kv_cache_memory_bytes=4 << 20, **options)
+    engine, _ = build_engine(config, paged=paged)
+    outputs: list[list[TokenOutput]] = [[] for _ in PROMPTS]
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(str(i), prompt, params)
+    while engine.has_work():
+        for output in engine.step():
+            outputs[int(output.request_id)].append(output)
+    assert engine.stats().num_pages_in_use == 0
+    engine.shutdown()
+    return outputs
+
+
+def tokens(outputs: list[list[TokenOutput]]) -> list[list[int]]:
+    return [[token for output in part for token in output.token_ids] for part in outputs]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_tokens_of_every_family(name: str, device: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(name, tmp_path / name)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    expected = tokens(run(folder, params, paged=False, device="cpu"))
+    assert tokens(run(folder, params, paged=True, device=device)) == expected
+    if device == "cuda":
+        assert tokens(run(folder, params, paged=True, device=device, enforce_eager=True)) == expected
+        assert tokens(run(folder, params, paged=True, device=device, ops_backend="reference")) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sampling_logprobs_and_penalties(device: str, tmp_path: Path) -> None:
+    folder = save_checkpoint("qwen3_moe", tmp_path / "model")
+    for params in (
+        SamplingParams(temperature=0.9, seed=5, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, seed=3, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.0, frequency_penalty=0.7, logit_bias={5: 3.0}, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.0, logprobs=3, prompt_logprobs=2, max_tokens=4, ignore_eos=True),
+    ):
+        expected = run(folder, params, paged=False, device="cpu")
+        found = run(folder, params, paged=True, device=device)
+        assert tokens(found) == tokens(expected)
+        for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+            for kind in ("logprobs", "prompt_logprobs"):
+                for a, b in zip(getattr(one, kind) or [], getattr(other, kind) or [], strict=True):
+                    assert a.token_ids == b.token_ids
+                    assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_schedule_leaves_tokens_alone(device: str, overlap: bool, prefix: bool, tmp_path: Path) -> None:
+    folder = save_checkpoint("qwen3_moe", tmp_path / "model")
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    expected = tokens(run(folder, params, paged=False, device="cpu"))
+    # 24 KiB a page of 64 tokens: seven pages for five sequences of up to three, so some are preempted
+    options = {"overlap": overlap, "enable_prefix_caching": prefix}
+    assert tokens(run(folder, params, paged=True, device=device, **options)) == expected
