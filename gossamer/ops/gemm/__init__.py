@@ -1,0 +1,60 @@
+"""Dense products x [M, K] by weight [N, K], for the few rows of a decode step: bound by reading the weight."""
+
+from __future__ import annotations
+
+import torch
+
+from gossamer.ops.dispatch import use_kernel
+from gossamer.ops.gemm import reference
+
+
+def few_row_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x [M, K] weight [N, K]^T + bias [N] -> [M, N] in `out_dtype` (x's unless given), accumulated in fp32.
+
+    M is at most 64 on a device. The weight may have another dtype than x (a float32 router). Where `use_few_row` is
+    false, the library's product is faster.
+    """
+    out_dtype = out_dtype or x.dtype
+    if use_kernel(x, backend, "few_row_linear"):
+        from gossamer.ops.gemm import triton
+
+        return triton.few_row_linear(x, weight, bias, out_dtype)
+    return reference.few_row_linear(x, weight, bias, out_dtype)
+
+
+def add_rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    keep_normed: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`add_rms_norm` and `few_row_linear` in one launch.
+
+    x, residual: [M, K]; norm_weight: [K]; weight: [N, K]; bias: [N]. Returns the product [M, N], the new residual
+    stream x + residual (a new tensor, for other programs still read the old one; x itself without a residual), and,
+    with `keep_normed`, the normed rows [M, K].
+    """
+    out_dtype = out_dtype or x.dtype
+    if use_kernel(x, backend, "add_rms_norm_linear"):
+        from gossamer.ops.gemm import triton
+
+        return triton.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed)
+    return reference.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed)
+
+
+def use_few_row(num_rows: int, num_out: int, width: int) -> bool:
+    """Whether `few_row_linear` beats the library's product of this shape (measured: benchmarks/ops/bench_linear.py)."""
+    return num_rows <= 16
