@@ -97,6 +97,9 @@ class LoadConfig:
 
     model: str = option("", "local folder, .gguf file, or hub id of the model", positional=True)
     tokenizer: str | None = option(None, "folder, .gguf file or hub id of the tokenizer (default: the model's own)")
+    generation_config: Literal["auto", "none"] = option(
+        "auto", "sampling defaults of requests; auto: those of the model's generation_config.json"
+    )
     download_dir: str | None = option(
         None, "folder that keeps models of the hub (default: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub)"
     )

@@ -5,6 +5,7 @@ A folder comes from outside, so everything in it is checked before use; pickled 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gossamer.core import StartupError
+from gossamer.config import LoadConfig
+from gossamer.core import InvalidRequest, RequestLimits, SamplingParams, StartupError
 from gossamer.models.shapes import Shape
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 64 << 20
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -45,6 +48,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StartupError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def default_sampling(load: LoadConfig) -> SamplingParams:
+    """What a request that leaves a parameter open gets: the recommendation in the model's generation_config.json, or
+    SamplingParams' own default. `load.model` is a local path."""
+    path = Path(load.model) / "generation_config.json"
+    if load.generation_config == "none" or not path.is_file():
+        return SamplingParams()
+    published = read_json(path)
+    params = SamplingParams(**{name: published[name] for name in RECOMMENDED if published.get(name) is not None})
+    try:
+        RequestLimits(vocab_size=1, max_model_len=1).check_params(dataclasses.replace(params, max_tokens=None))
+    except InvalidRequest as e:
+        raise StartupError(f"{path}: {e}\nCorrect it, or start with --generation-config none.") from e
+    return params
 
 
 def tokenizer_end(folder: Path) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gossamer.config import LoadConfig, ModelConfig, MoEConfig
 from gossamer.core import StartupError
@@ -44,8 +44,6 @@ class ModelSource:
     """As the checkpoint has it; differs from `config` only under --upcycle-experts."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """What --quantization auto means for this checkpoint."""
-    generation_config: dict[str, Any] = field(default_factory=dict)
-    """The checkpoint's recommended sampling parameters, as published."""
     plan: tuple[PlannedWeight, ...] = field(default=(), repr=False)
     headers: SafetensorsHeaders | None = field(default=None, repr=False)
     gguf: tuple[GGUFFile, ...] = field(default=(), repr=False)
@@ -89,13 +87,13 @@ def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
     raw = read_json(folder / "config.json")
     family = family_of_hf(raw)
     config = family.from_hf(raw)
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.exists() else {}
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
     ends = ConfigReader(generation, "generation_config.json: ").token_ids("eos_token_id")
     ends = merge_token_ids(config.vocab_size, config.eos_token_ids, ends, tokenizer_end(tokenizer))
     config = dataclasses.replace(config, eos_token_ids=ends)
     if dummy:
-        return ModelSource("dummy", folder, config, config, generation_config=generation)
+        return ModelSource("dummy", folder, config, config)
     headers = read_headers(weight_files(folder))
     plan = tuple(plan_weights(config, family.weights, headers.shapes, _IGNORABLE))
     for planned in plan:
@@ -106,7 +104,7 @@ def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
             )
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         config = dataclasses.replace(config, dtype=SAFETENSORS_DTYPES[headers.dtypes[plan[0].stored_name]])
-    return ModelSource("safetensors", folder, config, config, generation_config=generation, plan=plan, headers=headers)
+    return ModelSource("safetensors", folder, config, config, plan=plan, headers=headers)
 
 
 def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:

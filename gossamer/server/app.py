@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from gossamer import __version__
 from gossamer.config import EngineConfig, ServerConfig, flag
-from gossamer.core import EngineDead, StartupError
+from gossamer.core import EngineDead, SamplingParams, StartupError
 from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
 from gossamer.server.async_llm import AsyncLLM
@@ -127,7 +127,7 @@ class _Server:
         with progress_on_terminal(not self._engine.disable_progress) as on_progress:
             info = await self._llm.start(on_progress)
         serving = Serving(self._llm, self._config)
-        state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats)
+        state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats, info.ceilings)
         self._llm.metrics = state.metrics
         state.serving = serving
         self._announce(serving.model_name, info)
@@ -137,6 +137,10 @@ class _Server:
         _say("Config: " + _flags(info.config))
         if info.ledger:
             _say("Memory: " + ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in info.ledger))
+        defaults = dataclasses.asdict(self._llm.default_sampling)
+        changed = [f"{name} {value}" for name, value in defaults.items() if value != getattr(SamplingParams(), name)]
+        if changed:
+            _say(f"Sampling defaults of the model: {', '.join(changed)} (--generation-config none ignores them)")
         seconds = time.monotonic() - self._started
         on = f" on {info.device_name}" if info.device_name else ""
         _say(f"Gossamer {__version__} serves {model_name}{on}: {url} (ready after {seconds:.1f} s)")

@@ -30,6 +30,7 @@ from gossamer.core import (
 from gossamer.engine import messages
 from gossamer.engine.client import EngineClient
 from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
@@ -126,6 +127,8 @@ class AsyncLLM:
     def _init(self, config: EngineConfig, chat_template: str | None, factory: str, log_level: str) -> None:
         self.requested_model = config.load.model
         config = dataclasses.replace(config, load=resolve_paths(config.load))
+        self.default_sampling = default_sampling(config.load)
+        """What requests that leave a parameter open get: the model's recommendation."""
         self._config = config
         self._chat_template = chat_template
         self._client = EngineClient(config, factory=factory, log_level=log_level)
@@ -237,7 +240,7 @@ class AsyncLLM:
         in the engine. Raises InvalidRequest, EngineOverloaded, RequestFailed (in a step of it) or EngineDead.
         """
         await self.start()
-        params = params or SamplingParams()
+        params = params or self.default_sampling
         text, token_ids = await self._tokenize(prompt)
         self.info.limits.check(token_ids, params)
         request_id = request_id or f"request-{uuid.uuid4().hex}"

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from gossamer.config import make_engine_config
-from gossamer.core import EngineDead, InvalidRequest, SamplingParams
+from gossamer.core import EngineDead, EngineStats, InvalidRequest, SamplingParams
 from gossamer.engine.build import build_engine
+from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputProcessor, RequestOutput
 from gossamer.server.progress import progress_on_terminal
@@ -69,6 +70,7 @@ class LLM:
         config = make_engine_config(model=model, **options)
         load = resolve_paths(config.load)
         config = dataclasses.replace(config, load=load)
+        self._default_sampling = default_sampling(load)
         # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
         self._tokenizer = load_tokenizer(load.tokenizer or load.model, chat_template)
         self._show_progress = not config.disable_progress
@@ -86,11 +88,13 @@ class LLM:
 
         Args:
             prompts: one prompt or a list of them.
-            sampling_params: one for all prompts, or one each; default SamplingParams().
+            sampling_params: one for all prompts, or one each; default get_default_sampling_params().
             use_tqdm: show a progress bar if it takes more than two seconds.
         Raises: InvalidRequest, before anything is queued, if any of the prompts cannot be served.
         """
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if sampling_params is None:
+            sampling_params = self._default_sampling
         jobs = []
         for index, (prompt, params) in enumerate(zip(listed, _spread(sampling_params, len(listed)), strict=True)):
             # Cheap checks first: a prompt is encoded only for parameters that can be served.
@@ -127,8 +131,20 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of what `generate` uses if it is given no parameters: those that the model recommends."""
+        return dataclasses.replace(self._default_sampling)
+
     def get_tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    def stats(self) -> EngineStats:
+        """Totals since the start: tokens, prefix hits, FLOPs and bytes, busy and idle time of the device."""
+        return self._engine.stats()
+
+    def experts_touched(self) -> tuple[int, int] | None:
+        """Distinct experts, summed over MoE layers and steps, and the number of terms; None without count_experts."""
+        return self._engine.experts_touched()
 
     def shutdown(self) -> None:
         """Stops the engine. Further calls of `generate` raise EngineDead."""
@@ -205,9 +221,9 @@ class LLM:
             run.results[run.index_of.pop(output.request_id)] = output
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+def _spread(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
     if len(params) != num_prompts:
         raise InvalidRequest(
             f"There are {num_prompts} prompts but {len(params)} sampling_params. Give one, or one for each prompt.",

@@ -31,7 +31,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What completions and chat completions share. None means the default."""
+    """What completions and chat completions share. None means the default, which may be the model's."""
 
     model: str | None = None
     n: int | None = None
@@ -82,8 +82,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     spaces_between_special_tokens: Raw | UnsetType = UNSET
     return_tokens_as_token_ids: Raw | UnsetType = UNSET
 
-    def _sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        defaults = SamplingParams()
+    def _sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         return SamplingParams(
             n=_or(self.n, defaults.n),
             presence_penalty=_or(self.presence_penalty, defaults.presence_penalty),
@@ -138,8 +137,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: Raw | UnsetType = UNSET
     prompt_embeds: Raw | UnsetType = UNSET
 
-    def sampling(self) -> SamplingParams:
-        return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        return self._sampling(defaults, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
     def check(self) -> None:
         super().check()
@@ -231,9 +230,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     documents: Raw | UnsetType = UNSET
     mm_processor_kwargs: Raw | UnsetType = UNSET
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._sampling(max_tokens, _or(self.top_logprobs, 0) if self.logprobs else None)
+        return self._sampling(defaults, max_tokens, _or(self.top_logprobs, 0) if self.logprobs else None)
 
     def check(self) -> None:
         super().check()

@@ -53,7 +53,7 @@ class Serving:
         request = decode_body(body, decoder)
         self.check_model(request.model)
         request.check()
-        params = request.sampling()
+        params = request.sampling(self.llm.default_sampling)
         self.llm.info.limits.check_params(params)
         return request, params
 

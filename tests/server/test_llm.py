@@ -101,6 +101,18 @@ def llm(tmp_path, monkeypatch):
 LONG = SamplingParams(max_tokens=60)
 
 
+def test_default_sampling_is_the_models(llm: LLM, tmp_path) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    with LLM(str(tmp_path), load_format="dummy") as other:
+        mine = other.get_default_sampling_params()
+        assert mine == SamplingParams(temperature=0.5)
+        mine.temperature = 0.0
+        assert other.get_default_sampling_params().temperature == 0.5
+    with LLM(str(tmp_path), load_format="dummy", generation_config="none") as other:
+        assert other.get_default_sampling_params() == SamplingParams()
+
+
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     prompts = [f"hello {i:02d}!" for i in range(40)]
     outputs = llm.generate(prompts, LONG)
