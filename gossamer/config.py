@@ -159,6 +159,11 @@ class EngineConfig:
     enforce_eager: bool = option(False, "no CUDA graphs: every step launches its kernels one by one")
     num_threads: int | None = option(None, "CPU threads for the model (default: all physical cores)")
     disable_progress: bool = option(False, "no progress bars")
+    profile_trace: str | None = option(None, "write a timeline of the engine here at exit, for Perfetto (JSON)")
+    count_experts: bool = option(False, "count which experts every layer and step chooses (costs some speed)")
+    cache_dir: str | None = option(
+        None, "folder for what Gossamer measured (default: $XDG_CACHE_HOME/gossamer, ~/.cache/gossamer)"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -416,6 +416,29 @@ class EngineStats:
     """Prompt tokens computed."""
     num_generation_tokens: int = 0
     device_seconds: float = 0.0
+    model_flops: float = 0.0
+    model_bytes: float = 0.0
+    """What steps cost by the model's shapes: floating-point operations, and bytes that they cannot do without."""
+    decode_seconds: float = 0.0
+    """Device time of decode steps that followed another decode step."""
+    decode_idle_seconds: float = 0.0
+    """Time that the device waited before them."""
+
+    @property
+    def device_idle_fraction(self) -> float | None:
+        """Share of the time of consecutive decode steps in which the device waited; None before there were any."""
+        whole = self.decode_seconds + self.decode_idle_seconds
+        return self.decode_idle_seconds / whole if whole else None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCeilings:
+    """What the device can do at best, measured: `gossamer info --measure`."""
+
+    flops_per_second: float
+    """Of a large matrix product in the model's dtype."""
+    bytes_per_second: float
+    """Of reading device memory."""
 
 
 @dataclass(frozen=True, slots=True)

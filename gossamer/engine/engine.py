@@ -26,6 +26,8 @@ from gossamer.core import (
     StepResult,
     TokenOutput,
 )
+from gossamer.engine.account import StepAccount
+from gossamer.engine.trace import Trace, TracedExecutor
 from gossamer.engine.worker import StepQueue, Submitted, Worker, WorkerMode
 from gossamer.runtime.executor import Executor
 from gossamer.scheduler.scheduler import Scheduler
@@ -39,7 +41,7 @@ class Engine:
     """Serves requests on one executor. Used from one thread; the depths of its queues may be read from any.
 
     `config` is resolved. `observer`, if given, is called in the engine's thread after each step with its batch and
-    result (None if the step failed).
+    result (None if the step failed). `account` adds up what steps cost; `trace` is written at shutdown.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         worker_mode: WorkerMode = "thread",
         observer: StepObserver | None = None,
+        account: StepAccount | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.config = config
         self.limits = limits
@@ -64,6 +68,12 @@ class Engine:
         )
         self.input_queue: StepQueue[ScheduledBatch | None] = StepQueue()
         self.result_queue: StepQueue[Submitted] = StepQueue()
+        self._schedule, self._commit_step = self.scheduler.schedule, self.scheduler.commit
+        if trace is not None:
+            executor = TracedExecutor(executor, trace)
+            self._schedule = trace.timed("schedule", self._schedule)
+            self._commit_step = trace.timed("commit", self._commit_step)
+        self._account, self._trace = account, trace
         self._executor = executor
         self._worker = Worker(executor, self.input_queue, self.result_queue, worker_mode)
         self._observer = observer
@@ -128,10 +138,12 @@ class Engine:
         if self._stopped:
             raise EngineDead("The engine has been shut down.")
         while self.scheduler.num_in_flight < self._max_in_flight:
-            batch = self.scheduler.schedule()
+            batch = self._schedule()
             if batch is None:
                 break
             self.input_queue.put(batch)
+        if self._trace is not None:
+            self._trace_counters(self._trace)
         if not self.scheduler.num_in_flight:
             return []
         self._worker.pump()
@@ -149,7 +161,12 @@ class Engine:
         return self._commit(batch, future.result())
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        stats = self.scheduler.stats()
+        return stats if self._account is None else self._account.fill(stats)
+
+    def experts_touched(self) -> tuple[int, int] | None:
+        """Distinct experts, summed over MoE layers and steps, and the number of terms; None without count_experts."""
+        return None if self._account is None else self._account.experts_touched()
 
     def shutdown(self) -> None:
         """Ends the worker after the batches it has been given, then shuts the executor down. Idempotent."""
@@ -157,12 +174,19 @@ class Engine:
             self._stopped = True
             self._worker.stop()
             self._executor.shutdown()
+            if self._trace is not None:
+                self._trace.write()
 
     def _commit(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         try:
-            outputs = self.scheduler.commit(batch, result)
+            outputs = self._commit_step(batch, result)
         except ValueError as error:
             return self._fail(batch, error)
+        if self._account is not None:
+            self._account.add(batch, result)
+        if self._trace is not None:
+            self._trace.step(batch, result)
+            self._trace_counters(self._trace)
         if self._observer is not None:
             self._observer(batch, result)
         return outputs
@@ -173,6 +197,10 @@ class Engine:
         if self._observer is not None:
             self._observer(batch, None)
         return outputs
+
+    def _trace_counters(self, trace: Trace) -> None:
+        queues = {"input queue": self.input_queue.depth, "result queue": self.result_queue.depth}
+        trace.counters(**queues, running=self.scheduler.num_running, waiting=self.scheduler.num_waiting)
 
     def _draw_seed(self) -> int:
         text = f"{self.config.load.seed}:{self._num_requests}".encode()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gossamer.config import EngineConfig, ModelConfig
-from gossamer.core import RequestLimits
+from gossamer.core import DeviceCeilings, RequestLimits
 
 ProgressCallback = Callable[[str, float], None]
 """Called while an engine is built with the name of the stage and the fraction of it that is done, 0 to 1."""
@@ -27,3 +27,5 @@ class EngineInfo:
     ledger: list[tuple[str, int]] = field(default_factory=list)
     """Who holds how many bytes of device memory: (name, bytes)."""
     device_name: str = ""
+    ceilings: DeviceCeilings | None = None
+    """What the device can do at best, if `gossamer info --measure` has measured it."""

@@ -152,6 +152,9 @@ def _add_chat_flags(parser: Parser) -> None:
 
 def _add_info_flags(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the device's ceilings for MFU and MBU; keep them"
+    )
     _add_engine_flags(parser)
     add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
 
@@ -169,6 +172,8 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
     if not options.get("model"):
         options["model"] = default_model() if need_model else ""
     options.setdefault("download_dir", _hub_cache())
+    if os.environ.get("XDG_CACHE_HOME"):
+        options.setdefault("cache_dir", str(Path(os.environ["XDG_CACHE_HOME"]) / "gossamer"))
     return make_engine_config(**options)
 
 
@@ -310,6 +315,8 @@ def _info(args: argparse.Namespace) -> int:
     from gossamer.server import info
 
     machine = info.machine_report()
+    if args.measure:
+        machine["ceilings"] = info.measure_ceilings(config)
     model = info.model_report(config) if config.load.model else None
     print(json.dumps({**machine, "model": model}, indent=2) if args.json else info.render(machine, model))
     return 0

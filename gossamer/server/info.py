@@ -16,6 +16,7 @@ from gossamer.kv_cache.ledger import human, plan_memory
 from gossamer.models.decoder import ATTENTION_KINDS
 from gossamer.models.loader import inspect_model
 from gossamer.models.shapes import expected_shapes
+from gossamer.runtime import ceilings
 from gossamer.runtime.hardware import available_memory, detect, physical_cores
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "gguf", "msgspec", "pyzmq", "fastapi", "uvicorn")
@@ -81,6 +82,13 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
     }
 
 
+def measure_ceilings(config: EngineConfig) -> dict[str, Any]:
+    """Measures the device that these flags choose, a few seconds long, and keeps the figures for later engines."""
+    hardware = detect(config.device)
+    measured = ceilings.measure(hardware, config.num_threads)
+    return measured | {"device": hardware.name, "file": str(ceilings.save(config.cache_dir, hardware, measured))}
+
+
 def count_parameters(model: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token passes through: of the routed experts, top_k of num_experts."""
     total = sum(torch.Size(shape).numel() for shape in expected_shapes(model).values())
@@ -102,6 +110,11 @@ def render(machine: dict[str, Any], model: dict[str, Any] | None) -> str:
         ("free memory", human(hardware["free_memory_bytes"])),
     ]
     rows += [("GPU", f"{gpu['name']}, {human(gpu['memory_bytes'])}") for gpu in hardware["gpus"]] or [("GPU", "none")]
+    if "ceilings" in machine:
+        best = machine["ceilings"]
+        rates = [f"{rate / 1e12:.2f} TFLOP/s {dtype}" for dtype, rate in best["flops_per_second"].items()]
+        rates += [f"{best[f'{how}_bytes_per_second'] / 1e9:.1f} GB/s {how}" for how in ("read", "copy")]
+        rows += [("", ""), ("measured", best["device"]), ("at best", ", ".join(rates)), ("kept in", best["file"])]
     if model is not None:
         rows += [("", ""), *_model_rows(model)]
     return "\n".join(f"{name:<14}{value}".rstrip() for name, value in rows)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gossamer.core import EngineStats, FinishReason
+from gossamer.core import DeviceCeilings, EngineStats, FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -26,27 +26,43 @@ _FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 class _EngineCollector:
     """The engine's own counters and gauges, as of its latest step."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str, ceilings: DeviceCeilings | None) -> None:
         self._stats = stats
         self._model_name = model_name
+        self._ceilings = ceilings
 
     def collect(self) -> Iterable[Metric]:
         s = self._stats()
         usage = s.num_pages_in_use / s.num_pages if s.num_pages else 0.0
-        gauges = (
+        gauges = [
             ("vllm:num_requests_running", "Requests being computed.", s.num_running),
             ("vllm:num_requests_waiting", "Requests waiting for room.", s.num_waiting),
             ("vllm:kv_cache_usage_perc", "KV cache in use, 1 is all of it.", usage),
             ("vllm:gpu_cache_usage_perc", "The former name of vllm:kv_cache_usage_perc.", usage),
             ("gossamer:kv_cache_pages", "Pages in the KV cache.", s.num_pages),
             ("gossamer:kv_cache_pages_in_use", "Pages that a request holds.", s.num_pages_in_use),
-        )
+        ]
+        if s.device_idle_fraction is not None:
+            help_text = "Share of consecutive decode steps in which the device waited, since the start."
+            gauges.append(("gossamer:device_idle_fraction", help_text, s.device_idle_fraction))
+        if self._ceilings is not None and s.device_seconds:
+            flops, moved = (total / s.device_seconds for total in (s.model_flops, s.model_bytes))
+            for kind, used in (
+                ("flops", flops / self._ceilings.flops_per_second),
+                ("bandwidth", moved / self._ceilings.bytes_per_second),
+            ):
+                help_text = f"Model {kind} over the device's measured best, while it computed, since the start."
+                gauges.append((f"gossamer:model_{kind}_utilization", help_text, used))
         counters = (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", s.prefix_cache_hits),
             ("vllm:num_preemptions", "Requests that lost their pages and start over.", s.num_preemptions),
             ("gossamer:engine_steps", "Steps of the engine.", s.num_steps),
             ("gossamer:device_seconds", "Time that the device computed.", s.device_seconds),
+            ("gossamer:decode_seconds", "Device time of decode steps after decode steps.", s.decode_seconds),
+            ("gossamer:decode_idle_seconds", "Time that the device waited before them.", s.decode_idle_seconds),
+            ("gossamer:model_flops", "Operations that the steps' shapes ask for.", s.model_flops),
+            ("gossamer:model_bytes", "Bytes that the steps cannot do without.", s.model_bytes),
             ("gossamer:prompt_tokens_computed", "Prompt tokens computed, recomputed ones too.", s.num_prompt_tokens),
         )
         for name, help_text, value in gauges:
@@ -65,9 +81,11 @@ class ServerMetrics:
     Times are in seconds, lengths in tokens. Each of the n continuations of a request counts as a request, as in vLLM.
     """
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, model_name: str, stats: Callable[[], EngineStats], ceilings: DeviceCeilings | None = None
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats, model_name))
+        self.registry.register(_EngineCollector(stats, model_name, ceilings))
 
         def counter(name: str, help_text: str) -> Counter:
             return Counter(name, help_text, ["model_name"], registry=self.registry).labels(model_name)

@@ -1,0 +1,66 @@
+"""Adds up, step by step, what the device was asked to do and how long it waited: the figures behind MFU, MBU and idle.
+
+Torch-free and a few microseconds a step, for it runs in the engine's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from gossamer.core import EngineStats, OpCost, ScheduledBatch, StepResult
+
+CostOfStep = Callable[[int, Sequence[int], Sequence[int], int], OpCost]
+"""(num_decode, starts, lengths, num_sampled) -> cost: `gossamer.models.cost.StepCost`."""
+
+
+class ExpertUse(Protocol):
+    """Counters of one MoE layer on the device: `gossamer.layers.moe.ExpertUse`."""
+
+    touched: Any
+
+
+class StepAccount:
+    """Takes every step that was committed; `fill` writes the totals into a snapshot of the engine's statistics.
+
+    `uses` has a counter for each MoE layer if experts are counted.
+    """
+
+    def __init__(self, cost: CostOfStep, uses: Sequence[ExpertUse] = ()) -> None:
+        self._cost, self._uses = cost, uses
+        self._flops = self._bytes = 0.0
+        self._decode_seconds = self._idle_seconds = 0.0
+        self._free_since: float | None = None
+        """When the device was done with the step before, if that step only decoded."""
+
+    def add(self, batch: ScheduledBatch, result: StepResult) -> None:
+        rows = batch.rows
+        starts = [row.start_pos for row in rows]
+        decodes = rows[-1].is_decode
+        if decodes:
+            cost = self._cost(len(rows), starts, [1] * len(rows), len(rows))
+        else:
+            lengths = [row.num_tokens for row in rows]
+            cost = self._cost(batch.num_decode_rows, starts, lengths, sum([row.samples for row in rows]))
+        self._flops += cost.flops
+        self._bytes += cost.bytes
+        if decodes and self._free_since is not None:
+            # A pure decode step's requests ran in the step before, so the device could have gone on at once.
+            self._decode_seconds += result.device_seconds
+            self._idle_seconds += max(0.0, result.start_time - self._free_since)
+        self._free_since = result.start_time + result.device_seconds if decodes else None
+
+    def fill(self, stats: EngineStats) -> EngineStats:
+        stats.model_flops, stats.model_bytes = self._flops, self._bytes
+        stats.decode_seconds, stats.decode_idle_seconds = self._decode_seconds, self._idle_seconds
+        return stats
+
+    def experts_touched(self) -> tuple[int, int] | None:
+        """Distinct experts, summed over MoE layers and steps, and the number of terms; None if they are not counted.
+
+        Waits for the device: for when the engine is idle.
+        """
+        if not self._uses:
+            return None
+        totals = [use.touched.tolist() for use in self._uses]
+        return sum(distinct for distinct, _ in totals), sum(steps for _, steps in totals)
