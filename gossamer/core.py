@@ -242,6 +242,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     """End-of-sequence ids (unless ignore_eos) and the request's own stop_token_ids."""
     arrival_time: float = 0.0
+    queue_seconds: float = -1.0
+    """From arrival_time until it was scheduled first; -1 before."""
     cache_salt: str | None = None
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -396,6 +398,8 @@ class TokenOutput:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    queue_seconds: float = 0.0
+    """How long the request waited before it was scheduled first."""
 
 
 @dataclass(slots=True)

@@ -141,6 +141,11 @@ class Engine:
             batch = self._schedule()
             if batch is None:
                 break
+            if batch.admitted:
+                now = time.time()
+                for request in batch.requests[batch.num_decode_rows :]:
+                    if request.queue_seconds < 0.0:
+                        request.queue_seconds = max(now - request.arrival_time, 0.0)
             self.input_queue.put(batch)
         if self._trace is not None:
             self._trace_counters(self._trace)

@@ -229,6 +229,7 @@ class Scheduler:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=request.queue_seconds,
         )
         if logprobs is not None and request.params.logprobs is not None:
             output.logprobs = [logprobs]

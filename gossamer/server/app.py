@@ -128,6 +128,7 @@ class _Server:
             info = await self._llm.start(on_progress)
         serving = Serving(self._llm, self._config)
         state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats, info.ceilings)
+        state.metrics.describe_cache(info.config.cache, info.num_pages)
         self._llm.metrics = state.metrics
         state.serving = serving
         self._announce(serving.model_name, info)

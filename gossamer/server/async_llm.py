@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import (
@@ -43,6 +43,14 @@ STALL_SECONDS = 60.0
 """An engine that has been silent for so long is not ready: it speaks after each step, and twice a second when idle."""
 
 
+class RequestTimes(NamedTuple):
+    """Seconds of a finished request: in all, before it was scheduled first, and from its first token to its last."""
+
+    total: float
+    queue: float
+    decode: float
+
+
 class MetricsSink(Protocol):
     """Where latencies are observed: `gossamer.server.metrics.ServerMetrics`."""
 
@@ -50,7 +58,7 @@ class MetricsSink(Protocol):
     def on_tokens(self, num_tokens: int) -> None: ...
     def on_later_tokens(self, seconds: float, num_tokens: int) -> None: ...
     def on_finished(
-        self, reason: FinishReason, seconds: float, decode_seconds: float, num_prompt_tokens: int, num_tokens: int
+        self, reason: FinishReason, times: RequestTimes, num_prompt_tokens: int, num_tokens: int
     ) -> None: ...
 
 
@@ -64,6 +72,8 @@ class _Sample:
     first: float = 0.0
     last: float = 0.0
     num_tokens: int = 0
+    queued: float = 0.0
+    """Seconds that it waited in the engine before it was scheduled first."""
 
 
 class _OutputStream:
@@ -382,12 +392,12 @@ class AsyncLLM:
             sample.first = sample.first or now
             sample.last = now
             sample.num_tokens += num_new
+            sample.queued = output.queue_seconds
         if output.finish_reason is not None:
             self._finish_sample(output.request_id, output.finish_reason, now)
 
     def _finish_sample(self, child_id: str, reason: FinishReason, now: float) -> None:
         sample = self._samples.pop(child_id, None)
         if sample is not None and self.metrics is not None:
-            self.metrics.on_finished(
-                reason, now - sample.arrival, sample.last - sample.first, sample.num_prompt_tokens, sample.num_tokens
-            )
+            times = RequestTimes(now - sample.arrival, sample.queued, sample.last - sample.first)
+            self.metrics.on_finished(reason, times, sample.num_prompt_tokens, sample.num_tokens)

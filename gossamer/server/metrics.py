@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from gossamer.config import CacheConfig
 from gossamer.core import DeviceCeilings, EngineStats, FinishReason
+from gossamer.server.async_llm import RequestTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -105,12 +107,38 @@ class ServerMetrics:
         self._finished = {reason: success.labels(model_name, reason) for reason in _FINISH_REASONS}
         self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
         self._inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
-        self._per_output = histogram(
-            "vllm:time_per_output_token_seconds", "Mean time of a request's later tokens.", _TOKEN_BUCKETS
+        per_output = "Mean time of a request's later tokens."
+        self._per_output = [
+            histogram(f"vllm:{name}time_per_output_token_seconds", per_output, _TOKEN_BUCKETS)
+            for name in ("request_", "")  # the latter is its former name
+        ]
+        self._queue, self._prefill, self._decode, self._inference = (
+            histogram(f"vllm:request_{name}_time_seconds", help_text, _REQUEST_BUCKETS)
+            for name, help_text in (
+                ("queue", "Arrival to first scheduling."),
+                ("prefill", "First scheduling to first token."),
+                ("decode", "First token to last."),
+                ("inference", "First scheduling to last token."),
+            )
         )
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
         self._prompt_length = histogram("vllm:request_prompt_tokens", "Length of prompts.", _LENGTH_BUCKETS)
         self._output_length = histogram("vllm:request_generation_tokens", "Length of outputs.", _LENGTH_BUCKETS)
+        self._longest_output = histogram(
+            "vllm:request_max_num_generation_tokens", "The same, for each output is a request here.", _LENGTH_BUCKETS
+        )
+
+    def describe_cache(self, cache: CacheConfig, num_pages: int) -> None:
+        """The KV cache's configuration as vLLM publishes it: the labels of a gauge that is 1."""
+        labels = {
+            "block_size": cache.page_size,
+            "num_gpu_blocks": num_pages,
+            "cache_dtype": cache.kv_cache_dtype,
+            "enable_prefix_caching": cache.enable_prefix_caching,
+            "gpu_memory_utilization": cache.gpu_memory_utilization,
+        }
+        gauge = Gauge("vllm:cache_config_info", "The KV cache's configuration.", [*labels], registry=self.registry)
+        gauge.labels(*labels.values()).set(1)
 
     def on_first_token(self, seconds: float, num_prompt_tokens: int) -> None:
         self._first_token.observe(seconds)
@@ -124,18 +152,22 @@ class ServerMetrics:
         for _ in range(num_tokens):
             self._inter_token.observe(seconds / num_tokens)
 
-    def on_finished(
-        self, reason: FinishReason, seconds: float, decode_seconds: float, num_prompt_tokens: int, num_tokens: int
-    ) -> None:
+    def on_finished(self, reason: FinishReason, times: RequestTimes, num_prompt_tokens: int, num_tokens: int) -> None:
         self._finished[reason].inc()
         if reason in ("abort", "error"):
             # Cut short by somebody else: their latencies would flatter the engine.
             return
-        self._e2e.observe(seconds)
+        self._e2e.observe(times.total)
+        self._queue.observe(times.queue)
+        self._inference.observe(max(times.total - times.queue, 0.0))
+        self._prefill.observe(max(times.total - times.queue - times.decode, 0.0))
+        self._decode.observe(times.decode)
         self._prompt_length.observe(num_prompt_tokens)
         self._output_length.observe(num_tokens)
+        self._longest_output.observe(num_tokens)
         if num_tokens > 1:
-            self._per_output.observe(decode_seconds / (num_tokens - 1))
+            for family in self._per_output:
+                family.observe(times.decode / (num_tokens - 1))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

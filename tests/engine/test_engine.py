@@ -351,3 +351,12 @@ def test_shutdown_ends_thread_and_executor_and_refuses_more(worker_mode):
 def test_an_idle_step_returns_nothing(engine):
     assert engine.step() == []
     assert not engine.has_work()
+
+
+def test_queue_time_ends_when_a_request_is_first_scheduled(engine: Engine) -> None:
+    for i in range(6):  # over 4 slots
+        engine.add_request(str(i), [i + 1], params(), arrival_time=time.time() - 100.0 + i)
+    outputs = drain(engine)
+    waited = [{output.queue_seconds for output in outputs[str(i)]} for i in range(6)]
+    assert all(len(times) == 1 for times in waited)
+    assert [round(times.pop()) for times in waited] == [100, 99, 98, 97, 96, 95]

@@ -351,6 +351,8 @@ def test_metrics(server, client):
     def read():
         names = ["prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count"]
         names += ["inter_token_latency_seconds_count", "e2e_request_latency_seconds_count"]
+        names += [f"request_{phase}_time_seconds_count" for phase in ("queue", "prefill", "decode", "inference")]
+        names += ["request_time_per_output_token_seconds_count", "request_max_num_generation_tokens_sum"]
         values = {name: server.metric(f"vllm:{name}", model_name="tiny-model") for name in names}
         values["success"] = server.metric("vllm:request_success_total", finished_reason="length")
         return values
@@ -364,6 +366,12 @@ def test_metrics(server, client):
         "time_to_first_token_seconds_count": 1,
         "inter_token_latency_seconds_count": 5,
         "e2e_request_latency_seconds_count": 1,
+        "request_queue_time_seconds_count": 1,
+        "request_prefill_time_seconds_count": 1,
+        "request_decode_time_seconds_count": 1,
+        "request_inference_time_seconds_count": 1,
+        "request_time_per_output_token_seconds_count": 1,
+        "request_max_num_generation_tokens_sum": 6,
         "success": 1,
     }
     for name in (
@@ -376,3 +384,6 @@ def test_metrics(server, client):
     ):
         assert server.metric(name, model_name="tiny-model") >= 0
     assert server.metric("vllm:request_generation_tokens_sum") >= 6
+    assert server.metric("vllm:cache_config_info", block_size="64", num_gpu_blocks="256") == 1
+    phases = {p: server.metric(f"vllm:request_{p}_time_seconds_sum") for p in ("prefill", "decode", "inference")}
+    assert phases["prefill"] + phases["decode"] == pytest.approx(phases["inference"])

@@ -118,6 +118,11 @@ def test_greedy_tokens_equal_transformers_under_load(server, golden):
     for prompt, answer in zip(cases, answers, strict=True):
         assert answer == golden(prompt, 40)
     assert server.metric("vllm:num_preemptions_total") > before
+    # Two requests waited for a slot, for longer than a step takes; their times add up to those of all.
+    queued = server.metric("vllm:request_queue_time_seconds_sum")
+    assert queued > 0.01
+    total = server.metric("vllm:request_inference_time_seconds_sum") + queued
+    assert total == pytest.approx(server.metric("vllm:e2e_request_latency_seconds_sum"))
 
 
 def test_streamed_tokens_equal_whole(server, golden):
