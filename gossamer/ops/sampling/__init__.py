@@ -1,16 +1,29 @@
 """Sampling: from logits to token ids and their log-probabilities, for all rows of a step at once.
 
-There is no kernel: the torch reference runs on CPU and CUDA tensors alike, without waiting for a GPU.
+`sample_slots` decides everything on the device and has a kernel. The other functions are torch on CPU and CUDA
+tensors alike, and do not wait for a GPU.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.ops.dispatch import use_kernel
 from gossamer.ops.sampling import reference
 
-__all__ = ["apply_penalties", "argmax", "sample", "token_logprobs", "top_tokens"]
+__all__ = [
+    "apply_penalties",
+    "argmax",
+    "sample",
+    "sample_slots",
+    "token_logprobs",
+    "top_tokens",
+    "uniform",
+    "workspace_size",
+]
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -68,6 +81,85 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     if num_rows == 0:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
     return reference.sample(logits, temperature, top_k, top_p, min_p, uniform)
+
+
+def uniform(seeds: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Number `output_index` of each seed's stream, in [0, 1): a hash of the two and of nothing else."""
+    return reference.uniform(seeds, output_index)
+
+
+def workspace_size(num_rows: int, vocab: int) -> int:
+    """Number of int32 elements of the workspace with which `sample_slots`' kernel serves up to `num_rows` rows."""
+    from gossamer.ops.sampling import triton
+
+    return triton.workspace_size(num_rows, vocab)
+
+
+def sample_slots(
+    logits: Tensor,
+    slots: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    output_index: Tensor,
+    last_token: Tensor,
+    *,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`sample` with parameters per slot, read where they lie: two launches, no host decision, for CUDA graphs.
+
+    The token is `sample`'s for the uniform number of (seed, output_index), unless that lies within UNIFORM_TOLERANCE
+    of a step of the cumulative distribution, where rounding decides. Bit-identical from run to run and in any batch.
+
+    Args:
+        logits: [num_rows, vocab] of any float dtype, rows contiguous; vocab at most 2**20.
+        slots: int32 [num_rows]; -1 is a padded row, whose result is -1.
+        temperature, top_p, min_p: float64 [num_slots]. top_k: int32 [num_slots]. seed: int64 [num_slots].
+        output_index: int32 or int64 [num_rows].
+        last_token: int64 [num_slots]; the token of each row is stored for its slot, 0 where it is -1.
+        workspace: int32, at least `workspace_size(num_rows, vocab)`; allocated if absent.
+        out: int64 [num_rows]; allocated if absent.
+    Returns: int64 [num_rows]; -1 where nothing can be drawn, as in `sample`.
+    """
+    num_rows, vocab = logits.shape
+    num_slots = last_token.shape[0]
+    expected = (
+        ("slots", slots, num_rows, (torch.int32,)),
+        ("temperature", temperature, num_slots, (torch.float64,)),
+        ("top_k", top_k, num_slots, (torch.int32,)),
+        ("top_p", top_p, num_slots, (torch.float64,)),
+        ("min_p", min_p, num_slots, (torch.float64,)),
+        ("seed", seed, num_slots, (torch.int64,)),
+        ("output_index", output_index, num_rows, (torch.int32, torch.int64)),
+        ("last_token", last_token, num_slots, (torch.int64,)),
+        *([("out", out, num_rows, (torch.int64,))] if out is not None else []),
+    )
+    for name, value, size, dtypes in expected:
+        if value.shape != (size,) or value.dtype not in dtypes or value.device != logits.device:
+            raise ValueError(
+                f"{name} must be {dtypes[-1]} [{size}] on {logits.device}, got {value.dtype} {value.shape}"
+            )
+    if out is None:
+        out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    arguments = (logits, slots, temperature, top_k, top_p, min_p, seed, output_index, last_token)
+    if num_rows == 0:
+        return out
+    if not use_kernel(logits, backend, "sample_slots"):
+        return reference.sample_slots(*arguments, out)
+    from gossamer.ops.sampling import triton
+
+    size = triton.workspace_size(num_rows, vocab)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.int32, device=logits.device)
+    if workspace.numel() < size or workspace.dtype != torch.int32 or workspace.device != logits.device:
+        raise ValueError(f"workspace must be int32 [{size}] or more on {logits.device}")
+    if vocab > 1 << 20 or logits.stride(1) != 1:
+        raise ValueError(f"logits must have contiguous rows of at most 2**20, got {logits.shape} {logits.stride()}")
+    return triton.sample_slots(*arguments, workspace, out)
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

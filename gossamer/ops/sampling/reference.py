@@ -6,11 +6,17 @@ stability or on the other rows of the batch. Long sums run in float64.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: dividing by them would leave one token with probability 1 anyway."""
+
+UNIFORM_TOLERANCE = 4e-6
+"""How far float32 weights may move a step of the cumulative distribution: an exponent's rounding, 2**-24 of it, over
+the exponents that carry the mass (up to the log of the vocabulary, about 12), twice, and the exponential's own."""
 
 _BLOCK = 128
 # Few nuclei hold more tokens than this; those that do cost a CPU five times as much.
@@ -68,6 +74,37 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     return out
 
 
+def uniform(seeds: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """53 random bits each; arithmetic is modulo 2**64."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    step = (output_index.astype(np.uint64) + np.uint64(1)) * golden
+    return (_mix(_mix(seeds + golden) + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_slots(
+    logits: Tensor,
+    slots: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    output_index: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Waits for the device: the parameters of `sample` are host values."""
+    real = (slots >= 0).nonzero().squeeze(1)
+    slot = slots[real].long()
+    t, k, p, least = (value[slot].cpu() for value in (temperature, top_k.long(), top_p, min_p))
+    numbers = uniform(seed[slot].cpu().numpy().view(np.uint64), output_index[real].cpu().long().numpy())
+    out.fill_(-1)
+    if len(real) > 0:
+        out[real] = sample(logits[real].float(), t, k, p, least, torch.from_numpy(numbers))
+        last_token[slot] = out[real].clamp_min(0)
+    return out
+
+
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_rows, vocab = logits.shape
     k = min(k, vocab)
@@ -101,6 +138,13 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
     return torch.cat((chosen_ids, top_ids), 1), values, torch.cat((rank, top_ranks), 1)
 
 
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): a bijection that spreads every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def _mark_invalid(token_ids: Tensor, logits: Tensor) -> Tensor:
     """-1 for rows whose maximum is NaN or +inf, which win every comparison, or -inf: no token is allowed."""
     return torch.where(logits.amax(-1).isfinite(), token_ids, -1)
@@ -128,12 +172,13 @@ def _sample_nucleus(
     weights = _probabilities(logits, temperature, min_p)
     mass, draw = _columns(logits.device, top_p, uniform)
     target = mass * _block_sums(weights)[1].sum(-1, keepdim=True)
-    if weights.is_cuda:  # whether a probe suffices would have to be known on the host, which would stall the queue
-        return _draw_blocks(_cut_nucleus(weights, target), draw)
     values, ids = top_tokens(weights, _PROBE)
     bounds = values.cumsum(-1, dtype=torch.float64)
     token_ids = _draw_prefix(values.double(), bounds, ids, target, draw)
-    wide = (bounds[:, -1:] < target).squeeze(1).nonzero().squeeze(1)
+    is_wide = (bounds[:, -1:] < target).squeeze(1)
+    if weights.is_cuda:  # whether any row is wide would have to be known on the host, which would stall the queue
+        return torch.where(is_wide, _draw_blocks(_cut_nucleus(weights, target), draw), token_ids)
+    wide = is_wide.nonzero().squeeze(1)
     if len(wide) > 0:
         token_ids[wide] = _draw_blocks(_cut_nucleus(weights[wide], target[wide]), draw[wide])
     return token_ids
