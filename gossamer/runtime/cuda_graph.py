@@ -96,6 +96,8 @@ class GraphPool:
         torch.cuda.synchronize(self._device)
         self._whole.clear()
         self._pieces.clear()
+        # A pool ends with its last graph.
+        self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

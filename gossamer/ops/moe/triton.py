@@ -98,9 +98,9 @@ def _router_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
         experts = tl.arange(0, BLOCK_E)
-        mask = inside[:, None] & (experts < num_experts)[None, :]
+        known = inside[:, None] & (experts < num_experts)[None, :]
         offsets = rows[:, None] * num_experts + experts[None, :]
-        logits = tl.load(logits_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        logits = tl.load(logits_ptr + offsets, mask=known, other=0.0, cache_modifier=".cg")
         valid = inside
         if HAS_SLOTS:
             valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
