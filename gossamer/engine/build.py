@@ -20,6 +20,7 @@ from gossamer.models.cost import StepCost, bytes_per_weight
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
 from gossamer.models.loader import ModelSource, inspect_model, iter_weights
 from gossamer.models.shapes import expected_shapes
+from gossamer.ops.gemm.packed import packing_supported
 from gossamer.runtime import ceilings, cuda_memory
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.executor import Executor
@@ -133,10 +134,14 @@ def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
     per_weight = bytes_per_weight(fmt)
     if fmt.quantization != "none" and fmt.keep_dense:
         per_weight += fmt.dtype.itemsize
+    # A tied head holds the embedding once more where it has a layout or a format of its own.
+    own_head = fmt.quantization != "none" or packing_supported(fmt.dtype, fmt.device)
     total = 0.0
     for name, shape in expected_shapes(model).items():
         size = torch.Size(shape).numel()
         total += size * (per_weight if len(shape) == 2 and name != "embed.weight" else fmt.dtype.itemsize)
+        if name == "embed.weight" and model.tie_word_embeddings and own_head:
+            total += size * per_weight
     return int(total)
 
 

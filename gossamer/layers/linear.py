@@ -5,7 +5,8 @@ Merged projections (q, k, v; gate, up) are loaded part by part from the unfused 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.ops import gemm_weight_only as wo
+from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
 from gossamer.ops.weights import QuantizedTensor
 
 Quantization = Literal["none", "int8", "int4"]
@@ -21,6 +23,8 @@ Part = torch.Tensor | QuantizedTensor
 # From this many rows on, torch's packed int4 products on a CPU lose to a bf16 product: about equal at 8 rows, 1.0-2.9x
 # slower at 16, 2.4x at 512 (single products, hot cache, SmolLM2's shapes).
 DENSE_FROM_ROWS = 12
+# Above, a dense product beats the two integer rows for each row of `int8_linear_exact`.
+_INTEGER_MAX_ROWS = 3
 
 
 class Weight(Protocol):
@@ -46,22 +50,61 @@ class DenseWeight:
 
 
 @dataclass(slots=True)
+class PackedWeight:
+    """Dense bf16 in the layout of the CPU's matrix library."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return packed_linear(x, self.weight, self.bias)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.weight, self.bias) if t is not None]
+
+
+def dense_weight(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight | PackedWeight:
+    """The weight in the layout that serves dense products best where it lies."""
+    if packing_supported(weight.dtype, weight.device):
+        return PackedWeight(pack_weight(weight), bias)
+    return DenseWeight(weight, bias)
+
+
+@dataclass(slots=True)
 class Int8Weight:
     """Per-channel int8; `dense`, if kept, serves products of many rows."""
 
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None = None
-    dense: torch.Tensor | None = None
+    dense: Weight | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
-            return F.linear(x, self.dense, self.bias)
+            return self.dense(x)
         y = wo.int8_linear(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.weight, self.scale, self.bias, self.dense) if t is not None]
+        held = [self.weight, self.scale, *(self.dense.tensors() if self.dense is not None else [])]
+        return held if self.bias is None else [*held, self.bias]
+
+
+@dataclass(slots=True)
+class Int8HeadWeight:
+    """Per-channel int8 for few rows and many outputs, multiplied as integers; products are fp32."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    dense: Weight | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dense is not None and x.shape[0] > _INTEGER_MAX_ROWS:
+            return self.dense(x)
+        return wo.int8_linear_exact(x, self.packed, self.scale)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed, self.scale, *(self.dense.tensors() if self.dense is not None else [])]
 
 
 @dataclass(slots=True)
@@ -72,16 +115,17 @@ class Int4Weight:
     scale_and_zero: torch.Tensor
     group_size: int
     bias: torch.Tensor | None = None
-    dense: torch.Tensor | None = None
+    dense: Weight | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
-            return F.linear(x, self.dense, self.bias)
+            return self.dense(x)
         y = wo.int4_linear(x, self.packed, self.scale_and_zero, self.group_size)
         return y if self.bias is None else y.add_(self.bias)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.packed, self.scale_and_zero, self.bias, self.dense) if t is not None]
+        held = [self.packed, self.scale_and_zero, *(self.dense.tensors() if self.dense is not None else [])]
+        return held if self.bias is None else [*held, self.bias]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +152,36 @@ def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: Weig
     """
     bias = torch.cat([b.to(device=fmt.device, dtype=fmt.dtype) for b in biases]) if biases else None
     num_out, num_in = sum(p.shape[0] for p in parts), parts[0].shape[1]
-    if fmt.quantization == "int4" and wo.int4_supported(num_out, num_in) and num_out < _INT8_FROM_ROWS:
+    if fmt.quantization == "int4" and wo.int4_supported(num_out, num_in):
         return _int4_weight(parts, bias, fmt)
     if fmt.quantization != "none" and wo.int8_supported(num_out, num_in):
-        full = _cat([dense(p, fmt) for p in parts])
-        q, scale = wo.quantize_int8(full)
-        scale = scale.to(fmt.dtype)
-        # Dequantised, not the original: prefill and decode must see the same weights.
-        copy = wo.dequantize_int8(q, scale, fmt.dtype) if fmt.keep_dense else None
+        q, scale, copy = _int8_parts(parts, bias, fmt, fmt.dtype)
         return Int8Weight(q, scale, bias, copy)
-    return DenseWeight(_cat([dense(p, fmt) for p in parts]), bias)
+    return dense_weight(_cat([dense(p, fmt) for p in parts]), bias)
 
 
-# A vocabulary-sized projection keeps 8 bits under int4, as quantised checkpoints do: its errors reach every logit.
-_INT8_FROM_ROWS = 16384
+def make_head(part: Part, fmt: WeightFormat) -> Weight:
+    """The projection to the vocabulary. It keeps 8 bits under int4, as quantised checkpoints do: its errors reach
+    every logit. Its products may come back in fp32.
+    """
+    if fmt.quantization == "none":
+        return make_weight([part], [], fmt)
+    if not wo.int8_exact_supported(*part.shape):
+        return make_weight([part], [], dataclasses.replace(fmt, quantization="int8"))
+    q, scale, copy = _int8_parts([part], None, fmt, torch.float32)
+    return Int8HeadWeight(wo.pack_int8_exact(q), scale, copy)
+
+
+def _int8_parts(
+    parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFormat, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, Weight | None]:
+    """int8 [N, K], scales [N], and the dense copy if the format wants one."""
+    q, scale = wo.quantize_int8(_cat([dense(p, fmt) for p in parts]))
+    scale = scale.to(scale_dtype)
+    if not fmt.keep_dense:
+        return q, scale, None
+    # Dequantised, not the original: prefill and decode must see the same weights.
+    return q, scale, dense_weight(wo.dequantize_int8(q, scale, fmt.dtype), bias)
 
 
 def _int4_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFormat) -> Int4Weight:
@@ -131,12 +191,23 @@ def _int4_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFo
         triples.append(stored if stored is not None else wo.quantize_int4(dense(part, fmt)))
     q, scale, zero = (_cat([torch.as_tensor(t[i]) for t in triples]) for i in range(3))
     packed, scale_and_zero = wo.pack_int4(q, scale, zero, fmt.dtype)
-    copy = wo.dequantize_int4(q, scale, zero, fmt.dtype) if fmt.keep_dense else None
+    copy = dense_weight(wo.dequantize_int4(q, scale, zero, fmt.dtype), bias) if fmt.keep_dense else None
     return Int4Weight(packed, scale_and_zero, q.shape[1] // scale.shape[1], bias, copy)
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes held, each storage counted once; of oneDNN's opaque tensors the elements, for they show no storage."""
+    sizes: dict[int, int] = {}
+    for t in tensors:
+        opaque = t.is_mkldnn
+        sizes[id(t) if opaque else t.untyped_storage().data_ptr()] = (
+            t.nbytes if opaque else t.untyped_storage().nbytes()
+        )
+    return sum(sizes.values())
 
 
 class Linear:

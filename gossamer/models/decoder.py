@@ -5,7 +5,6 @@ Families differ in their config alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
@@ -20,15 +19,13 @@ from gossamer.layers.attention import gqa
 from gossamer.layers.attention.base import Attend, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import (
-    DenseWeight,
-    Int4Weight,
-    Int8Weight,
     Linear,
     Part,
     Weight,
     WeightFormat,
     dense,
-    make_weight,
+    make_head,
+    storage_bytes,
 )
 from gossamer.layers.mlp import GatedMLP
 from gossamer.layers.moe import MoELayer
@@ -86,7 +83,7 @@ class Decoder:
             "final_norm.weight": lambda _, t: setattr(self, "final_norm", dense(t, self.fmt)),
         }
         if not self.config.tie_word_embeddings:
-            loaders["lm_head.weight"] = lambda _, t: setattr(self, "head", make_weight([t], [], self.fmt))
+            loaders["lm_head.weight"] = lambda _, t: setattr(self, "head", make_head(t, self.fmt))
         for i, block in enumerate(self.blocks):
             for attribute in ("attn_norm", "mlp_norm"):
                 loaders[f"layers.{i}.{attribute}.weight"] = self._norm_loader(block, attribute)
@@ -105,11 +102,7 @@ class Decoder:
         self.embed = dense(tensor, self.fmt)
         if not self.config.tie_word_embeddings:
             return
-        self.head = DenseWeight(self.embed)
-        if self.fmt.quantization != "none":
-            self.head = make_weight([tensor], [], dataclasses.replace(self.fmt, keep_dense=False))
-            if isinstance(self.head, Int8Weight | Int4Weight):
-                self.head.dense = self.embed
+        self.head = make_head(self.embed if self.fmt.quantization == "none" else tensor, self.fmt)
 
     def _norm_loader(self, block: Block, attribute: str) -> Callable[[str, Part], None]:
         return lambda _, tensor: setattr(block, attribute, dense(tensor, self.fmt))
@@ -150,8 +143,7 @@ class Decoder:
                 held += [block.mlp.router, *(block.mlp.stacked.tensors() if block.mlp.stacked else [])]
             for linear in [*block.attention.linears, *block.mlp.linears]:
                 held += linear.weight.tensors()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
-        return sum(storages.values())
+        return storage_bytes(t for t in held if t is not None)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, pool: KVPool

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.layers.linear import DENSE_FROM_ROWS, DenseWeight, Int4Weight, Int8Weight, Linear, WeightFormat
+from gossamer.layers.linear import (
+    DENSE_FROM_ROWS,
+    DenseWeight,
+    Int4Weight,
+    Int8Weight,
+    Linear,
+    WeightFormat,
+    make_head,
+    storage_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -53,3 +62,27 @@ def test_shapes_that_int4_cannot_take_fall_to_int8_and_dense() -> None:
         linear = Linear(["p"])
         load(linear, {"p.weight": torch.randn(shape)}, WeightFormat(torch.float32, CPU, "int4"))
         assert isinstance(linear.weight, kind)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (7, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_weights_are_packed_once(shape: tuple[int, int], bias: bool) -> None:
+    tensors = {"p.weight": torch.randn(shape)} | ({"p.bias": torch.randn(shape[0])} if bias else {})
+    linear = Linear(["p"], bias=bias)
+    with torch.inference_mode():  # as the engine loads
+        load(linear, tensors, WeightFormat(torch.bfloat16, CPU))
+        for rows in (1, 5, 70):
+            x = torch.randn(rows, shape[1]).bfloat16()
+            expected = x.double() @ tensors["p.weight"].bfloat16().double().t() + (tensors["p.bias"] if bias else 0.0)
+            torch.testing.assert_close(linear(x).double(), expected, rtol=0.01, atol=0.03)
+    assert storage_bytes(linear.weight.tensors()) >= 2 * shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_the_head_keeps_eight_bits_under_int4(keep_dense: bool) -> None:
+    weight = torch.randn(96, 64).bfloat16()
+    head = make_head(weight, WeightFormat(torch.bfloat16, CPU, "int4", keep_dense))
+    for rows in (1, 2, 20):
+        x = torch.randn(rows, 64).bfloat16()
+        expected = x.double() @ weight.double().t()
+        assert float((head(x).double() - expected).norm() / expected.norm()) < 0.02

@@ -37,6 +37,23 @@ def test_int4_linear(dtype: torch.dtype, tolerance: float, shape: tuple[int, int
     assert rel_rms(wo.int4_linear(x, packed, scale_and_zero, 32), expected) < tolerance
 
 
+@pytest.mark.skipif(not wo.int8_exact_supported(16, 16), reason="no VNNI")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 64)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_int8_linear_exact(dtype: torch.dtype, tolerance: float, shape: tuple[int, int], rows: int) -> None:
+    q, scale = wo.quantize_int8(torch.randn(shape) * torch.rand(shape[0], 1))
+    x = (torch.randn(rows, shape[1]) * 10.0 ** torch.arange(rows)[:, None].remainder(5)).to(dtype)
+    x[-1] = 0
+    actual = wo.int8_linear_exact(x, wo.pack_int8_exact(q), scale)
+    assert actual.dtype == torch.float32
+    for row, y in zip(x[:-1], actual[:-1], strict=True):
+        assert rel_rms(y, (q.double() * scale.double()[:, None]) @ row.double()) < tolerance
+    assert actual[-1].eq(0).all()
+    x[0, 0] = torch.nan
+    assert wo.int8_linear_exact(x, wo.pack_int8_exact(q), scale)[0].isnan().all()
+
+
 def test_quantisation_error_is_at_most_half_a_step() -> None:
     weight = torch.randn(64, 128)
     q, scale = wo.quantize_int8(weight)

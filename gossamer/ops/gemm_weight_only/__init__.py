@@ -10,8 +10,10 @@ from gossamer.ops.gemm_weight_only.reference import (
     dequantize_int4,
     dequantize_int8,
     int4_supported,
+    int8_exact_supported,
     int8_supported,
     pack_int4,
+    pack_int8_exact,
     quantize_int4,
     quantize_int8,
 )
@@ -21,9 +23,12 @@ __all__ = [
     "dequantize_int8",
     "int4_linear",
     "int4_supported",
+    "int8_exact_supported",
     "int8_linear",
+    "int8_linear_exact",
     "int8_supported",
     "pack_int4",
+    "pack_int8_exact",
     "quantize_int4",
     "quantize_int8",
 ]
@@ -33,6 +38,18 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, b
     """x W^T with W[n, k] = weight[n, k] * scale[n]; x [M, K], weight int8 [N, K], scale [N] of x's dtype."""
     require_reference(x, backend, "int8_linear")
     return reference.int8_linear(x, weight, scale)
+
+
+def int8_linear_exact(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
+    """`int8_linear` as products of integers, in fp32: x [M, K] is written as two 8-bit digits per row's largest value.
+
+    `packed` from `pack_int8_exact`, scale fp32 [N]. What x loses is at most 2^-16 of its row's largest value, less
+    than bf16 loses; the sums are exact. Reads the weight at the speed of memory: 2x `int8_linear` at one row.
+    """
+    require_reference(x, backend, "int8_linear_exact")
+    return reference.int8_linear_exact(x, packed, scale)
 
 
 def int4_linear(
