@@ -70,7 +70,7 @@ class Batch:
         heads = (q.shape[1], self.k_pages.shape[1], q.shape[2])
         workspace = DecodeWorkspace.allocate(len(slots), *heads, DEVICE, num_programs)
         workspace.partials.fill_(torch.nan)
-        workspace.stats.fill_(torch.nan)
+        workspace.lse.fill_(torch.nan)
         for _ in range(2):
             paged_decode(
                 q, self.k_pages, self.v_pages, self.page_table, slots, lens, self.scale, out, window=self.window,

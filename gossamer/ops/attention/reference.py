@@ -249,7 +249,7 @@ def _windowed(
 def _visible_pages(
     pages: torch.Tensor, page_ids: torch.Tensor, first_token: int, seq_len: int
 ) -> tuple[torch.Tensor, int]:
-    """Tokens of the pages that hold first_token .. seq_len - 1 as [num_kv_heads, tokens, head_dim]; the first's position."""
+    """What those pages hold, up to seq_len, as [num_kv_heads, tokens, head_dim], and the first token's position."""
     page_size = pages.shape[2]
     first_page = first_token // page_size
     taken = pages[page_ids[first_page : -(-seq_len // page_size)].long()].transpose(0, 1).flatten(1, 2)

@@ -24,7 +24,7 @@ _LOW = tl.constexpr(-1e30)
 
 @triton.jit
 def _merge_partials(
-    partials, stats, head, first, last, tail_of_first, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    partials, lse, head, first, last, tail_of_first, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The normalised sum [BLOCK_G, HEAD_DIM] over programs first .. last, in their order whoever arrived last."""
@@ -36,25 +36,24 @@ def _merge_partials(
     for start in range(first, last + 1, CHUNK):
         owner = start + tl.arange(0, CHUNK)
         second = tail_of_first & (owner == first)
-        index = (owner * NUM_KV_HEADS + head) * 2 + second.to(tl.int32)
-        inside = (owner <= last)[:, None] & (g < GROUP)[None, :]
-        stat = stats + (index * 2 * GROUP)[:, None] + g[None, :]
-        peaks = tl.load(stat, mask=inside, other=_LOW, cache_modifier=".cg")
-        weights = tl.load(stat + GROUP, mask=inside, other=0.0, cache_modifier=".cg")
-        rows = partials + (index[:, None] * GROUP + g[None, :])[:, :, None] * HEAD_DIM + d[None, None, :]
+        part = ((owner * NUM_KV_HEADS + head) * 2 + second.to(tl.int32))[None, :] * GROUP + g[:, None]
+        inside = (g < GROUP)[:, None] & (owner <= last)[None, :]
+        # With the parts in the middle a thread holds all parts of its columns: these sums cross no threads.
+        rows = partials + part[:, :, None] * HEAD_DIM + d[None, None, :]
         values = tl.load(rows, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(peak, tl.max(peaks, 0))
+        sizes = tl.load(lse + part, mask=inside, other=_LOW, cache_modifier=".cg")
+        highest = tl.maximum(peak, tl.max(sizes, 1))
         old = tl.exp2(peak - highest)
-        new = tl.exp2(peaks - highest[None, :])
-        weight = weight * old + tl.sum(weights * new, 0)
-        total = total * old[:, None] + tl.sum(values * new[:, :, None], 0)
+        new = tl.exp2(sizes - highest[:, None])
+        weight = weight * old + tl.sum(new, 1)
+        total = total * old[:, None] + tl.sum(values * new[:, :, None], 1)
         peak = highest
-    return total / tl.maximum(weight, 1e-30)[:, None]
+    return total / weight[:, None]
 
 
 @triton.jit
 def _decode_kernel(
-    q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out, partials, stats, arrivals,
+    q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out, partials, lse, arrivals,
     num_rows, table_stride, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
@@ -103,14 +102,13 @@ def _decode_kernel(
             peak = tl.full([BLOCK_G], _LOW, tl.float32)
             weight = tl.zeros([BLOCK_G], tl.float32)
             if HAS_SINKS:
-                if unit == row_begin:
-                    sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
-                    peak = tl.maximum(sink * 1.4426950408889634, _LOW)
-                    weight = tl.full([BLOCK_G], 1.0, tl.float32)
+                sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
+                peak = tl.where(unit == row_begin, tl.maximum(sink * 1.4426950408889634, _LOW), peak)
+                weight = tl.where(unit == row_begin, 1.0, weight)
             total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
             table = page_table + slot.to(tl.int64) * table_stride
+            page = tl.load(table + low)
             for p in range(low, high):
-                page = tl.load(table + p)
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
                 visible = (token >= first_token) & (token < seq_len)
@@ -125,6 +123,7 @@ def _decode_kernel(
                 weight = weight * fade + tl.sum(weights, 1)
                 total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
                 peak = highest
+                page = tl.load(table + tl.minimum(p + 1, high - 1))
 
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
@@ -132,16 +131,15 @@ def _decode_kernel(
                 tl.store(rows_out, (total / weight[:, None]).to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
             else:
                 index = (program * NUM_KV_HEADS + head) * 2 + (unit > begin).to(tl.int32)
-                tl.store(stats + index * 2 * GROUP + g, peak, mask=g < GROUP)
-                tl.store(stats + index * 2 * GROUP + GROUP + g, weight, mask=g < GROUP)
+                tl.store(lse + index * GROUP + g, peak + tl.log2(weight), mask=g < GROUP)
                 part = partials + (index * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
-                tl.store(part, total, mask=(g < GROUP)[:, None])
+                tl.store(part, total / weight[:, None], mask=(g < GROUP)[:, None])
                 tl.debug_barrier()
                 counter = arrivals + row * NUM_KV_HEADS + head
                 arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
                 if arrived == last_program - first_program:
                     merged = _merge_partials(
-                        partials, stats, head, first_program, last_program, row_begin > first_program * share,
+                        partials, lse, head, first_program, last_program, row_begin > first_program * share,
                         NUM_KV_HEADS, GROUP, MERGE_G, HEAD_DIM, CHUNK,
                     )  # fmt: skip
                     mg = tl.arange(0, MERGE_G)
@@ -164,8 +162,9 @@ def _attend_pages(
     NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Pages low .. high - 1 of one sequence; queries [BLOCK_M, head_dim] at `position` [BLOCK_M]."""
+    page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
     for p in range(low, high):
-        base = (tl.load(table + p) * NUM_KV_HEADS + head) * PAGE
+        base = (page * NUM_KV_HEADS + head) * PAGE
         k = k_desc.load([base, 0])
         scores = tl.dot(queries, k.T, input_precision="ieee")
         if MASKED:
@@ -184,6 +183,7 @@ def _attend_pages(
             v = tl.where((p * PAGE + tl.arange(0, PAGE) < seq_len)[:, None], v, 0.0)
         total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
         peak = highest
+        page = tl.load(table + tl.minimum(p + 1, high - 1))
     return peak, weight, total
 
 
@@ -285,6 +285,18 @@ def _check(
             raise ValueError(f"{name} must be int32 and contiguous in its last dimension")
 
 
+def _decode_cut(page_bytes: int) -> tuple[int, int]:
+    """Warps and pipeline stages of a decode program whose pages of K and V take `page_bytes` together."""
+    return 4, max(1, min(4, 98304 // page_bytes + 1))
+
+
+def _prefill_cut(q: torch.Tensor, group: int, max_q_len: int) -> tuple[int, int, int]:
+    """Rows, warps and pipeline stages of a prefill program."""
+    block_m = 64 if q.element_size() == 4 or max_q_len * group <= 64 else 128
+    block_m = max(block_m, triton.next_power_of_2(group))
+    return block_m, 8 if block_m >= 128 else 4, 2
+
+
 def _row_block(num_rows: int) -> int:
     return max(32, triton.next_power_of_2(num_rows))
 
@@ -311,9 +323,7 @@ def paged_decode(
     if workspace.partials.shape[1:] != (num_kv_heads, 2, group, head_dim):
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, kv heads, 2, group, dim]")
     if workspace.arrivals.numel() < num_rows * num_kv_heads:
-        raise ValueError(
-            f"the workspace has room for {workspace.arrivals.numel() // num_kv_heads} rows, not {num_rows}"
-        )
+        raise ValueError(f"the workspace has fewer than {num_rows} rows")
     if num_rows == 0:
         return
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
@@ -322,15 +332,15 @@ def paged_decode(
     # Programs without a share leave at once; their number never changes the others' shares.
     num_programs = min(workspace.num_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     merge_g = triton.next_power_of_2(group)
-    page_bytes = 2 * page_size * head_dim * q.element_size()
+    num_warps, num_stages = _decode_cut(2 * page_size * head_dim * q.element_size())
     _decode_kernel[(num_programs * num_kv_heads,)](
         q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out,
-        workspace.partials, workspace.stats, workspace.arrivals,
-        num_rows, page_table.stride(0), scale * _LOG2E, _NO_WINDOW if window is None else window,
+        workspace.partials, workspace.lse, workspace.arrivals,
+        num_rows, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=_row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, 8192 // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        num_warps=4, num_stages=max(1, min(4, 98304 // page_bytes)), **overlap_options(q),
+        num_warps=num_warps, num_stages=num_stages, **overlap_options(q),
     )  # fmt: skip
 
 
@@ -360,16 +370,15 @@ def paged_prefill(
         out.zero_()
         return
     group = num_q_heads // num_kv_heads
-    block_m = 64 if q.element_size() == 4 or max_q_len * group <= 64 else 128
-    block_m = max(block_m, triton.next_power_of_2(group))
+    block_m, num_warps, num_stages = _prefill_cut(q, group, max_q_len)
     num_blocks = triton.cdiv(num_tokens, block_m // group) + num_rows
     page_rows = [page_size, head_dim]
     _prefill_kernel[(num_blocks * num_kv_heads,)](
         q, TensorDescriptor.from_tensor(k_pages.view(-1, head_dim), page_rows),
         TensorDescriptor.from_tensor(v_pages.view(-1, head_dim), page_rows),
         page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
-        num_tokens, num_rows, num_blocks, page_table.stride(0), scale * _LOG2E, _NO_WINDOW if window is None else window,
+        num_tokens, num_rows, num_blocks, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, PAGE=page_size,
         BLOCK_R=_row_block(num_rows), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
-        num_warps=8 if block_m >= 128 else 4, num_stages=2, **overlap_options(q),
+        num_warps=num_warps, num_stages=num_stages, **overlap_options(q),
     )  # fmt: skip

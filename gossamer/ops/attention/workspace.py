@@ -18,9 +18,9 @@ class DecodeWorkspace:
     """
 
     partials: torch.Tensor
-    """fp32 [num_programs, num_kv_heads, 2, group_size, head_dim]: sums of weighted values, not yet normalised."""
-    stats: torch.Tensor
-    """fp32 [num_programs, num_kv_heads, 2, 2, group_size]: the maximum (base 2) and the sum of the weights."""
+    """fp32 [num_programs, num_kv_heads, 2, group_size, head_dim]: attention to a part of a row's keys."""
+    lse: torch.Tensor
+    """fp32 [num_programs, num_kv_heads, 2, group_size]: log2 of that part's sum of exponentials."""
     arrivals: torch.Tensor
     """int32 [max_rows * num_kv_heads]: zero between calls."""
 
@@ -31,7 +31,7 @@ class DecodeWorkspace:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.partials, self.stats, self.arrivals))
+        return sum(t.numel() * t.element_size() for t in (self.partials, self.lse, self.arrivals))
 
     @classmethod
     def allocate(
@@ -52,6 +52,6 @@ class DecodeWorkspace:
         shape = (num_programs, num_kv_heads, 2)
         return cls(
             torch.empty(*shape, group, head_dim, dtype=torch.float32, device=device),
-            torch.empty(*shape, 2, group, dtype=torch.float32, device=device),
+            torch.empty(*shape, group, dtype=torch.float32, device=device),
             torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device),
         )
