@@ -6,6 +6,8 @@ for them. Randomness is a hash of (seed, output index), so a request's tokens de
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,9 +26,17 @@ class Sampler:
     `admit` must be called, in step order, for every sequence that enters a slot. The methods run on one thread.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device | str,
+        draw: Callable[[Tensor, list[int], NDArray[np.int64]], Tensor] | None = None,
+    ) -> None:
+        """`draw` (logits, slots, output indices -> token ids) replaces the reference's draw: the GPU's kernel."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._draw = self._draw_on_host if draw is None else draw
         self._temperature = np.ones(max_num_seqs, np.float64)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float64)
@@ -66,16 +76,16 @@ class Sampler:
         if p.allowed_token_ids is not None:
             forbidden = torch.ones(self.vocab_size, dtype=torch.bool)
             forbidden[p.allowed_token_ids] = False
-            self._allowed[slot] = forbidden.to(self.device)
+            self._allowed[slot] = _upload(forbidden, self.device)
             if stop_token_ids.issuperset(p.allowed_token_ids):
                 stops = []  # min_tokens cannot be met; masking these too would leave no token at all
         if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), dtype=torch.int64, device=self.device)
-            values = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
-            self._bias[slot] = (ids, values)
+            ids = torch.tensor(list(p.logit_bias), dtype=torch.int64)
+            values = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
+            self._bias[slot] = (_upload(ids, self.device), _upload(values, self.device))
         self._min_tokens[slot] = p.min_tokens if stops else 0
         if self._min_tokens[slot] > 0:
-            self._stops[slot] = torch.tensor(stops, dtype=torch.int64, device=self.device)
+            self._stops[slot] = _upload(torch.tensor(stops, dtype=torch.int64), self.device)
 
     def sample(
         self, logits: Tensor, rows: list[ScheduledRow], want_logprobs: bool = True
@@ -98,10 +108,7 @@ class Sampler:
         raw = logits.float()
         output_index = np.array([row.output_index for row in rows], np.int64)
         edited = self._edit(raw, slots, output_index) if self._has_edits[slots].any() else raw
-        host = (self._temperature, self._top_k, self._top_p, self._min_p)
-        temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
-        numbers = torch.from_numpy(uniform(self._seed[slots], output_index))
-        token_ids = sample(edited, temperature, top_k, top_p, min_p, numbers)
+        token_ids = self._draw(edited, slots, output_index)
         self._penalties.count(slots, token_ids)
         wanted = self._num_logprobs[slots]
         if not want_logprobs or not (wanted >= 0).any():
@@ -113,7 +120,7 @@ class Sampler:
 
         Args: logits: [num_positions, vocab_size]. next_ids: int64 [num_positions]. k: 0 or more.
         """
-        ids = torch.as_tensor(next_ids, dtype=torch.int64, device=logits.device)
+        ids = _upload(torch.as_tensor(next_ids, dtype=torch.int64), logits.device)
         out: list[TokenLogprobs] = []
         for start in range(0, len(ids), _PROMPT_CHUNK):
             part = slice(start, start + _PROMPT_CHUNK)
@@ -126,13 +133,19 @@ class Sampler:
         largest = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
         return torch.where(largest.isfinite(), token_ids, -1)
 
+    def _draw_on_host(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
+        host = (self._temperature, self._top_k, self._top_p, self._min_p)
+        temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
+        numbers = torch.from_numpy(uniform(self._seed[slots], output_index))
+        return sample(logits, temperature, top_k, top_p, min_p, numbers)
+
     def _edit(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
         """A copy of the logits with masks, biases and penalties applied, in vLLM's order."""
         logits = logits.clone()
         masked = [i for i, slot in enumerate(slots) if slot in self._allowed]
         if masked:
             forbidden = torch.stack([self._allowed[slots[i]] for i in masked])
-            rows = torch.tensor(masked, device=logits.device)
+            rows = _upload(torch.tensor(masked), logits.device)
             logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
         biased = [i for i, slot in enumerate(slots) if slot in self._bias]
         if biased:
@@ -145,7 +158,7 @@ class Sampler:
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, wanted: list[int]) -> list[TokenLogprobs | None]:
         asking = [i for i, k in enumerate(wanted) if k >= 0]
-        rows = torch.tensor(asking, device=logits.device)
+        rows = _upload(torch.tensor(asking), logits.device)
         most = min(max(wanted), self.vocab_size)
         found = _to_host(*token_logprobs(logits[rows], token_ids[rows].clamp_min(0), most))
         out: list[TokenLogprobs | None] = [None] * len(wanted)
@@ -172,8 +185,8 @@ class _PenaltyTable:
         vocab, device = self._counts.shape[1], self._counts.device
         present = torch.zeros(vocab, dtype=torch.bool)
         present[prompt] = True
-        self._prompt[row] = present.to(device)
-        self._counts[row] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab).to(device)
+        self._prompt[row] = _upload(present, device)
+        self._counts[row] = _upload(torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab), device)
         self._factors[slot] = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
 
     def drop(self, slot: int) -> None:
@@ -201,8 +214,8 @@ class _PenaltyTable:
         """Positions in the batch of the slots with penalties, and their rows in the table."""
         device = self._counts.device
         rows = [i for i, slot in enumerate(slots) if slot in self._row_of]
-        table = torch.tensor([self._row_of[slots[i]] for i in rows], dtype=torch.int64, device=device)
-        return (torch.tensor(rows, device=device) if rows else None), table
+        table = _upload(torch.tensor([self._row_of[slots[i]] for i in rows], dtype=torch.int64), device)
+        return (_upload(torch.tensor(rows), device) if rows else None), table
 
     def _grow(self) -> None:
         old = len(self._counts)
@@ -214,11 +227,17 @@ class _PenaltyTable:
         self._free += range(old, old + extra)
 
 
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, without waiting for the work that a GPU has queued."""
+    pinned = values.pin_memory() if device.type == "cuda" and values.is_cpu else values
+    return pinned.to(device, non_blocking=True)
+
+
 def _coordinates(rows: list[int], ids: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Row and column index tensors for entries `ids[i]` of row `rows[i]`."""
     counts = torch.tensor([len(part) for part in ids])
-    row_index = torch.tensor(rows).repeat_interleave(counts).to(ids[0].device, non_blocking=True)
-    return row_index, torch.cat(ids)
+    row_index = torch.tensor(rows).repeat_interleave(counts)
+    return _upload(row_index, ids[0].device), torch.cat(ids)
 
 
 def _to_host(ids: Tensor, values: Tensor, ranks: Tensor) -> list[TokenLogprobs]:

@@ -118,7 +118,8 @@ def sample_slots(
     Args:
         logits: [num_rows, vocab] of any float dtype, rows contiguous; vocab at most 2**20.
         slots: int32 [num_rows]; -1 is a padded row, whose result is -1.
-        temperature, top_p, min_p: float64 [num_slots]. top_k: int32 [num_slots]. seed: int64 [num_slots].
+        temperature, top_p, min_p: float64 [num_slots]. top_k: int32 or int64 [num_slots].
+        seed: int64 [num_slots].
         output_index: int32 or int64 [num_rows].
         last_token: int64 [num_slots]; the token of each row is stored for its slot, 0 where it is -1.
         workspace: int32, at least `workspace_size(num_rows, vocab)`; allocated if absent.
@@ -130,7 +131,7 @@ def sample_slots(
     expected = (
         ("slots", slots, num_rows, (torch.int32,)),
         ("temperature", temperature, num_slots, (torch.float64,)),
-        ("top_k", top_k, num_slots, (torch.int32,)),
+        ("top_k", top_k, num_slots, (torch.int32, torch.int64)),
         ("top_p", top_p, num_slots, (torch.float64,)),
         ("min_p", min_p, num_slots, (torch.float64,)),
         ("seed", seed, num_slots, (torch.int64,)),
