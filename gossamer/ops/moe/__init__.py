@@ -51,7 +51,7 @@ def router(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
 
-    arrivals: zeroed int32 [1] that the kernel leaves zeroed; calls that share one must not run at the same time. Without
+    arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time. Without
     it every call clears one of its own.
     """
     _check_choice(weight.shape[0], top_k, score_func)

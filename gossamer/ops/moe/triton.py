@@ -15,17 +15,27 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROUTER_ROWS = 16
+# A warp chooses for one token. Up to ROUTER_TOKENS tokens, one kernel computes the logits and chooses.
+ROUTER_ROWS = 4
+ROUTER_TOKENS = 64
 GEMV_TOKENS = 2
+# Most assignments that every expert's program of the one-kernel sort can read through at no cost that matters.
+SMALL_SORT = 4096
 
 
 @triton.jit
-def _store_top_k(
-    logits, valid, weights_ptr, ids_ptr, rows, num_experts,
+def _choose(
+    logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The best TOP_K of logits [rows, experts padded to a power of two]; of equal logits the lower id wins."""
-    experts = tl.arange(0, logits.shape[1])[None, :]
+    """The best TOP_K experts of each row; of equal logits the lower id wins."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    inside = rows < num_tokens
+    logits = tl.load(
+        logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts,
+        mask=inside[:, None] & (experts < num_experts), other=0.0, cache_modifier=".cg",
+    ).to(tl.float32)  # fmt: skip
     # A row with NaN has NaN weights, but its ids stay distinct and in range: no number ranks below padding.
     is_nan = (logits != logits) & (experts < num_experts)
     broken = tl.max(is_nan.to(tl.int32), 1)[:, None] > 0
@@ -34,8 +44,8 @@ def _store_top_k(
     top = tl.max(left, 1)[:, None]
     total = tl.sum(tl.exp(left - top), 1)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
-    best = tl.zeros([logits.shape[0], SLOTS], tl.float32)
-    ids = tl.zeros([logits.shape[0], SLOTS], tl.int32)
+    best = tl.zeros([rows.shape[0], SLOTS], tl.float32)
+    ids = tl.zeros([rows.shape[0], SLOTS], tl.int32)
     for slot in tl.static_range(TOP_K):
         value, expert = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
         best = tl.where(slots == slot, value[:, None], best)
@@ -45,8 +55,11 @@ def _store_top_k(
     weights = tl.where(slots < TOP_K, tl.where(broken, float("nan"), weights), 0.0)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, 1)[:, None]
+    valid = inside
+    if HAS_SLOTS:
+        valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
     offsets = rows[:, None].to(tl.int64) * TOP_K + slots
-    mask = (rows >= 0)[:, None] & (slots < TOP_K)
+    mask = inside[:, None] & (slots < TOP_K)
     tl.store(weights_ptr + offsets, tl.where(valid[:, None], weights, 0.0), mask=mask)
     tl.store(ids_ptr + offsets, tl.where(valid[:, None], ids, -1), mask=mask)
 
@@ -55,22 +68,14 @@ def _store_top_k(
 def _route_kernel(
     logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    experts = tl.arange(0, BLOCK_E)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    inside = rows < num_tokens
-    mask = inside[:, None] & (experts < num_experts)[None, :]
-    logits = tl.load(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], mask=mask, other=0.0)
-    valid = inside
-    if HAS_SLOTS:
-        valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
-    _store_top_k(
-        logits.to(tl.float32), valid, weights_ptr, ids_ptr, tl.where(inside, rows, -1), num_experts,
-        TOP_K, SLOTS, RENORMALIZE, SIGMOID,
+    _choose(
+        logits_ptr, slots_ptr, weights_ptr, ids_ptr, tl.program_id(0) * ROWS + tl.arange(0, ROWS), num_tokens,
+        num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, HAS_SLOTS, BLOCK_E,
     )  # fmt: skip
 
 
@@ -97,18 +102,44 @@ def _router_kernel(
     tl.store(logits_ptr + rows * num_experts + expert, logit, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
-        experts = tl.arange(0, BLOCK_E)
-        known = inside[:, None] & (experts < num_experts)[None, :]
-        offsets = rows[:, None] * num_experts + experts[None, :]
-        logits = tl.load(logits_ptr + offsets, mask=known, other=0.0, cache_modifier=".cg")
-        valid = inside
-        if HAS_SLOTS:
-            valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
-        _store_top_k(
-            logits, valid, weights_ptr, ids_ptr, tl.where(inside, rows, -1), num_experts,
-            TOP_K, SLOTS, RENORMALIZE, SIGMOID,
+        _choose(
+            logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
+            TOP_K, SLOTS, RENORMALIZE, SIGMOID, HAS_SLOTS, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
+
+
+@triton.jit
+def _logits_kernel(
+    x_ptr, weight_ptr, logits_ptr, num_tokens, num_experts, hidden,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = tl.arange(0, BLOCK_K)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for k in range(0, hidden, BLOCK_K):
+        inside = (columns < hidden - k)[None, :]
+        x_ptrs = x_ptr + rows[:, None].to(tl.int64) * hidden + k + columns[None, :]
+        x = tl.load(x_ptrs, mask=(rows < num_tokens)[:, None] & inside, other=0.0)
+        w_ptrs = weight_ptr + experts[:, None] * hidden + k + columns[None, :]
+        w = tl.load(w_ptrs, mask=(experts < num_experts)[:, None] & inside, other=0.0)
+        if x.dtype == tl.float32:
+            acc = tl.dot(x, w.to(tl.float32).T, acc, input_precision="ieee")
+        else:
+            part = w.to(x.dtype)
+            acc = tl.dot(x, part.T, acc)
+            if w.dtype != x.dtype:
+                rest = w.to(tl.float32) - part.to(tl.float32)
+                part = rest.to(x.dtype)
+                acc = tl.dot(x, part.T, acc)
+                acc = tl.dot(x, (rest - part.to(tl.float32)).to(x.dtype).T, acc)
+    mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
+    tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -143,31 +174,37 @@ def _gate_up_gemv_kernel(
 @triton.jit
 def _down_gemv_kernel(
     act_ptr, w_ptr, weights_ptr, ids_ptr, out_ptr, hidden, inter,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, n] = the weighted sum over the token's experts, for BLOCK_N columns."""
     token = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slots = tl.arange(0, SLOTS)
     columns = tl.arange(0, BLOCK_K)
+    # The gate-up kernel let this one start after it had waited for whatever wrote the ids: they are final already.
+    ids = tl.load(ids_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    w_rows = (ids[None, :] * hidden + rows[:, None])[:, :, None] * inter
     if PDL:
+        lines = tl.minimum(tl.arange(0, LINES) * LINE, inter - 1)[None, None, :]
+        wanted = tl.where((ids >= 0)[None, :, None] & (rows < hidden)[:, None, None], w_rows + lines, 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(w_ptr + wanted).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
         gdc_launch_dependents()
         gdc_wait()
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    chunks = tl.cdiv(inter, BLOCK_K)
-    for step in tl.range(0, TOP_K * chunks, num_stages=STAGES):
-        slot = step // chunks
-        k = (step % chunks) * BLOCK_K + columns
-        expert = tl.load(ids_ptr + token * TOP_K + slot).to(tl.int64)
-        weight = tl.load(weights_ptr + token * TOP_K + slot)
-        inside = k < tl.where(expert >= 0, inter, 0)
+    weights = tl.load(weights_ptr + token * TOP_K + slots, mask=(slots < TOP_K) & (ids >= 0), other=0.0)
+    acc = tl.zeros([BLOCK_N, SLOTS, BLOCK_K], tl.float32)
+    for start in tl.range(0, inter, BLOCK_K, num_stages=STAGES):
+        k = start + columns
+        inside = (ids >= 0)[:, None] & (k < inter)[None, :]
+        act = tl.load(act_ptr + (token * TOP_K + slots)[:, None] * inter + k[None, :], mask=inside, other=0.0)
         w = tl.load(
-            w_ptr + (expert * hidden + rows[:, None]) * inter + k[None, :],
-            mask=(rows < hidden)[:, None] & inside[None, :],
-            other=0.0,
+            w_ptr + w_rows + k[None, None, :], mask=(rows < hidden)[:, None, None] & inside[None, :, :], other=0.0
         )
-        act = tl.load(act_ptr + (token * TOP_K + slot) * inter + k, mask=inside, other=0.0)
-        acc += w.to(tl.float32) * (act.to(tl.float32) * tl.where(expert >= 0, weight, 0.0))[None, :]
-    out = tl.sum(acc, 1).to(out_ptr.dtype.element_ty)
+        acc += w.to(tl.float32) * (act.to(tl.float32) * weights[:, None])[None, :, :]
+    out = tl.sum(tl.sum(acc, 2), 1).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * hidden + rows, out, mask=rows < hidden)
 
 
@@ -207,48 +244,95 @@ def _sort_kernel(
 
 
 @triton.jit
-def _grouped_kernel(
-    a_ptr, w_desc, out_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, N, K,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+def _count_kernel(
+    ids_ptr, counts_ptr, num_assignments, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr
+):
+    offsets = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
+    counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
+    tl.atomic_add(counts_ptr + tl.arange(0, BLOCK_E), counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, counts_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, num_experts,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a @ w[expert].T for the rows of one block of the sorted order.
+    """What `_sort_kernel` writes, for many assignments: their order within an expert is open (no result depends on it).
+
+    counts_ptr: rows per expert, then as many zeros, the cursors of the experts.
+    """
+    program = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    offsets = program * BLOCK_A + tl.arange(0, BLOCK_A)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    counts = tl.load(counts_ptr + experts)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.cumsum(blocks, 0) - blocks
+    ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
+    known = tl.maximum(ids, 0)
+    rank = tl.atomic_add(counts_ptr + BLOCK_E + known, 1, mask=ids >= 0, sem="relaxed")
+    tl.store(rows_ptr + tl.gather(first, known, 0) * BLOCK_M + rank, offsets, mask=ids >= 0)
+    for expert in range(program, num_experts, tl.num_programs(0)):
+        own = experts == expert
+        start, count = tl.sum(tl.where(own, first, 0)), tl.sum(tl.where(own, counts, 0))
+        end = start + tl.cdiv(count, BLOCK_M)
+        padding = start * BLOCK_M + count + tl.arange(0, BLOCK_M)
+        tl.store(rows_ptr + padding, num_assignments, mask=padding < end * BLOCK_M)
+        for block in range(start, end):
+            tl.store(block_expert_ptr + block, expert)
+        if expert == num_experts - 1:
+            tl.store(num_blocks_ptr, end)
+
+
+@triton.jit
+def _grouped_kernel(
+    a_ptr, a_desc, w_desc, out_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, N, K,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a @ w[expert].T for the rows of each block of the sorted order.
 
     GATED: a is x, gathered by token; gate and up columns alternate in w; silu(gate) * up is stored in sorted order.
     Else: a is in sorted order and row i of the result belongs to assignment rows[i].
     """
-    n_tiles = tl.cdiv(N, BLOCK_N)
-    block = tl.program_id(0) // n_tiles
-    n = (tl.program_id(0) % n_tiles) * BLOCK_N
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if block >= tl.load(num_blocks_ptr):
-        return
-    expert = tl.load(block_expert_ptr + block)
-    position = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    assignment = tl.load(rows_ptr + position)
-    inside = assignment < num_assignments
-    a_row = assignment // TOP_K if GATED else position
+    n_tiles = tl.cdiv(N, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + a_row[:, None].to(tl.int64) * K + columns[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask = inside[:, None] if EVEN_K else inside[:, None] & (columns < K - k)[None, :]
-        a = tl.load(a_ptrs + k, mask=mask, other=0.0)
-        w = w_desc.load([expert * N + n, k])
-        acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
-    if GATED:
-        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-        acc = gate / (1.0 + tl.exp(-gate)) * up
-        out_columns = n // 2 + tl.arange(0, BLOCK_N // 2)
-        out_ptrs = out_ptr + position[:, None].to(tl.int64) * (N // 2) + out_columns[None, :]
-        mask = inside[:, None] & (out_columns < N // 2)[None, :]
-    else:
-        out_columns = n + tl.arange(0, BLOCK_N)
-        out_ptrs = out_ptr + assignment[:, None].to(tl.int64) * N + out_columns[None, :]
-        mask = inside[:, None] & (out_columns < N)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    for tile in tl.range(tl.program_id(0), tl.load(num_blocks_ptr) * n_tiles, tl.num_programs(0), flatten=FLATTEN):
+        block = tile // n_tiles
+        n = (tile % n_tiles) * BLOCK_N
+        expert = tl.load(block_expert_ptr + block)
+        position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        assignment = tl.load(rows_ptr + position)
+        inside = assignment < num_assignments
+        a_ptrs = a_ptr + (assignment // TOP_K)[:, None].to(tl.int64) * K + columns[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if GATED:
+                mask = inside[:, None] if EVEN_K else inside[:, None] & (columns < K - k)[None, :]
+                a = tl.load(a_ptrs + k, mask=mask, other=0.0)
+            else:
+                a = a_desc.load([block * BLOCK_M, k])
+            w = w_desc.load([expert * N + n, k])
+            acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
+        if GATED:
+            gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+            act = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+            half = n // 2 + tl.arange(0, BLOCK_N // 2)
+            act_ptrs = out_ptr + position[:, None].to(tl.int64) * (N // 2) + half[None, :]
+            tl.store(act_ptrs, act, mask=inside[:, None] & (half < N // 2)[None, :])
+        else:
+            whole = n + tl.arange(0, BLOCK_N)
+            y_ptrs = out_ptr + assignment[:, None].to(tl.int64) * N + whole[None, :]
+            tl.store(y_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (whole < N)[None, :])
 
 
 @triton.jit
@@ -275,23 +359,35 @@ def _launch_options(x: torch.Tensor) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
-def _choice(num_tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _choice(
+    num_tokens: int, num_experts: int, top_k: int, renormalize: bool, score_func: str, token_slots: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:  # fmt: skip
+    """Where weights and ids go, and the parameters of `_choose`."""
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
-    return weights, torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    parameters = {
+        "TOP_K": top_k,
+        "SLOTS": triton.next_power_of_2(top_k),
+        "RENORMALIZE": renormalize,
+        "SIGMOID": score_func == "sigmoid",
+        "HAS_SLOTS": token_slots is not None,
+        "BLOCK_E": triton.next_power_of_2(num_experts),
+        "ROWS": ROUTER_ROWS,
+    }
+    return weights, torch.empty(num_tokens, top_k, dtype=torch.int32, device=device), parameters
 
 
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = router_logits.shape
-    weights, ids = _choice(num_tokens, top_k, router_logits.device)
+    weights, ids, parameters = _choice(
+        num_tokens, num_experts, top_k, renormalize, score_func, token_slots, router_logits.device
+    )
     if num_tokens:
-        block_e = triton.next_power_of_2(num_experts)
-        rows = max(1, min(4, 1024 // block_e))
-        _route_kernel[(triton.cdiv(num_tokens, rows),)](
-            router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts,
-            TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), RENORMALIZE=renormalize, SIGMOID=score_func == "sigmoid",
-            HAS_SLOTS=token_slots is not None, ROWS=rows, BLOCK_E=block_e, num_warps=4, **_launch_options(weights),
+        _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
+            router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts, **parameters,
+            num_warps=4, **_launch_options(weights),
         )  # fmt: skip
     return weights, ids
 
@@ -307,32 +403,36 @@ def router(
     arrivals: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
-    if num_tokens > ROUTER_ROWS:
-        logits = torch.nn.functional.linear(x.float(), weight.float())
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    options = _launch_options(x)
+    if num_tokens > ROUTER_TOKENS:
+        grid = (triton.cdiv(num_tokens, 64), triton.cdiv(num_experts, 64))
+        _logits_kernel[grid](
+            x, weight, logits, num_tokens, num_experts, hidden, BLOCK_M=64, BLOCK_E=64, BLOCK_K=64,
+            num_warps=4, num_stages=3, **options,
+        )  # fmt: skip
         return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
-    weights, ids = _choice(num_tokens, top_k, x.device)
+    weights, ids, parameters = _choice(num_tokens, num_experts, top_k, renormalize, score_func, token_slots, x.device)
     if num_tokens:
+        tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
         if arrivals is None:
-            arrivals = torch.zeros(1, dtype=torch.int32, device=x.device)
-        _router_kernel[(num_experts, 1)](
-            x, weight, token_slots, torch.empty(num_tokens, num_experts, device=x.device), arrivals, weights, ids,
-            num_tokens, num_experts, hidden,
-            TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), RENORMALIZE=renormalize, SIGMOID=score_func == "sigmoid",
-            HAS_SLOTS=token_slots is not None, ROWS=triton.next_power_of_2(num_tokens),
-            BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_H=triton.next_power_of_2(hidden),
-            num_warps=4 if num_tokens <= 4 else 8, **_launch_options(x),
+            arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        _router_kernel[(num_experts, tiles)](
+            x, weight, token_slots, logits, arrivals, weights, ids, num_tokens, num_experts, hidden, **parameters,
+            BLOCK_H=triton.next_power_of_2(hidden), num_warps=4, **options,
         )  # fmt: skip
     return weights, ids
 
 
 class GroupedConfig(NamedTuple):
-    """Tile of a grouped product."""
+    """Tile of a grouped product; `persistent`: one program per multiprocessor overlaps a tile's end with the next."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    persistent: bool = False
 
 
 def grouped_configs(num_assignments: int, num_experts: int, element_size: int) -> tuple[GroupedConfig, GroupedConfig]:
@@ -341,23 +441,56 @@ def grouped_configs(num_assignments: int, num_experts: int, element_size: int) -
     if element_size > 2:
         return (GroupedConfig(16, 64, 32, 4, 3),) * 2
     if rows <= 4:
-        return (GroupedConfig(16, 64, 128, 4, 4),) * 2
+        return (GroupedConfig(16, 32, 256, 4, 3),) * 2
     if rows <= 24:
-        return (GroupedConfig(32, 64, 128, 4, 4),) * 2
+        return (GroupedConfig(32, 64, 128, 4, 3),) * 2
     if rows <= 64:
         return (GroupedConfig(64, 128, 64, 4, 4),) * 2
-    return (GroupedConfig(128, 256, 64, 8, 3),) * 2
+    return GroupedConfig(128, 256, 64, 8, 3, True), GroupedConfig(128, 256, 64, 8, 4, True)
+
+
+class _Order(NamedTuple):
+    """Assignments sorted by expert in whole blocks, `num_assignments` as padding; how many blocks the device knows."""
+
+    rows: torch.Tensor
+    block_expert: torch.Tensor
+    num_blocks: torch.Tensor
+
+
+def _sort(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> _Order:
+    num_assignments, device = topk_ids.numel(), topk_ids.device
+    most_blocks = min(num_assignments, num_assignments // block_m + num_experts)
+    buffer = torch.empty(most_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
+    order = _Order(buffer[: most_blocks * block_m], buffer[most_blocks * block_m : -1], buffer[-1:])
+    options = {**_launch_options(topk_ids), "BLOCK_E": triton.next_power_of_2(num_experts)}
+    if num_assignments <= SMALL_SORT:
+        block_a = triton.next_power_of_2(num_assignments)
+        _sort_kernel[(num_experts,)](
+            topk_ids, *order, num_assignments, BLOCK_M=block_m, BLOCK_A=block_a,
+            num_warps=4 if block_a <= 1024 else 16, **options,
+        )  # fmt: skip
+        return order
+    counts = torch.zeros(2 * options["BLOCK_E"], dtype=torch.int32, device=device)
+    grid = (triton.cdiv(num_assignments, 1024),)
+    _count_kernel[grid](topk_ids, counts, num_assignments, BLOCK_A=1024, num_warps=4, **options)
+    _place_kernel[grid](
+        topk_ids, counts, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=1024, num_warps=4, **options
+    )
+    return order
 
 
 def _grouped_product(
-    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: tuple[torch.Tensor, ...], num_blocks: int,
-    num_assignments: int, top_k: int, gated: bool, config: GroupedConfig,
+    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: _Order, topk_ids: torch.Tensor, config: GroupedConfig,
+    *, gated: bool,
 ) -> None:  # fmt: skip
     num_experts, n, k = w.shape
-    desc = TensorDescriptor.from_tensor(w.view(num_experts * n, k), [config.block_n, config.block_k])
-    _grouped_kernel[(num_blocks * triton.cdiv(n, config.block_n),)](
-        a, desc, out, *order, num_assignments, n, k,
-        TOP_K=top_k, GATED=gated, EVEN_K=k % config.block_k == 0, PRECISION="ieee" if a.dtype == torch.float32 else None,
+    num_tiles = order.block_expert.numel() * triton.cdiv(n, config.block_n)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if config.persistent else num_tiles
+    _grouped_kernel[(min(programs, num_tiles),)](
+        a, TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(w.view(num_experts * n, k), [config.block_n, config.block_k]),
+        out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, EVEN_K=k % config.block_k == 0,
+        PRECISION="ieee" if a.dtype == torch.float32 else None, FLATTEN=config.persistent,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, **_launch_options(a),
     )  # fmt: skip
@@ -368,13 +501,15 @@ def _moe_gemv(
 ) -> torch.Tensor:
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
     act, out = x.new_empty(ids.numel(), inter), torch.empty_like(x)
+    slots, line = triton.next_power_of_2(top_k), 128 // x.element_size()
     options = _launch_options(x)
     _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
         x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
     )
     _down_gemv_kernel[(triton.cdiv(hidden, 8), num_tokens)](
-        act, w_down, weights, ids, out, hidden, inter,
-        TOP_K=top_k, BLOCK_N=8, BLOCK_K=256, STAGES=4, num_warps=4, **options,
+        act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, LINE=line,
+        LINES=triton.next_power_of_2(triton.cdiv(inter, line)), BLOCK_N=8, BLOCK_K=2048 // slots, STAGES=3,
+        num_warps=8, **options,
     )  # fmt: skip
     return out
 
@@ -388,25 +523,15 @@ def moe_mlp(
         return torch.empty_like(x)
     if num_tokens <= GEMV_TOKENS:
         return _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down)
-    num_assignments = num_tokens * top_k
-    gate_up, down = grouped_configs(num_assignments, num_experts, x.element_size())
-    block_m = gate_up.block_m
-    num_blocks = min(num_assignments, num_assignments // block_m + num_experts)
-    options = _launch_options(x)
-    order = torch.empty(num_blocks * (block_m + 1) + 1, dtype=torch.int32, device=x.device)
-    order_parts = (order[: num_blocks * block_m], order[num_blocks * block_m : -1], order[-1:])
-    block_a = min(8192, triton.next_power_of_2(num_assignments))
-    _sort_kernel[(num_experts,)](
-        topk_ids, *order_parts, num_assignments, BLOCK_M=block_m, BLOCK_A=block_a,
-        BLOCK_E=triton.next_power_of_2(num_experts), num_warps=4 if block_a <= 1024 else 16, **options,
-    )  # fmt: skip
-    act = x.new_empty(num_blocks * block_m, inter)
-    _grouped_product(x, w_gate_up, act, order_parts, num_blocks, num_assignments, top_k, True, gate_up)
-    y = x.new_empty(num_assignments, hidden)
-    _grouped_product(act, w_down, y, order_parts, num_blocks, num_assignments, top_k, False, down)
+    gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
+    order = _sort(topk_ids, num_experts, gate_up.block_m)
+    act = x.new_empty(order.rows.numel(), inter)
+    _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True)
+    y = x.new_empty(topk_ids.numel(), hidden)
+    _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
     _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y, topk_weights, topk_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **options
+        y, topk_weights, topk_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **_launch_options(x)
     )
     return out
