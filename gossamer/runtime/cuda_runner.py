@@ -55,8 +55,9 @@ class CudaRunner:
         self._on_gpu = device.type == "cuda"
         max_pages = -(-max_model_len // page_size)
         self.inputs = StepInputs(max_num_seqs, max_num_tokens, max_num_seqs, max_pages, device)
-        self.sampler = Sampler(decoder.config.vocab_size, max_num_seqs, device)
-        self.device_sampler = DeviceSampler(max_num_seqs, decoder.config.vocab_size, max_num_seqs, device)
+        vocab_size = decoder.config.vocab_size
+        self.device_sampler = DeviceSampler(max_num_seqs, vocab_size, max_num_seqs, device)
+        self.sampler = Sampler(vocab_size, max_num_seqs, device, self.device_sampler.draw)
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._max_model_len = max_model_len
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
