@@ -70,7 +70,8 @@ def plan_memory(
         raise StartupError(
             f"The model does not fit on {hardware.name}: no memory is left for the KV cache.\n{sums} = {human(room)}.\n"
             + (
-                "Use --quantization int4, a smaller --max-num-batched-tokens, or a smaller model."
+                "Use --quantization int4, a smaller --max-num-batched-tokens, a larger --gpu-memory-utilization, "
+                "or a smaller model."
                 if hardware.device == "cpu"
                 else "Use a smaller --max-num-batched-tokens or --max-num-seqs, a larger --gpu-memory-utilization, "
                 "or a smaller model."

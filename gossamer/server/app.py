@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -145,7 +146,8 @@ class _Server:
         seconds = time.monotonic() - self._started
         on = f" on {info.device_name}" if info.device_name else ""
         _say(f"Gossamer {__version__} serves {model_name}{on}: {url} (ready after {seconds:.1f} s)")
-        body = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}]})
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = json.dumps({"messages": [question], "temperature": 0})
         key = ' -H "Authorization: Bearer $GOSSAMER_API_KEY"' if self._config.api_key is not None else ""
         _say(f"Try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")
 
@@ -174,7 +176,7 @@ def claim_port(config: ServerConfig) -> socket.socket:
             ) from None
         if exc.errno in (errno.EACCES, errno.EPERM):
             raise StartupError(f"No permission to listen on port {port}.\nChoose one above 1023 with --port.") from None
-        raise StartupError(f"Cannot listen on --host {host} --port {port}: {exc.strerror}.") from None
+        raise StartupError(f"Cannot listen on --host {host} --port {port}: {os.strerror(exc.errno or 0)}.") from None
 
 
 def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
@@ -236,9 +238,9 @@ def _flags(config: EngineConfig) -> str:
     for part in (config.load, config.cache, config.scheduler, config):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if isinstance(value, bool):
+            if isinstance(value, bool) and (value or field.default):
                 words.append(flag(field.name if value else f"no_{field.name}"))
-            elif isinstance(value, int | float | str) and field.name != "model":
+            elif isinstance(value, int | float | str) and value is not False and field.name != "model":
                 words.append(f"{flag(field.name)} {value}")
     return " ".join(words)
 

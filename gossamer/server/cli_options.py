@@ -35,6 +35,22 @@ SAMPLING_HELP = {
 }
 """The sampling fields that `generate` and `chat` offer. `seed` is missing on purpose: the engine's --seed serves."""
 
+FOREIGN_FLAGS = {
+    "--block-size": "--page-size",
+    "--model-path": "--model",
+    "--tokenizer-path": "--tokenizer",
+    "--context-length": "--max-model-len",
+    "--mem-fraction-static": "--gpu-memory-utilization",
+    "--max-running-requests": "--max-num-seqs",
+    "--max-queued-requests": "--max-num-queued",
+    "--chunked-prefill-size": "--max-num-batched-tokens",
+    "--disable-radix-cache": "--no-enable-prefix-caching",
+    "--disable-overlap-schedule": "--no-overlap",
+    "--disable-cuda-graph": "--enforce-eager",
+    "--random-seed": "--seed",
+}
+"""What vLLM and SGLang call flags of ours."""
+
 
 class UsageError(GossamerError):
     """A command line that cannot be understood. The message names the flag and the way out."""
@@ -131,7 +147,8 @@ def add_fields(
 
 def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size: bool) -> None:
     kind = _without_none(hint)
-    shown = "" if default in (None, "", False) or "default" in text else f" (default: {_show(default, size)})"
+    hidden = default is None or default is False or default == "" or "default" in text
+    shown = "" if hidden else f" (default: {_show(default, size)})"
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": (text + shown).replace("%", "%%")}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -197,6 +214,8 @@ def explain_unknown_flag(name: str, command: str, parsers: dict[str, Parser]) ->
     if owners:
         listed = " and ".join(f"`gossamer {owner}`" for owner in owners)
         return f"{name} is a flag of {listed}, not of `gossamer {command}`."
+    if FOREIGN_FLAGS.get(name) in parsers[command].flags:
+        return f"Unknown flag {name}. Here it is called {FOREIGN_FLAGS[name]}."
     near = difflib.get_close_matches(name.lstrip("-"), [own[2:] for own in parsers[command].flags], n=1, cutoff=0.65)
     hint = f"Did you mean --{near[0]}?" if near else f"`gossamer {command} --help` lists the flags."
     return f"Unknown flag {name}. {hint}"

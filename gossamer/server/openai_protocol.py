@@ -6,6 +6,7 @@ so that nothing a client asks for is silently ignored.
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -356,7 +357,10 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         path, named = _PATH.search(text), _FIELD.search(text)
         parts = [path.group(1) if path else "", named.group(1) if named else ""]
         param = ".".join(part for part in parts if part) or None
-        raise ApiError(400, f"Invalid request: {text[:500]}.", param=param) from None
+        known = getattr(decoder.type, "__struct_fields__", ())
+        near = difflib.get_close_matches(named.group(1), known, n=1) if named and "unknown" in text and not path else ()
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ApiError(400, f"Invalid request: {text[:500]}.{hint}", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise ApiError(400, f"The body is not valid JSON: {str(exc)[:200]}.", code="invalid_json") from None
     except RecursionError:

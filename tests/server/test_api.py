@@ -314,6 +314,14 @@ def test_health_version_and_liveness(server):
     assert "temperature" in schema["components"]["schemas"][name]["properties"]
 
 
+def test_a_misspelled_parameter_gets_the_nearest_one_suggested(server):
+    answer = error_of(server.post("/v1/completions", {"prompt": "a", "temprature": 1}))
+    assert "Did you mean `temperature`?" in answer["message"]
+    assert answer["param"] == "temprature"
+    answer = error_of(server.post("/v1/completions", {"prompt": "a", "stream_options": {"include_usag": True}}))
+    assert "Did you mean" not in answer["message"]
+
+
 def test_unknown_routes_and_methods(server):
     missing = server.http.get("/v1/nothing")
     assert missing.status_code == 404

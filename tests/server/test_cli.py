@@ -9,7 +9,7 @@ from gossamer.config import EngineConfig, ServerConfig, make_engine_config
 from gossamer.core import EngineDead, StartupError
 from gossamer.server import cli
 from gossamer.server.app import _flags as app_flags
-from gossamer.server.cli_options import parse, parse_size
+from gossamer.server.cli_options import FOREIGN_FLAGS, parse, parse_size
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def failure(capsys, *argv: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["chat"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["chat"], ["bench"], ["selftest"], ["info"]])
 def test_help_is_light(command):
     heavy = "{'torch', 'numpy', 'rich', 'tokenizers', 'jinja2', 'fastapi', 'uvicorn', 'zmq', 'msgspec', 'asyncio'}"
     code = (
@@ -167,11 +167,13 @@ def test_hub_cache_from_the_environment(served, monkeypatch):
     ("argv", "says"),
     [
         (["sevre"], "`gossamer serve`"),
-        (["frobnicate"], "serve, generate, chat, info"),
+        (["frobnicate"], "serve, generate, chat, bench, selftest, info"),
         (["serve", "--max-model-length", "5"], "--max-model-len?"),
         (["serve", "m", "--no-enable-prefix-cachin"], "--no-enable-prefix-caching?"),
         (["serve", "--enable-prefix-cache=1"], "--enable-prefix-caching?"),
         (["serve", "--tensor-parallel-size", "2"], "`gossamer serve --help`"),
+        (["serve", "--block-size", "16"], "it is called --page-size."),  # vLLM's name
+        (["serve", "--mem-fraction-static=0.8"], "it is called --gpu-memory-utilization."),  # SGLang's
         (["serve", "--prompt", "x"], "a flag of `gossamer generate`, not of `gossamer serve`"),
         (["chat", "--port", "1"], "a flag of `gossamer serve`, not of `gossamer chat`"),
         (["serve", "--max-model", "5"], "--max-model-len?"),  # no guessing at abbreviations
@@ -191,6 +193,12 @@ def test_hub_cache_from_the_environment(served, monkeypatch):
 def test_mistakes_are_explained(argv, says, served, capsys):
     assert says in failure(capsys, *argv)
     assert served == []
+
+
+def test_flags_of_other_engines_have_names_here():
+    flags = cli.parsers()["serve"].flags
+    assert [name for name in FOREIGN_FLAGS if name in flags] == []
+    assert [name for name in FOREIGN_FLAGS.values() if name not in flags] == []
 
 
 def raising(error: BaseException):
