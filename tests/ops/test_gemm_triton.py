@@ -12,14 +12,14 @@ pytest.importorskip("triton")
 from gossamer.ops.gemm import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+# Tensor cores add products of half precision with a little less than fp32's precision.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 gpu = pytest.mark.gpu
 ROWS, TILES, SPLIT = kernels.Config(4, 0, 2), kernels.Config(16, 16, 1, 2), kernels.Config(16, 16, 1, 2, 3)
 
 SMALL = [
     (1, 21, 40, ROWS, torch.float32),
     (2, 8, 64, ROWS, torch.float16),
-    (1, 16, 32, TILES, torch.float32),
     (5, 19, 40, TILES, torch.float16),
     (3, 17, 96, SPLIT, torch.float32),
     (20, 33, 100, SPLIT, torch.float32),
@@ -67,18 +67,26 @@ def test_few_row_linear(m: int, n: int, k: int, config: kernels.Config | None, d
             assert rel_rms(y, expected + bias.double()) < tolerance
 
 
-@pytest.mark.parametrize(("m", "n", "k", "config", "dtype"), SMALL + LARGE)
+FUSED = [
+    (1, 21, 40, torch.float32),
+    (2, 8, 64, torch.float16),
+    *(
+        pytest.param(m, n, k, torch.bfloat16, marks=gpu)
+        for m, n, k in ((1, 5120, 2048), (2, 128, 2048), (2, 1001, 7168))
+    ),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), FUSED)
 @pytest.mark.parametrize("add", [True, False])
-def test_add_rms_norm_linear(
-    m: int, n: int, k: int, config: kernels.Config | None, dtype: torch.dtype, add: bool
-) -> None:
+def test_add_rms_norm_linear(m: int, n: int, k: int, dtype: torch.dtype, add: bool) -> None:
     x, weight, norm = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype), draw(k, dtype=dtype)
     residual = draw(m, k, dtype=dtype) * 3 if add else None
     total = x if residual is None else residual + x
     h = total.double()
     normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
     before = None if residual is None else residual.clone()
-    y, summed, kept = kernels.add_rms_norm_linear(x, residual, norm, 1e-6, weight, None, dtype, True, config)
+    y, summed, kept = kernels.add_rms_norm_linear(x, residual, norm, 1e-6, weight, None, dtype, True)
     assert summed.equal(total)
     assert kept is not None
     assert residual is None or residual.equal(before)
@@ -93,7 +101,7 @@ def test_a_float32_router_of_half_precision_rows() -> None:
     x, weight = draw(3, 32, dtype=torch.float16), draw(9, 32, dtype=torch.float32)
     for backend in ("triton", "reference"):
         y = few_row_linear(x, weight, out_dtype=torch.float32, backend=backend)
-        assert rel_rms(y, x.double() @ weight.double().T) < 3e-6
+        assert rel_rms(y, x.double() @ weight.double().T) < 1e-6
 
 
 def test_no_rows_and_bad_input() -> None:

@@ -45,7 +45,7 @@ def add_rms_norm_linear(
 
     x, residual: [M, K]; norm_weight: [K]; weight: [N, K]; bias: [N]. Returns the product [M, N], the new residual
     stream x + residual (a new tensor, for other programs still read the old one; x itself without a residual), and,
-    with `keep_normed`, the normed rows [M, K].
+    with `keep_normed`, the normed rows [M, K]. On a device M is at most 2: see `use_fused_norm`.
     """
     out_dtype = out_dtype or x.dtype
     if use_kernel(x, backend, "add_rms_norm_linear"):
@@ -56,5 +56,13 @@ def add_rms_norm_linear(
 
 
 def use_few_row(num_rows: int, num_out: int, width: int) -> bool:
-    """Whether `few_row_linear` beats the library's product of this shape (measured: benchmarks/ops/bench_linear.py)."""
-    return num_rows <= 16
+    """Whether `few_row_linear` beats the library's product of this shape on a device.
+
+    Measured on an H100 (benchmarks/ops/bench_linear.py), up to 64 rows it wins at every shape of Qwen3-30B-A3B.
+    """
+    return num_rows <= 64 and width % 64 == 0 and num_out >= 64
+
+
+def use_fused_norm(num_rows: int, width: int) -> bool:
+    """Whether `add_rms_norm_linear` takes this shape and beats `add_rms_norm` followed by a product."""
+    return num_rows <= 2 and width <= 8192

@@ -10,72 +10,89 @@ from gossamer.ops.dispatch import overlap_options
 
 
 @triton.jit
+def _sum_squares(row, count: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(row + at, at < count, 0.0).to(tl.float32)
+    return tl.sum(x * x)
+
+
+@triton.jit
 def _rope_write_kv_kernel(
     qkv, q_norm, k_norm, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out,
     max_pages, page_size, eps, clip,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROW: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    # NORM: 0 none, 1 per head, 2 over all heads at once. A program takes HEADS heads of one token, all of one kind.
-    q_blocks: tl.constexpr = (NUM_Q + HEADS - 1) // HEADS
-    kv_blocks: tl.constexpr = (NUM_KV + HEADS - 1) // HEADS
+    # NORM: 0 none, 1 per head, 2 over all heads at once. A program takes HEADS packed heads of one token, whatever
+    # they are: masks tell queries, keys and values apart.
     token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    is_q = block < q_blocks
-    is_v = block >= q_blocks + kv_blocks
-    kind_heads = tl.where(is_q, NUM_Q, NUM_KV)
-    first = tl.where(is_q, block, tl.where(is_v, block - q_blocks - kv_blocks, block - q_blocks)) * HEADS
-    kind_start = tl.where(is_q, 0, tl.where(is_v, NUM_Q + NUM_KV, NUM_Q)) * HEAD_DIM
-    head = first + tl.arange(0, HEADS)
-    dim = tl.arange(0, BLOCK_D)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
     half: tl.constexpr = ROTARY_DIM // 2
-    # The dimension that a rotation pairs with this one; beyond ROTARY_DIM cos is 1 and sin 0.
-    partner = tl.where(dim < half, dim + half, tl.where(dim < ROTARY_DIM, dim - half, dim))
+    # Pair i is what one rotation mixes, (i, i + half); the dimensions that do not turn pair up behind those that do.
+    turns = pair < half
+    first, second = pair, pair + half
+    if ROTARY_DIM < HEAD_DIM:
+        first = tl.where(turns, pair, pair + half)
+        second = first + tl.where(turns, half, (HEAD_DIM - ROTARY_DIM) // 2)
+    inside = pair < HEAD_DIM // 2
+    is_q, is_v = head < NUM_Q, head >= NUM_Q + NUM_KV
+    is_k = (head >= NUM_Q) & (head < NUM_Q + NUM_KV)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slot = tl.load(token_slots + token)
     live = slot >= 0
-    # A padded token reads nothing and leaves zeros in q_out.
     position = tl.where(live, tl.load(positions + token), 0).to(tl.int64)
-    row = qkv + token * ((NUM_Q + 2 * NUM_KV) * HEAD_DIM) + kind_start
-    limit = tl.where(live, kind_heads, 0)
-    mask = (head[:, None] < limit) & (dim[None, :] < HEAD_DIM)
-    x = tl.load(row + head[:, None] * HEAD_DIM + dim[None, :], mask, 0.0).to(tl.float32)
-    if is_v:
-        if CLIP:
-            x = tl.minimum(tl.maximum(x, -clip), clip)
-    else:
-        pair = tl.load(row + head[:, None] * HEAD_DIM + partner[None, :], mask, 0.0).to(tl.float32)
-        if NORM > 0:
-            weight = q_norm if is_q else k_norm
-            if NORM == 1:
-                inverse = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
-                weight_row = weight + tl.zeros_like(head)[:, None]
-            else:
-                whole = tl.arange(0, BLOCK_ROW)
-                every = tl.load(row + whole, whole < limit * HEAD_DIM, 0.0).to(tl.float32)
-                square = tl.sum(every * every)
-                inverse = tl.rsqrt(square / (kind_heads * HEAD_DIM) + eps)
-                weight_row = weight + head[:, None] * HEAD_DIM
-            x = x * inverse * tl.load(weight_row + dim[None, :], mask, 0.0).to(tl.float32)
-            pair = pair * inverse * tl.load(weight_row + partner[None, :], mask, 0.0).to(tl.float32)
-        if CLIP:
-            x = tl.minimum(tl.maximum(x, -clip), clip)
-            pair = tl.minimum(tl.maximum(pair, -clip), clip)
-        turns = dim < ROTARY_DIM
-        c = tl.load(cos + position * ROTARY_DIM + dim, turns, 1.0).to(tl.float32)
-        s = tl.load(sin + position * ROTARY_DIM + dim, turns, 0.0).to(tl.float32)
-        x = x * c[None, :] + pair * s[None, :]
-    if is_q:
-        at = (token * NUM_Q + head[:, None]) * HEAD_DIM + dim[None, :]
-        tl.store(q_out + at, x.to(q_out.dtype.element_ty), (head[:, None] < NUM_Q) & (dim[None, :] < HEAD_DIM))
-    elif live:
+    row = qkv + token * ((NUM_Q + 2 * NUM_KV) * HEAD_DIM)
+    mask = (head < NUM_Q + 2 * NUM_KV) & inside
+    a = tl.load(row + head * HEAD_DIM + first, mask, 0.0).to(tl.float32)
+    b = tl.load(row + head * HEAD_DIM + second, mask, 0.0).to(tl.float32)
+    if NORM > 0:
+        # Per head every head shares its kind's weight; over all heads each has its own part.
+        q_at, k_at = head * 0, head * 0
+        if NORM == 1:
+            squares = tl.sum(a * a + b * b, 1)[:, None] / HEAD_DIM
+        else:
+            q_squares = _sum_squares(row, NUM_Q * HEAD_DIM, BLOCK_ROW) / (NUM_Q * HEAD_DIM)
+            k_squares = _sum_squares(row + NUM_Q * HEAD_DIM, NUM_KV * HEAD_DIM, BLOCK_ROW) / (NUM_KV * HEAD_DIM)
+            squares = tl.where(is_q, q_squares, k_squares)
+            q_at, k_at = head * HEAD_DIM, (head - NUM_Q) * HEAD_DIM
+        inverse = tl.where(is_v, 1.0, tl.rsqrt(squares + eps))
+        q_mask, k_mask = is_q & inside, is_k & inside
+        value = tl.where(is_v, 1.0, 0.0)
+        a *= inverse * (
+            tl.load(q_norm + q_at + first, q_mask, 0.0).to(tl.float32)
+            + tl.load(k_norm + k_at + first, k_mask, 0.0).to(tl.float32) + value
+        )  # fmt: skip
+        b *= inverse * (
+            tl.load(q_norm + q_at + second, q_mask, 0.0).to(tl.float32)
+            + tl.load(k_norm + k_at + second, k_mask, 0.0).to(tl.float32) + value
+        )  # fmt: skip
+    if CLIP:
+        a = tl.minimum(tl.maximum(a, -clip), clip)
+        b = tl.minimum(tl.maximum(b, -clip), clip)
+    # Both halves of a table row hold the same angle, the second half of `sin` without the sign of rotate-half.
+    angle = position * ROTARY_DIM + half + pair
+    rotates = turns & (head < NUM_Q + NUM_KV)
+    c = tl.load(cos + angle, rotates, 1.0).to(tl.float32)
+    s = tl.load(sin + angle, rotates, 0.0).to(tl.float32)
+    # A padded token leaves zeros in q_out, whatever its row holds.
+    x = tl.where(live, a * c - b * s, 0.0)
+    y = tl.where(live, b * c + a * s, 0.0)
+    q_row = q_out + (token * NUM_Q + head) * HEAD_DIM
+    tl.store(q_row + first, x.to(q_out.dtype.element_ty), is_q & inside)
+    tl.store(q_row + second, y.to(q_out.dtype.element_ty), is_q & inside)
+    if live:
         page = tl.load(page_table + slot.to(tl.int64) * max_pages + position // page_size).to(tl.int64)
-        at = ((page * NUM_KV + head[:, None]) * page_size + position % page_size) * HEAD_DIM + dim[None, :]
-        pages = v_pages if is_v else k_pages
-        tl.store(pages + at, x.to(k_pages.dtype.element_ty), mask)
+        kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
+        at = ((page * NUM_KV + kv_head) * page_size + position % page_size) * HEAD_DIM
+        kept, kept_pair = x.to(k_pages.dtype.element_ty), y.to(k_pages.dtype.element_ty)
+        tl.store(k_pages + at + first, kept, is_k & inside)
+        tl.store(k_pages + at + second, kept_pair, is_k & inside)
+        tl.store(v_pages + at + first, kept, mask & is_v)
+        tl.store(v_pages + at + second, kept_pair, mask & is_v)
 
 
 def rope_write_kv(
@@ -101,15 +118,15 @@ def rope_write_kv(
     num_tokens = qkv.shape[0]
     if not num_tokens:
         return
-    # Few tokens: spread the heads over the device. Many: whole kinds, for fewer and larger programs.
-    heads = min(4 if num_tokens <= 64 else 16, triton.next_power_of_2(max(num_q_heads, num_kv_heads)))
-    grid = (num_tokens, triton.cdiv(num_q_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
-    _rope_write_kv_kernel[grid](
+    num_heads = num_q_heads + 2 * num_kv_heads
+    # Few tokens: spread the heads over the device. Many: fewer and larger programs.
+    heads = min(4 if num_tokens <= 64 else 8, triton.next_power_of_2(num_heads))
+    _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, cos, sin, positions, token_slots,
         page_table, k_pages, v_pages, q_out, page_table.shape[1], k_pages.shape[2], eps, clip or 0.0,
         NUM_Q=num_q_heads, NUM_KV=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
         NORM=0 if q_norm is None else 2 if norm_full else 1, CLIP=clip is not None, HEADS=heads,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        PAIRS=triton.next_power_of_2(head_dim // 2),
         BLOCK_ROW=triton.next_power_of_2(max(num_q_heads, num_kv_heads) * head_dim),
-        num_warps=4 if heads > 4 else 2, **overlap_options(qkv),
+        num_warps=2 if heads > 4 else 1, **overlap_options(qkv),
     )  # fmt: skip
