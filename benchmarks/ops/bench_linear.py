@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
 from gossamer.ops.gemm import triton as kernels
+from gossamer.ops.gemm import use_fused_norm
 from gossamer.ops.norm import add_rms_norm
 from gossamer.ops.norm import triton as norms
 
@@ -33,13 +34,13 @@ SHAPES = {
     "router": (128, 2048, torch.float32),
     "head": (151936, 2048, torch.float32),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 8, 16, 32, 64)
 Case = tuple[str, int]
 
 
 def candidates(num_rows: int, num_out: int) -> list[kernels.Config]:
     cuts = []
-    if num_rows <= 4:
+    if num_rows <= 2:
         cuts += [kernels.Config(n, 0, w) for n, w in ((1, 2), (1, 4), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8))]
     block_m = max(16, num_rows)
     tiles = [(16, 256, 1), (16, 256, 2), (32, 256, 4), (64, 128, 4), (64, 256, 4), (128, 64, 4), (128, 128, 8)]
@@ -118,7 +119,7 @@ def chain(m: int, overlap: bool, mode: str, data: list[list[torch.Tensor]]) -> f
             up, down = qkv[(4 * i + j) % len(qkv)], o[(4 * i + j) % len(o)]
             if mode == "library":
                 wide = F.linear(add_rms_norm(x, stream, norm, 1e-6), up)
-                x = F.linear(wide[:, :4096].contiguous() if m > 1 else wide[:, :4096], down)
+                x = F.linear(wide.view(-1)[: m * 4096].view(m, 4096), down)
             elif mode == "fused":
                 wide, stream, _ = kernels.add_rms_norm_linear(x, stream, norm, 1e-6, up, None, x.dtype, False)
                 x = kernels.few_row_linear(wide.view(-1)[: m * 4096].view(m, 4096), down, None, x.dtype)
@@ -162,8 +163,8 @@ def main() -> None:
     if {"qkv", "o"} <= inputs.keys():
         weights = [inputs["qkv"].weights, inputs["o"].weights]
         rows = {}
-        for m in (1, 8):
-            for mode in ("library", "separate", "fused"):
+        for m in (1, 2, 8, 32):
+            for mode in ("library", "separate", "fused")[: 3 if use_fused_norm(m, 2048) else 2]:
                 rows[f"chain M={m} {mode}"] = {f"overlap {on}": chain(m, on, mode, weights) for on in (False, True)}
         common.print_table(rows)
         median["chain"] = {f"{name} {k}": v for name, row in rows.items() for k, v in row.items()}
