@@ -53,11 +53,7 @@ def save(folder: str | None, hardware: Hardware, measured: dict[str, Any]) -> Pa
 def load(folder: str | None, hardware: Hardware, dtype: str) -> DeviceCeilings | None:
     """What was measured for this device and a model of `dtype`; None if nothing was."""
     found = _read(_path(folder)).get(_key(hardware))
-    try:
-        return found and DeviceCeilings(found["flops_per_second"][dtype], found["read_bytes_per_second"])
-    except (KeyError, TypeError) as error:
-        logger.warning("%s does not hold what `gossamer info --measure` writes: %r", _path(folder), error)
-        return None
+    return found and DeviceCeilings(found["flops_per_second"][dtype], found["read_bytes_per_second"])
 
 
 def _path(folder: str | None) -> Path:
@@ -69,14 +65,17 @@ def _key(hardware: Hardware) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    """The file's content; nothing if it is not there, or not what `save` writes."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read: %s", path, error)
+        content: dict[str, Any] = json.loads(path.read_text())
+        for device in content.values():
+            DeviceCeilings(float(device["flops_per_second"][DTYPES[0]]), float(device["read_bytes_per_second"]))
+    except FileNotFoundError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("%s is not what `gossamer info --measure` writes: %r", path, error)
+        return {}
+    return content
 
 
 def _memory_rates(size: int, device: torch.device) -> tuple[float, float]:

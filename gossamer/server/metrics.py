@@ -47,14 +47,14 @@ class _EngineCollector:
         if s.device_idle_fraction is not None:
             help_text = "Share of consecutive decode steps in which the device waited, since the start."
             gauges.append(("gossamer:device_idle_fraction", help_text, s.device_idle_fraction))
-        if self._ceilings is not None and s.device_seconds:
-            flops, moved = (total / s.device_seconds for total in (s.model_flops, s.model_bytes))
-            for kind, used in (
-                ("flops", flops / self._ceilings.flops_per_second),
-                ("bandwidth", moved / self._ceilings.bytes_per_second),
-            ):
-                help_text = f"Model {kind} over the device's measured best, while it computed, since the start."
-                gauges.append((f"gossamer:model_{kind}_utilization", help_text, used))
+        best = self._ceilings
+        if best is not None:
+            peaks = (("flops", s.model_flops, best.flops_per_second), ("bytes", s.model_bytes, best.bytes_per_second))
+            for unit, done, peak in peaks:
+                gauges.append((f"gossamer:device_peak_{unit}_per_second", "Measured: gossamer info --measure.", peak))
+                if s.device_seconds:
+                    help_text = f"Model {unit} over the measured peak while the device computed, since the start."
+                    gauges.append((f"gossamer:model_{unit}_utilization", help_text, done / s.device_seconds / peak))
         counters = (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", s.prefix_cache_hits),

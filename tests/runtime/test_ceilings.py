@@ -10,7 +10,11 @@ from gossamer.core import DeviceCeilings
 from gossamer.runtime import ceilings
 
 CPU = Hardware("cpu", "Some CPU", 1 << 26, 2)
-FIGURES = {"read_bytes_per_second": 2e9, "copy_bytes_per_second": 3e9, "flops_per_second": {"bfloat16": 5e9}}
+FIGURES = {
+    "read_bytes_per_second": 2e9,
+    "copy_bytes_per_second": 3e9,
+    "flops_per_second": {"bfloat16": 5e9, "float32": 1e9},
+}
 
 
 def test_measured_figures_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:

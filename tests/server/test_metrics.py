@@ -18,9 +18,10 @@ def scrape(stats: EngineStats, ceilings: DeviceCeilings | None) -> dict[str, flo
 def test_utilisation_is_of_the_measured_ceilings() -> None:
     found = scrape(BUSY, DeviceCeilings(flops_per_second=8e9, bytes_per_second=2e9))
     assert found["gossamer:model_flops_utilization"] == 0.25
-    assert found["gossamer:model_bandwidth_utilization"] == 0.75
+    assert found["gossamer:model_bytes_utilization"] == 0.75
     assert found["gossamer:device_idle_fraction"] == 0.1
     assert found["gossamer:model_flops_total"] == 4e9
+    assert found["gossamer:device_peak_bytes_per_second"] == 2e9
 
 
 def test_without_a_measurement_nothing_is_guessed() -> None:
