@@ -67,7 +67,14 @@ def build_engine(
     plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes, measured)
     require_context(plan, requested, config.cache.page_size, page_bytes)
     config = _with_plan(config, plan, page_bytes, fmt)
-    pool = KVPool(source.config.num_layers, layout, plan.num_pages, config.cache.page_size, fmt.device)
+    pool = KVPool(
+        source.config.num_layers,
+        layout,
+        plan.num_pages,
+        config.cache.page_size,
+        fmt.device,
+        heads_first=not decoder.paged,
+    )
     runner: Executor
     if paged_runner is not None:
         paged_runner.attach(pool)

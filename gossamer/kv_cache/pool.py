@@ -14,6 +14,7 @@ class KVPool:
     """`layers[i]` is the tuple of layer i's planes (GQA: keys, values), each [num_pages, heads, page_size, dim].
 
     On a CPU it is zeroed lazily by the operating system: a page costs memory, and time, once it is written.
+    `heads_first` puts the heads outermost in memory, so that a head's consecutive pages are one [tokens, dim] matrix.
     """
 
     def __init__(
@@ -23,10 +24,13 @@ class KVPool:
         num_pages: int,
         page_size: int,
         device: torch.device,
+        *,
+        heads_first: bool = False,
     ) -> None:
         planes, heads, dim = layout.entry_shape
-        shape = (num_layers, planes, num_pages, heads, page_size, dim)
-        self.tensor = _zeros(shape, getattr(torch, layout.dtype), device)
+        outer = (heads, num_pages) if heads_first else (num_pages, heads)
+        memory = _zeros((num_layers, planes, *outer, page_size, dim), getattr(torch, layout.dtype), device)
+        self.tensor = memory.transpose(2, 3) if heads_first else memory
         self.layers = [tuple(layer.unbind(0)) for layer in self.tensor.unbind(0)]
         self.page_size = page_size
 

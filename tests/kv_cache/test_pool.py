@@ -10,12 +10,14 @@ from gossamer.kv_cache.pool import KVPool
 LAYOUT = KVLayout((2, 3, 8), "bfloat16", 2)
 
 
-def test_layers_are_views_of_zeros():
-    pool = KVPool(4, LAYOUT, num_pages=5, page_size=16, device=torch.device("cpu"))
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_layers_are_views_of_zeros(heads_first):
+    pool = KVPool(4, LAYOUT, num_pages=5, page_size=16, device=torch.device("cpu"), heads_first=heads_first)
     assert pool.num_bytes == 4 * 5 * 16 * LAYOUT.bytes_per_token
     assert len(pool.layers) == 4
     keys, values = pool.layers[2]
     assert keys.shape == values.shape == (5, 3, 16, 8)
+    assert (keys.transpose(0, 1) if heads_first else keys).is_contiguous()
     assert not pool.tensor.any()
     values[1, 2, 3] = 1.0
     assert pool.tensor.sum() == 8

@@ -20,14 +20,16 @@ class Paged:
         counts = [-(-n // PAGE) for n in lens]
         ids = torch.arange(sum(counts)) if consecutive else torch.randperm(sum(counts) + 3)
         self.tables = [t.tolist() for t in ids[: sum(counts)].split(counts)]
-        shape = (sum(counts) + 3, heads, PAGE, dim)
+        shape = (heads, sum(counts) + 3, PAGE, dim) if consecutive else (sum(counts) + 3, heads, PAGE, dim)
         self.k_pages, self.v_pages = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        if consecutive:  # as the engine's pool on a CPU
+            self.k_pages, self.v_pages = self.k_pages.transpose(0, 1), self.v_pages.transpose(0, 1)
         self.k = [torch.randn(n, heads, dim).to(dtype) for n in lens]
         self.v = [torch.randn(n, heads, dim).to(dtype) for n in lens]
         for table, k, v in zip(self.tables, self.k, self.v, strict=True):
-            rows = [(table[p // PAGE] * heads + h) * PAGE + p % PAGE for p in range(len(k)) for h in range(heads)]
+            slots = torch.tensor([table[p // PAGE] * PAGE + p % PAGE for p in range(len(k))], dtype=torch.int64)
             fresh = torch.tensor(table[: -(-len(k) // PAGE)], dtype=torch.int64)
-            write_kv(k, v, self.k_pages, self.v_pages, torch.tensor(rows, dtype=torch.int64), fresh)
+            write_kv(k, v, self.k_pages, self.v_pages, slots, fresh)
 
 
 def oracle(
@@ -80,7 +82,7 @@ def test_decode_groups_cover_each_row_once_with_little_padding() -> None:
     lens = [int(n) for n in torch.randint(1, 3000, (32,))]
     cache_tables = [list(range(-(-n // PAGE))) for n in lens]
     groups = plan_decode(cache_tables, lens, PAGE, None, torch.float32)
-    rows = [r for g in groups for r in (g.rows.tolist() if g.rows is not None else range(len(lens)))]
+    rows = [r for g in groups for r in (range(len(lens))[g.rows] if isinstance(g.rows, slice) else g.rows.tolist())]
     assert sorted(rows) == list(range(32))
     padded = sum(g.batch * g.num_pages for g in groups)
     assert padded <= sum(map(len, cache_tables)) + 25 * len(groups)

@@ -57,14 +57,17 @@ def test_silu_mul_equals_float64_and_keeps_its_input(dtype: torch.dtype, shape: 
     assert x.equal(before)
 
 
-def test_write_kv_fills_its_slots_and_zeroes_fresh_pages() -> None:
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_write_kv_fills_its_slots_and_zeroes_fresh_pages(heads_first: bool) -> None:
     num_pages, heads, page_size, dim = 4, 2, 4, 3
-    k_pages = torch.full((num_pages, heads, page_size, dim), torch.nan)
-    v_pages = k_pages.clone()
+    outer = (heads, num_pages) if heads_first else (num_pages, heads)
+    k_pages, v_pages = (torch.full((*outer, page_size, dim), torch.nan) for _ in range(2))
+    if heads_first:
+        k_pages, v_pages = k_pages.transpose(0, 1), v_pages.transpose(0, 1)
     k, v = torch.randn(3, heads, dim), torch.randn(3, heads, dim)
     where = [(2, 0), (2, 1), (1, 3)]
-    rows = [(page * heads + h) * page_size + offset for page, offset in where for h in range(heads)]
-    write_kv(k, v, k_pages, v_pages, torch.tensor(rows), torch.tensor([2]))
+    slots = torch.tensor([page * page_size + offset for page, offset in where])
+    write_kv(k, v, k_pages, v_pages, slots, torch.tensor([2]))
     for t, (page, offset) in enumerate(where):
         assert k_pages[page, :, offset].equal(k[t])
         assert v_pages[page, :, offset].equal(v[t])

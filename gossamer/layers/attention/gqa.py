@@ -31,7 +31,7 @@ class GQAPlan:
     """One step's metadata. `decode` and `prefill` are keyed by the sliding window, for layers may differ in it."""
 
     num_decode: int
-    slot_rows: torch.Tensor
+    slots: torch.Tensor
     fresh_pages: torch.Tensor | None
     decode: dict[int | None, list[DecodeGroup]]
     prefill: dict[int | None, list[PrefillSequence]]
@@ -50,15 +50,12 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
     for table, start, length in zip(tables, starts, lengths, strict=True):
         if length == 1:
             page, offset = divmod(start, page_size)
-            slots.append(table[page] * config.num_kv_heads * page_size + offset)
+            slots.append(table[page] * page_size + offset)
             if offset == 0:
                 fresh.append(table[page])
             continue
-        positions = range(start, start + length)
-        slots += [table[p // page_size] * config.num_kv_heads * page_size + p % page_size for p in positions]
+        slots += [table[p // page_size] * page_size + p % page_size for p in range(start, start + length)]
         fresh += table[-(-start // page_size) : (start + length - 1) // page_size + 1]
-    heads = torch.arange(config.num_kv_heads) * page_size
-    slot_rows = (torch.tensor(slots).unsqueeze(1) + heads).flatten()
     seq_lens = [start + 1 for start in starts[:n]]
     decode = {w: plan_decode(tables[:n], seq_lens, page_size, w, dtype) for w in windows} if n else {}
     prefill: dict[int | None, list[PrefillSequence]] = {}
@@ -68,7 +65,7 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
             sequences.append(plan_prefill(row, length, start, table, page_size, window))
             row += length
         prefill[window] = sequences
-    return GQAPlan(n, slot_rows, torch.tensor(fresh) if fresh else None, decode, prefill)
+    return GQAPlan(n, torch.tensor(slots), torch.tensor(fresh) if fresh else None, decode, prefill)
 
 
 def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
@@ -135,7 +132,7 @@ class GQALayer:
         v = qkv[:, num_q + num_kv :]
         rotated = apply_rope(qkv[:, : num_q + num_kv], cos, sin, backend=backend)
         q, k = rotated[:, :num_q], rotated[:, num_q:]
-        write_kv(k, v, k_pages, v_pages, plan.slot_rows, plan.fresh_pages, backend=backend)
+        write_kv(k, v, k_pages, v_pages, plan.slots, plan.fresh_pages, backend=backend)
         out = torch.empty(x.shape[0], num_q, config.head_dim, dtype=x.dtype, device=x.device)
         n = plan.num_decode
         if n:

@@ -1,7 +1,8 @@
 """Torch reference of paged attention, laid out so that a CPU spends its time in large products.
 
-Decode treats pages as the batch of a product: queries of a KV head [group, head_dim] times a page's keys
-[head_dim, page_size]. Prefill runs flash attention on the new tokens and on the prefix and merges by LSE.
+The queries of a KV head are the rows of a product with its keys: [group, head_dim] times [head_dim, tokens]. A few
+decode rows run one by one, on views where their pages are consecutive, more of them batched. Prefill runs flash
+attention on the new tokens and on the prefix, and merges by LSE.
 """
 
 from __future__ import annotations
@@ -17,20 +18,26 @@ from gossamer.ops.attention.workspace import DecodeWorkspace
 
 # Splitting a decode batch costs about as much as reading this many padding pages.
 _GROUP_COST_PAGES = 24
+# Up to this many decode rows, one call a row costs less than the copies of a batch.
+_ONE_BY_ONE = 3
+# From this many tokens on, two products and a softmax beat flash attention for one row (CPU).
+_PRODUCTS_FROM_TOKENS = 768
 
 
 @dataclass(slots=True)
 class DecodeGroup:
     """Rows of a decode batch that are computed together, padded to `num_pages` pages each."""
 
-    rows: torch.Tensor | None
-    """int64 [batch], the rows of q; None: all of them, in order."""
+    rows: torch.Tensor | slice
+    """The rows of q: int64 [batch], or all of them, or one."""
     batch: int
     num_pages: int
     pages: torch.Tensor | slice
-    """The page ids [batch * num_pages], or a slice where they are consecutive (then nothing is copied)."""
-    mask: torch.Tensor
-    """Additive, [batch, 1, 1, num_pages * page_size]: 0 or -inf."""
+    """The page ids [batch * num_pages], or a slice where they are consecutive (then one row copies nothing)."""
+    mask: torch.Tensor | None
+    """Additive, [batch, 1, num_pages * page_size]: 0 or -inf. None for one row, which attends to `tokens`."""
+    tokens: slice
+    """Of one row: what it attends to of its pages' tokens."""
 
 
 @dataclass(slots=True)
@@ -53,8 +60,10 @@ def _page_index(page_ids: Sequence[int]) -> torch.Tensor | slice:
     return torch.tensor(page_ids, dtype=torch.int64)
 
 
-def _take(pages: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
-    return pages[index] if isinstance(index, slice) else pages.index_select(0, index)
+def _tokens(pages: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
+    """The pages' tokens [num_kv_heads, tokens, head_dim]: a view of a slice of pages with the heads outermost."""
+    by_head = pages.transpose(0, 1)
+    return (by_head[:, index] if isinstance(index, slice) else by_head.index_select(1, index)).flatten(1, 2)
 
 
 def plan_decode(
@@ -75,6 +84,8 @@ def plan_decode(
         spans.append((first, -(-seq_len // page_size)))
     order = sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0])
     bounds, start, padding = [], 0, 0
+    if len(order) <= _ONE_BY_ONE:
+        return [_decode_row(i, *spans[i], page_tables[i], seq_lens[i], page_size, window) for i in order]
     for i in range(1, len(order)):
         growth = _num_pages(spans, order[i]) - _num_pages(spans, order[i - 1])
         padding += growth * (i - start)
@@ -91,6 +102,14 @@ def plan_decode(
 
 def _num_pages(spans: list[tuple[int, int]], row: int) -> int:
     return spans[row][1] - spans[row][0]
+
+
+def _decode_row(
+    row: int, first: int, last: int, page_table: Sequence[int], seq_len: int, page_size: int, window: int | None
+) -> DecodeGroup:
+    start = 0 if window is None else max(0, seq_len - window)
+    tokens = slice(start - first * page_size, seq_len - first * page_size)
+    return DecodeGroup(slice(row, row + 1), 1, last - first, _page_index(page_table[first:last]), None, tokens)
 
 
 def _decode_group(
@@ -117,9 +136,9 @@ def _decode_group(
     hidden = positions >= torch.tensor(ends)[:, None]
     if window is not None:
         hidden |= positions < torch.tensor(starts)[:, None]
-    mask = torch.zeros(len(rows), 1, 1, width * page_size, dtype=dtype).masked_fill_(hidden[:, None, None], -torch.inf)
-    index = None if len(rows) == batch else torch.tensor(rows)
-    return DecodeGroup(index, len(rows), width, _page_index(page_ids), mask)
+    mask = torch.zeros(len(rows), 1, width * page_size, dtype=dtype).masked_fill_(hidden[:, None], -torch.inf)
+    index = slice(None) if len(rows) == batch else torch.tensor(rows)
+    return DecodeGroup(index, len(rows), width, _page_index(page_ids), mask, slice(None))
 
 
 def plan_prefill(
@@ -140,32 +159,39 @@ def decode_attention(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    q = q * scale
     for group in groups:
-        if group.rows is None:
-            out.copy_(_decode_group_attention(q, k_pages, v_pages, group))
+        if group.mask is None:
+            out[group.rows] = _decode_one(q[group.rows], k_pages, v_pages, group, scale)
         else:
-            out.index_copy_(0, group.rows, _decode_group_attention(q[group.rows], k_pages, v_pages, group))
+            out[group.rows] = _decode_batch(q[group.rows], k_pages, v_pages, group, group.mask, scale)
 
 
-def _decode_group_attention(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, group: DecodeGroup
+def _decode_one(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, group: DecodeGroup, scale: float
 ) -> torch.Tensor:
-    batch, num_pages = group.batch, group.num_pages
-    _, num_kv_heads, page_size, head_dim = k_pages.shape
-    num_q_heads = q.shape[1]
-    rows = num_q_heads // num_kv_heads
-    k = _take(k_pages, group.pages).view(-1, page_size, head_dim)
-    v = _take(v_pages, group.pages).view(-1, page_size, head_dim)
-    per_page = q.view(batch, 1, num_kv_heads, rows, head_dim).expand(-1, num_pages, -1, -1, -1)
-    scores = torch.bmm(per_page.reshape(-1, rows, head_dim), k.transpose(1, 2))
-    # [batch, pages, kv_heads, rows, page] -> [batch, kv_heads, rows, pages * page]
-    scores = scores.view(batch, num_pages, num_kv_heads, rows, page_size).permute(0, 2, 3, 1, 4)
-    scores = scores.reshape(batch, num_kv_heads, rows, -1) + group.mask
-    weights = torch.softmax(scores, -1)
-    weights = weights.view(batch, num_kv_heads, rows, num_pages, page_size).permute(0, 3, 1, 2, 4)
-    partial = torch.bmm(weights.reshape(-1, rows, page_size), v).view(batch, num_pages, num_q_heads, head_dim)
-    return partial[:, 0] if num_pages == 1 else partial.sum(1)
+    k, v = (_tokens(pages, group.pages)[:, group.tokens] for pages in (k_pages, v_pages))
+    heads = q.view(len(k), -1, q.shape[-1])
+    if k.shape[1] < _PRODUCTS_FROM_TOKENS:
+        return F.scaled_dot_product_attention(heads[None], k[None], v[None], scale=scale).reshape(q.shape)
+    scores = torch.bmm(heads * scale, k.transpose(1, 2))
+    return torch.bmm(torch.softmax(scores, -1), v).view(q.shape)
+
+
+def _decode_batch(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    group: DecodeGroup,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    batch, num_kv_heads, head_dim = group.batch, k_pages.shape[1], q.shape[-1]
+    k, v = (_tokens(pages, group.pages).reshape(num_kv_heads * batch, -1, head_dim) for pages in (k_pages, v_pages))
+    heads = (q * scale).view(batch, num_kv_heads, -1, head_dim).transpose(0, 1)
+    scores = torch.bmm(heads.reshape(len(k), -1, head_dim), k.transpose(1, 2))
+    scores.view(num_kv_heads, batch, -1, k.shape[1]).add_(mask)
+    mixed = torch.bmm(torch.softmax(scores, -1), v)
+    return mixed.view(num_kv_heads, batch, -1, head_dim).transpose(0, 1).reshape(q.shape)
 
 
 def prefill_attention(
@@ -190,8 +216,7 @@ def prefill_attention(
 
 def _prefix(pages: torch.Tensor, seq: PrefillSequence) -> torch.Tensor:
     """The planned prefix as [1, num_kv_heads, tokens, head_dim]."""
-    taken = _take(pages, seq.pages).transpose(0, 1).flatten(1, 2)
-    return taken[None, :, : seq.prefix_len - seq.prefix_skip]
+    return _tokens(pages, seq.pages)[None, :, : seq.prefix_len - seq.prefix_skip]
 
 
 def _flash(

@@ -13,18 +13,18 @@ def write_kv(
     v: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    slot_rows: torch.Tensor,
+    slots: torch.Tensor,
     fresh_pages: torch.Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> None:
     """Stores new tokens' keys and values in place.
 
-    k, v: [num_tokens, num_kv_heads, head_dim]. k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim].
-    slot_rows: int64 [num_tokens * num_kv_heads], for token t and head h the row
-    (page * num_kv_heads + h) * page_size + offset of the flattened pages.
+    k, v: [num_tokens, num_kv_heads, head_dim].
+    k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], best with the heads outermost in memory.
+    slots: int64 [num_tokens], page * page_size + offset of each token.
     fresh_pages: int64, the pages whose first token is among these; they are zeroed first, so that nothing a former
     owner left there (a NaN, say) ever meets a masked product.
     """
     require_reference(k, backend, "write_kv")
-    reference.write_kv(k, v, k_pages, v_pages, slot_rows, fresh_pages)
+    reference.write_kv(k, v, k_pages, v_pages, slots, fresh_pages)

@@ -10,12 +10,15 @@ def write_kv(
     v: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    slot_rows: torch.Tensor,
+    slots: torch.Tensor,
     fresh_pages: torch.Tensor | None,
 ) -> None:
-    if fresh_pages is not None:
-        k_pages.index_fill_(0, fresh_pages, 0)
-        v_pages.index_fill_(0, fresh_pages, 0)
-    head_dim = k.shape[-1]
-    k_pages.view(-1, head_dim).index_copy_(0, slot_rows, k.reshape(-1, head_dim))
-    v_pages.view(-1, head_dim).index_copy_(0, slot_rows, v.reshape(-1, head_dim))
+    page_size = k_pages.shape[2]
+    for new, pages in ((k, k_pages), (v, v_pages)):
+        if fresh_pages is not None:
+            pages.index_fill_(0, fresh_pages, 0)
+        by_head = pages.transpose(0, 1)
+        if by_head.is_contiguous():
+            by_head.flatten(1, 2).index_copy_(1, slots, new.transpose(0, 1))
+        else:
+            pages[slots // page_size, :, slots % page_size] = new

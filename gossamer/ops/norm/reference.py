@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 # Up to this many elements the CPU is bound by op launches: torch decomposes rms_norm into six of them.
-_SMALL = 4096
+_SMALL = 32768
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    width = x.shape[-1]
+    if x.is_cpu and x.numel() == width:
+        norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        return torch.addcmul(x.new_zeros(1), x, weight, value=1.0 / math.sqrt(norm * norm / width + eps))
     if x.is_cpu and x.numel() <= _SMALL:
         # layer_norm has one fused CPU kernel, and [x, -x] has mean 0 and variance mean(x^2).
         both = torch.cat((x, -x), -1)
-        return F.layer_norm(both, (both.shape[-1],), None, None, eps)[..., : x.shape[-1]] * weight
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return F.layer_norm(both, (2 * width,), None, None, eps)[..., :width] * weight
+    return F.rms_norm(x, (width,), weight, eps)
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

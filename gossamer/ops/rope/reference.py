@@ -8,7 +8,7 @@ from gossamer.ops.norm.reference import rms_norm
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
 def rope_write_kv(
