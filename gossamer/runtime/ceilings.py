@@ -52,8 +52,9 @@ def save(folder: str | None, hardware: Hardware, measured: dict[str, Any]) -> Pa
 
 def load(folder: str | None, hardware: Hardware, dtype: str) -> DeviceCeilings | None:
     """What was measured for this device and a model of `dtype`; None if nothing was."""
-    found = _read(_path(folder)).get(_key(hardware))
-    return found and DeviceCeilings(found["flops_per_second"][dtype], found["read_bytes_per_second"])
+    found = _read(_path(folder)).get(_key(hardware), {})
+    flops = found.get("flops_per_second", {}).get(dtype)
+    return None if flops is None else DeviceCeilings(flops, found["read_bytes_per_second"])
 
 
 def _path(folder: str | None) -> Path:

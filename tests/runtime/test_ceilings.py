@@ -35,6 +35,7 @@ def test_each_device_keeps_its_own_figures(tmp_path: Path) -> None:
     ceilings.save(folder, other, FIGURES | {"read_bytes_per_second": 9e9})
     assert ceilings.load(folder, CPU, "bfloat16") == DeviceCeilings(5e9, 2e9)
     assert ceilings.load(folder, other, "bfloat16") == DeviceCeilings(5e9, 9e9)
+    assert ceilings.load(folder, CPU, "float16") is None
     more_cores = Hardware("cpu", "Some CPU", 1 << 26, 64)
     assert ceilings.load(folder, more_cores, "bfloat16") is None
 
