@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import multiprocessing
 import pathlib
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +33,6 @@ SHAPES = {
     "head": (151936, 2048, torch.float32),
 }
 ROWS = (1, 2, 8, 16, 32, 64)
-Case = tuple[str, int]
 
 
 def candidates(num_rows: int, num_out: int) -> list[kernels.Config]:
@@ -50,19 +47,6 @@ def candidates(num_rows: int, num_out: int) -> list[kernels.Config]:
         if shared <= 220_000 and (split == 1 or (programs <= 400 and num_out <= 8192)):
             cuts.append(kernels.Config(n, k, warps, stages, split))
     return cuts
-
-
-def compile_one(task: tuple[int, str, kernels.Config]) -> None:
-    rows, shape, config = task
-    num_out, width, dtype = SHAPES[shape]
-    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    # The compiled kernel depends on N only through its divisibility.
-    kernels.few_row_linear(x, torch.empty(min(num_out, 5120), width, device="cuda", dtype=x.dtype), None, dtype, config)
-
-
-def compile_all(tasks: list[tuple[int, str, kernels.Config]]) -> None:
-    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, tasks, chunksize=4))
 
 
 class Inputs:
@@ -86,12 +70,7 @@ def product(x: torch.Tensor, dtype: torch.dtype, config: kernels.Config | None, 
     return kernels.few_row_linear(x, weight, None, dtype, config)
 
 
-def tasks(shapes: list[str], rows: tuple[int, ...]) -> list[tuple[int, str, kernels.Config]]:
-    return [(m, shape, config) for shape in shapes for m in rows for config in candidates(m, SHAPES[shape][0])]
-
-
 def sweep(inputs: dict[str, Inputs], rows: tuple[int, ...]) -> None:
-    compile_all(tasks(list(inputs), rows))
     for shape, data in inputs.items():
         for m in rows:
             x = data.x[:m].contiguous()

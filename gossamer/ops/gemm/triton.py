@@ -128,9 +128,11 @@ def _tiles(
 
 def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bool = False) -> Config:
     """The cut that measured fastest (`benchmarks/ops/bench_linear.py --sweep` times them all)."""
+    if fused and num_out >= 1024:
+        # Every program repeats the norm, which wants few of them: as many rows of weight as registers hold.
+        return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
     if fused or (num_rows <= 2 and width * itemsize <= 32768):
-        # Every program of a fused product repeats the norm, which wants fewer of them.
-        return Config(8 if fused and num_out >= 1024 else 1, 0, 4)
+        return Config(1, 0, 4)
     if itemsize > 2:
         return Config(32, 64, 4, 3, 4 if num_out <= 4096 else 1)
     if num_out <= 512:
