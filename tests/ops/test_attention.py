@@ -89,8 +89,8 @@ def test_decode_groups_cover_each_row_once_with_little_padding() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 1, 7, 40])
-@pytest.mark.parametrize("chunks", [[50], [16, 34], [1, 1, 48], [7, 20, 23], [49, 1]])
+@pytest.mark.parametrize("window", [None, 1, 7, 40, 200])
+@pytest.mark.parametrize("chunks", [[50], [16, 34], [1, 1, 48], [7, 20, 23], [49, 1], [300], [30, 270]])
 def test_chunked_prefill_equals_float64(dtype: torch.dtype, window: int | None, chunks: list[int]) -> None:
     total, neighbour = sum(chunks), 11
     cache = Paged([total, neighbour], 2, 32, dtype)
@@ -100,14 +100,12 @@ def test_chunked_prefill_equals_float64(dtype: torch.dtype, window: int | None, 
     for length in chunks:
         rows = slice(start, start + length)
         packed_q = torch.cat((q_other, q[rows]))
-        packed_k = torch.cat((cache.k[1], cache.k[0][rows]))
-        packed_v = torch.cat((cache.v[1], cache.v[0][rows]))
         plans = [
             plan_prefill(0, neighbour, 0, cache.tables[1], PAGE, window),
             plan_prefill(neighbour, length, start, cache.tables[0], PAGE, window),
         ]
         out = torch.full_like(packed_q, torch.nan)
-        prefill_attention(packed_q, packed_k, packed_v, cache.k_pages, cache.v_pages, plans, 0.2, out)
+        prefill_attention(packed_q, cache.k_pages, cache.v_pages, plans, 0.2, out)
         check(out[:neighbour], oracle(q_other, cache.k[1], cache.v[1], 0, window, 0.2), dtype)
         outputs.append(out[neighbour:])
         start += length
@@ -119,7 +117,7 @@ def test_a_decode_row_equals_the_same_row_of_a_prefill() -> None:
     q = torch.randn(45, 9, 16)
     whole, last = torch.empty_like(q), torch.empty(1, 9, 16)
     plans = [plan_prefill(0, 45, 0, cache.tables[0], PAGE, None)]
-    prefill_attention(q, cache.k[0], cache.v[0], cache.k_pages, cache.v_pages, plans, 0.25, whole)
+    prefill_attention(q, cache.k_pages, cache.v_pages, plans, 0.25, whole)
     groups = plan_decode(cache.tables, [45], PAGE, None, torch.float32)
     decode_attention(q[-1:], cache.k_pages, cache.v_pages, groups, 0.25, last)
     torch.testing.assert_close(last, whole[-1:], rtol=1e-5, atol=1e-6)

@@ -140,7 +140,7 @@ class GQALayer:
             decode_attention(q[:n], k_pages, v_pages, groups, self._scale, out[:n], backend=backend)
         if plan.prefill:
             sequences = plan.prefill[self._window]
-            prefill_attention(q, k, v, k_pages, v_pages, sequences, self._scale, out, backend=backend)
+            prefill_attention(q, k_pages, v_pages, sequences, self._scale, out, backend=backend)
         return self.o(out.flatten(1))
 
     def project(

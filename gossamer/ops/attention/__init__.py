@@ -27,8 +27,6 @@ __all__ = [
 
 def prefill_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     sequences: list[PrefillSequence],
@@ -37,13 +35,13 @@ def prefill_attention(
     *,
     backend: str = "auto",
 ) -> None:
-    """Causal attention of each sequence's new tokens to its cached prefix and to themselves; no padding.
+    """Causal attention of each sequence's new tokens to its pages, their own (already written) keys included.
 
-    q [num_tokens, num_q_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim] of the same packed tokens; `out`
-    like q. Rows outside the sequences are left alone.
+    q, out: contiguous [num_tokens, num_q_heads, head_dim], sequences packed without padding. Rows outside them are
+    left alone.
     """
     require_reference(q, backend, "prefill_attention")
-    reference.prefill_attention(q, k, v, k_pages, v_pages, sequences, scale, out)
+    reference.prefill_attention(q, k_pages, v_pages, sequences, scale, out)
 
 
 def decode_attention(
