@@ -123,7 +123,8 @@ def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource)
     if quantization == "auto":
         quantization = source.quantization if hardware.device == "cpu" else "none"
     dtype = getattr(torch, config.load.dtype)
-    fmt = WeightFormat(dtype, torch.device(hardware.device), quantization)
+    kernels = hardware.device == "cuda" and config.ops_backend != "reference"
+    fmt = WeightFormat(dtype, torch.device(hardware.device), quantization, kernels=kernels)
     if quantization != "none":
         if hardware.device != "cpu":
             raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization none.")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.ops import gemm_weight_only as wo
+from gossamer.ops.gemm import few_row_linear, use_few_row
 from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
 from gossamer.ops.weights import QuantizedTensor
 
@@ -41,9 +42,14 @@ class Weight(Protocol):
 class DenseWeight:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    kernels: bool = False
+    """Multiply few rows with our kernel, many with the library's."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self.kernels and use_few_row(x.shape[0], *self.weight.shape):
+            return few_row_linear(x, self.weight, self.bias, out_dtype=out_dtype)
+        y = F.linear(x, self.weight, self.bias)
+        return y if out_dtype is None else y.to(out_dtype)
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.weight, self.bias) if t is not None]
@@ -63,11 +69,13 @@ class PackedWeight:
         return [t for t in (self.weight, self.bias) if t is not None]
 
 
-def dense_weight(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight | PackedWeight:
+def dense_weight(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, *, kernels: bool = False
+) -> DenseWeight | PackedWeight:
     """The weight in the layout that serves dense products best where it lies."""
     if packing_supported(weight.dtype, weight.device):
         return PackedWeight(pack_weight(weight), bias)
-    return DenseWeight(weight, bias)
+    return DenseWeight(weight, bias, kernels)
 
 
 @dataclass(slots=True)
@@ -137,6 +145,8 @@ class WeightFormat:
     quantization: Quantization = "none"
     keep_dense: bool = False
     """Keep a dense copy beside int8/int4 for prefill: speed for memory (a quantised CPU model only)."""
+    kernels: bool = False
+    """Multiply few rows with our kernels (a GPU, unless the reference was asked for)."""
 
 
 def dense(part: Part, fmt: WeightFormat) -> torch.Tensor:
@@ -157,7 +167,7 @@ def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: Weig
     if fmt.quantization != "none" and wo.int8_supported(num_out, num_in):
         q, scale, copy = _int8_parts(parts, bias, fmt, fmt.dtype)
         return Int8Weight(q, scale, bias, copy)
-    return dense_weight(_cat([dense(p, fmt) for p in parts]), bias)
+    return dense_weight(_cat([dense(p, fmt) for p in parts]), bias, kernels=fmt.kernels)
 
 
 def make_head(part: Part, fmt: WeightFormat) -> Weight:

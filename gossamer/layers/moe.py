@@ -55,7 +55,7 @@ class MoELayer:
             raise RuntimeError(f"{self.router_name} used before it was loaded")
         config = self._config
         if self._arrivals is None:
-            self._arrivals = torch.zeros(1, dtype=torch.int32, device=x.device)
+            self._arrivals = torch.zeros(16, dtype=torch.int32, device=x.device)
         weights, ids = router(
             x,
             self.router,

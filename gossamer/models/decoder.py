@@ -5,6 +5,7 @@ Families differ in their config alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
@@ -19,6 +20,7 @@ from gossamer.layers.attention import gqa
 from gossamer.layers.attention.base import Attend, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import (
+    DenseWeight,
     Linear,
     Part,
     Weight,
@@ -29,9 +31,10 @@ from gossamer.layers.linear import (
 )
 from gossamer.layers.mlp import GatedMLP
 from gossamer.layers.moe import MoELayer
+from gossamer.layers.residual import ResidualStream
 from gossamer.layers.rotary import RotaryTable
 from gossamer.ops.embedding import embed_tokens
-from gossamer.ops.norm import add_rms_norm, rms_norm
+from gossamer.ops.norm import rms_norm
 
 ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
 
@@ -114,7 +117,13 @@ class Decoder:
         return lambda name, tensor: experts.load(name, tensor, self.fmt)
 
     def _router_loader(self, layer: MoELayer) -> Callable[[str, Part], None]:
-        return lambda _, tensor: setattr(layer, "router", dense(tensor, self.fmt).float())
+        def load(_: str, part: Part) -> None:
+            # Its products are in fp32 either way: on a GPU a 16-bit checkpoint's router is half as much to read.
+            narrow = self.paged and isinstance(part, torch.Tensor) and part.dtype == self.fmt.dtype
+            dtype = self.fmt.dtype if narrow else torch.float32
+            layer.router = dense(part, dataclasses.replace(self.fmt, dtype=dtype))
+
+        return load
 
     def _linear_loader(self, linear: Linear) -> Callable[[str, Part], None]:
         return lambda name, tensor: linear.load(name, tensor, self.fmt)
@@ -179,15 +188,14 @@ class Decoder:
         shape = (input_ids.shape[0], config.num_q_heads, config.head_dim)
         x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=backend)
         q, attended = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
-        h = rms_norm(x, _loaded(self.blocks[0].attn_norm), eps, backend=backend)
-        following = [*(block.attn_norm for block in self.blocks[1:]), self.final_norm]
-        for block, planes, next_norm in zip(self.blocks, pool.layers, following, strict=True):
-            block.attention.project(h, cos, sin, plan, planes, q)
+        stream = ResidualStream(x, eps, backend)
+        for block, planes in zip(self.blocks, pool.layers, strict=True):
+            block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
             yield partial(_attend, block.attention, q, planes, attended)
-            h = add_rms_norm(block.attention.output(attended), x, _loaded(block.mlp_norm), eps, backend=backend)
-            h = block.mlp(h, plan.token_slots) if isinstance(block.mlp, MoELayer) else block.mlp(h)
-            h = add_rms_norm(h, x, _loaded(next_norm), eps, backend=backend)
-        result.append(h)
+            stream.add(block.attention.output(attended))
+            h = stream.normed(_loaded(block.mlp_norm))
+            stream.add(block.mlp(h, plan.token_slots) if isinstance(block.mlp, MoELayer) else block.mlp(h))
+        result.append(stream.normed(_loaded(self.final_norm)))
 
     def forward_paged(
         self, input_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool
@@ -202,6 +210,8 @@ class Decoder:
         """fp32 [num_rows, vocab_size] for `hidden` [num_rows, hidden]."""
         if self.head is None:
             raise RuntimeError("the head was used before its weights were loaded")
+        if isinstance(self.head, DenseWeight):
+            return self.head(hidden, torch.float32)
         return self.head(hidden).float()
 
 

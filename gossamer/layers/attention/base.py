@@ -11,6 +11,7 @@ import torch
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.linear import Linear, Part, WeightFormat
+from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import DecodeWorkspace
 
 
@@ -70,7 +71,8 @@ class AttentionLayer(Protocol):
 
     def project(
         self,
-        x: torch.Tensor,
+        stream: ResidualStream,
+        norm: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         plan: PagedPlan,

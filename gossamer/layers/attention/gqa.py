@@ -11,6 +11,7 @@ from gossamer.config import DTYPE_BYTES, ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.attention.base import AttentionBatch, PagedPlan
 from gossamer.layers.linear import Linear, Part, WeightFormat, dense
+from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import (
     DecodeGroup,
     PrefillSequence,
@@ -145,18 +146,22 @@ class GQALayer:
 
     def project(
         self,
-        x: torch.Tensor,
+        stream: ResidualStream,
+        norm: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         plan: PagedPlan,
         planes: Sequence[torch.Tensor],
         q: torch.Tensor,
     ) -> None:
-        """Fills `q` [num_tokens, num_q_heads, head_dim] and writes keys and values; cos, sin: whole tables."""
+        """Fills `q` [num_tokens, num_q_heads, head_dim] from the normed stream and writes keys and values.
+
+        cos, sin: whole tables, by position.
+        """
         config = self._config
         k_pages, v_pages = planes
         rope_write_kv(
-            self.qkv(x),
+            stream.product(norm, self.qkv),
             config.num_q_heads,
             config.num_kv_heads,
             config.head_dim,
