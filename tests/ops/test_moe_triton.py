@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh tensors hold NaN (floats) or a large number (ints): whatever is not written shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -40,6 +42,13 @@ def experts(num_experts: int, hidden: int, inter: int, dtype: torch.dtype) -> tu
     )
 
 
+def captured(fn: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fn()
+    return graph, out
+
+
 def spread(num_tokens: int, num_experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.rand(num_tokens, num_experts, device=DEVICE).argsort(-1)[:, :top_k].int().contiguous()
     return torch.rand(num_tokens, top_k, device=DEVICE), ids
@@ -59,19 +68,15 @@ def test_routing_equals_the_reference(score_func, renormalize, num_tokens, num_e
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "hidden"), [(1, 12, 48), (5, 20, 64), (70, 8, 32)])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "hidden"), [(0, 4, 16), (1, 12, 48), (5, 20, 64), (70, 8, 32)])
 def test_router_equals_the_reference(num_tokens: int, num_experts: int, hidden: int) -> None:
     x = torch.randn(num_tokens, hidden, device=DEVICE)
     weight = torch.randn(num_experts, hidden, device=DEVICE)
     slots = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) - 1
     arrivals = torch.zeros(16, dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # the second call finds the counter as the first left it
-        weights, ids = router(
-            x, weight, 3, renormalize=True, token_slots=slots, arrivals=arrivals, backend="triton"
-        )
-        expected_weights, expected_ids = router(
-            x, weight, 3, renormalize=True, token_slots=slots, backend="reference"
-        )
+        weights, ids = router(x, weight, 3, renormalize=True, token_slots=slots, arrivals=arrivals, backend="triton")
+        expected_weights, expected_ids = router(x, weight, 3, renormalize=True, token_slots=slots, backend="reference")
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
@@ -102,6 +107,22 @@ def test_moe_mlp_equals_float64(num_tokens: int, hidden: int, inter: int, num_ex
         assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 1e-6
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_many_rows(monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
+    """The sort and the persistent products that long prompts get, at a size the interpreter can afford."""
+    from gossamer.ops.moe import triton
+
+    config = triton.GroupedConfig(16, 16, 16, 4, 2, persistent=True)
+    monkeypatch.setattr(triton, "SMALL_SORT", 4)
+    monkeypatch.setattr(triton, "grouped_configs", lambda *_: (config, config))
+    gate, up, down = experts(4, 32, 16, torch.float32)
+    x = torch.randn(40, 32, device=DEVICE)
+    weights, ids = spread(40, 4, top_k)
+    ids[ids == 2] = -1
+    actual = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down, backend="triton")
+    assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 1e-6
+
+
 def test_fp16_and_the_reference() -> None:
     gate, up, down = experts(6, 32, 48, torch.float16)
     x = torch.randn(9, 32, device=DEVICE).half()
@@ -120,7 +141,9 @@ def test_unsupported_input_is_refused() -> None:
     with pytest.raises(ValueError, match="not int32"):
         moe_mlp(x, weights, ids.long(), w, down, backend="triton")
     with pytest.raises(ValueError, match="multiples of 16"):
-        moe_mlp(x[:, :24].contiguous(), weights, ids, w[..., :24].contiguous(), down[:, :24].contiguous(), backend="triton")
+        moe_mlp(
+            x[:, :24].contiguous(), weights, ids, w[..., :24].contiguous(), down[:, :24].contiguous(), backend="triton"
+        )
     with pytest.raises(ValueError, match="not contiguous"):
         moe_mlp(x, weights, ids, w, down.transpose(1, 2), backend="triton")
     with pytest.raises(ValueError, match="top-5 of 4"):
@@ -143,3 +166,41 @@ def test_moe_mlp_bf16_at_real_shapes(num_tokens: int, num_padded: int) -> None:
     assert actual.isfinite().all()
     again = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down)
     assert torch.equal(actual, again), "sums have a fixed order"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "tolerance"), [(1, 1e-5), (16, 1e-5), (64, 1e-5), (65, 1e-5), (3000, 1e-5)])
+def test_router_is_exact_at_real_shapes(num_tokens: int, tolerance: float) -> None:
+    x = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16()
+    weight = torch.randn(128, 2048, device=DEVICE) * 0.02
+    weights, ids = router(x, weight, 8, renormalize=True)
+    scores = (x.double() @ weight.double().T).softmax(-1).gather(1, ids.long())
+    torch.testing.assert_close(weights.double(), scores / scores.sum(-1, keepdim=True), rtol=0, atol=tolerance)
+    best = (x.double() @ weight.double().T).softmax(-1).topk(8, -1).values
+    torch.testing.assert_close(scores, best, rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 300, 2000])
+def test_a_graph_replays_what_eager_gives(num_tokens: int) -> None:
+    """Kernels of a graph overlap (programmatic dependent launch): none may read what is not yet written."""
+    gate, up, down = experts(128, 2048, 768, torch.bfloat16)
+    w_gate_up, weight = interleave_gate_up(gate, up), torch.randn(128, 2048, device=DEVICE) * 0.02
+    x = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16()
+    arrivals = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
+
+    def block() -> torch.Tensor:
+        y = x
+        for _ in range(3):
+            y = y + moe_mlp(y, *router(y, weight, 8, renormalize=True, arrivals=arrivals), w_gate_up, down)
+        return y
+
+    block()
+    graph, out = captured(block)
+    for _ in range(5):
+        x.copy_(torch.randn_like(x))
+        expected = block()
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)

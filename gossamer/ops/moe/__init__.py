@@ -51,8 +51,8 @@ def router(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
 
-    arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time. Without
-    it every call clears one of its own.
+    arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time.
+    Without it every call clears one of its own. `weight` is read before the preceding kernel has ended: a constant.
     """
     _check_choice(weight.shape[0], top_k, score_func)
     if not use_kernel(x, backend):
@@ -68,7 +68,7 @@ def router(
 
 
 def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """gate, up [..., inter, hidden] -> [..., 2 * inter, hidden], the storage order of `moe_mlp`: gate 0, up 0, gate 1 ...
+    """gate, up [..., inter, hidden] -> [..., 2 * inter, hidden] as `moe_mlp` wants it: gate 0, up 0, gate 1, ...
 
     A gate and its up value are neighbours in one thread's accumulator there, so that SiLU*mul needs no exchange. A
     loader may as well write into `w_gate_up.view(num_experts, inter, 2, hidden)[e, :, 0 or 1]`.
@@ -93,9 +93,7 @@ def moe_mlp(
     """
     if not use_kernel(x, backend):
         return reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
-    _check_contiguous(
-        "moe_mlp", x=x, topk_weights=topk_weights, topk_ids=topk_ids, w_gate_up=w_gate_up, w_down=w_down
-    )
+    _check_contiguous("moe_mlp", x=x, topk_weights=topk_weights, topk_ids=topk_ids, w_gate_up=w_gate_up, w_down=w_down)
     num_experts, hidden, inter = w_down.shape
     if w_gate_up.shape != (num_experts, 2 * inter, hidden) or x.shape[1] != hidden:
         raise ValueError(f"moe_mlp: x {x.shape}, w_gate_up {w_gate_up.shape}, w_down {w_down.shape} do not fit")

@@ -1,8 +1,7 @@
 """Triton kernels of the MoE block: router and top-k, a counting sort by expert, products of the touched experts.
 
-Every grid follows from shapes alone; what only the device knows (rows per expert) ends programs early. Sums have a fixed
-order, so results do not depend on timing. Kernels overlap their start with the end of the one before (programmatic
-dependent launch): each waits for it before reading what it wrote.
+Grids follow from shapes alone; what only the device knows ends programs early. Sums have a fixed order. A kernel may
+start before the end of the one before it (`overlap_options`) and waits for it before it reads or writes.
 """
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A warp chooses for one token. Up to ROUTER_TOKENS tokens, one kernel computes the logits and chooses.
-ROUTER_ROWS = 4
-ROUTER_TOKENS = 64
-GEMV_TOKENS = 2
-# Most assignments that every expert's program of the one-kernel sort can read through at no cost that matters.
-SMALL_SORT = 4096
+from gossamer.ops.dispatch import overlap_options
+
+ROUTER_ROWS = 4  # a warp chooses for one token
+ROUTER_TOKENS = 64  # up to here one kernel computes the logits and chooses
+GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens share an expert
+SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
 
 
 @triton.jit
 def _choose(
     logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The best TOP_K experts of each row; of equal logits the lower id wins."""
     experts = tl.arange(0, BLOCK_E)[None, :]
@@ -56,7 +54,7 @@ def _choose(
     if RENORMALIZE:
         weights = weights / tl.sum(weights, 1)[:, None]
     valid = inside
-    if HAS_SLOTS:
+    if slots_ptr is not None:
         valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
     offsets = rows[:, None].to(tl.int64) * TOP_K + slots
     mask = inside[:, None] & (slots < TOP_K)
@@ -67,23 +65,23 @@ def _choose(
 @triton.jit
 def _route_kernel(
     logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     _choose(
         logits_ptr, slots_ptr, weights_ptr, ids_ptr, tl.program_id(0) * ROWS + tl.arange(0, ROWS), num_tokens,
-        num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, HAS_SLOTS, BLOCK_E,
+        num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
     )  # fmt: skip
 
 
 @triton.jit
 def _router_kernel(
     x_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One expert's logits of ROWS tokens; the last expert to arrive chooses for these tokens."""
     expert = tl.program_id(0)
@@ -104,7 +102,7 @@ def _router_kernel(
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
         _choose(
             logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
-            TOP_K, SLOTS, RENORMALIZE, SIGMOID, HAS_SLOTS, BLOCK_E,
+            TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
 
@@ -174,8 +172,8 @@ def _gate_up_gemv_kernel(
 @triton.jit
 def _down_gemv_kernel(
     act_ptr, w_ptr, weights_ptr, ids_ptr, out_ptr, hidden, inter,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, n] = the weighted sum over the token's experts, for BLOCK_N columns."""
     token = tl.program_id(1)
@@ -186,12 +184,6 @@ def _down_gemv_kernel(
     ids = tl.load(ids_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
     w_rows = (ids[None, :] * hidden + rows[:, None])[:, :, None] * inter
     if PDL:
-        lines = tl.minimum(tl.arange(0, LINES) * LINE, inter - 1)[None, None, :]
-        wanted = tl.where((ids >= 0)[None, :, None] & (rows < hidden)[:, None, None], w_rows + lines, 0)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(w_ptr + wanted).to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
         gdc_launch_dependents()
         gdc_wait()
     weights = tl.load(weights_ptr + token * TOP_K + slots, mask=(slots < TOP_K) & (ids >= 0), other=0.0)
@@ -216,31 +208,22 @@ def _sort_kernel(
     """Program e lists the assignments of expert e, padded with `num_assignments` to whole blocks of BLOCK_M."""
     expert = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
-    offsets = tl.arange(0, BLOCK_A)
+    assignments = tl.arange(0, BLOCK_A)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    counts = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, num_assignments, BLOCK_A):
-        ids = tl.load(ids_ptr + start + offsets, mask=start + offsets < num_assignments, other=-1)
-        counts += tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
+    ids = tl.load(ids_ptr + assignments, mask=assignments < num_assignments, other=-1)
+    counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(experts < expert, blocks, 0))
     own_blocks = tl.sum(tl.where(experts == expert, blocks, 0))
+    own = (ids == expert).to(tl.int32)
+    tl.store(rows_ptr + first * BLOCK_M + tl.cumsum(own, 0) - 1, assignments, mask=own > 0)
+    padding = first * BLOCK_M + tl.sum(own) + tl.arange(0, BLOCK_M)
+    tl.store(rows_ptr + padding, num_assignments, mask=padding < (first + own_blocks) * BLOCK_M)
+    tl.store(block_expert_ptr + first + assignments, expert, mask=assignments < own_blocks)
     if expert == tl.num_programs(0) - 1:
         tl.store(num_blocks_ptr, first + own_blocks)
-    if own_blocks > 0:
-        end = first * BLOCK_M
-        for start in range(0, num_assignments, BLOCK_A):
-            ids = tl.load(ids_ptr + start + offsets, mask=start + offsets < num_assignments, other=-1)
-            match = ids == expert
-            tl.store(rows_ptr + end - 1 + tl.cumsum(match.to(tl.int32), 0), start + offsets, mask=match)
-            end += tl.sum(match.to(tl.int32))
-        padding = end + tl.arange(0, BLOCK_M)
-        tl.store(rows_ptr + padding, num_assignments, mask=padding < (first + own_blocks) * BLOCK_M)
-        for start in range(0, own_blocks, BLOCK_E):
-            block = start + experts
-            tl.store(block_expert_ptr + first + block, expert, mask=block < own_blocks)
 
 
 @triton.jit
@@ -353,74 +336,49 @@ def _combine_kernel(
     tl.store(out_ptr + token.to(tl.int64) * hidden + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < hidden)
 
 
-def _launch_options(x: torch.Tensor) -> dict[str, Any]:
-    """Programmatic dependent launch exists since Hopper; the interpreter knows no launch option."""
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-def _choice(
-    num_tokens: int, num_experts: int, top_k: int, renormalize: bool, score_func: str, token_slots: torch.Tensor | None,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:  # fmt: skip
-    """Where weights and ids go, and the parameters of `_choose`."""
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
-    parameters = {
-        "TOP_K": top_k,
-        "SLOTS": triton.next_power_of_2(top_k),
-        "RENORMALIZE": renormalize,
-        "SIGMOID": score_func == "sigmoid",
-        "HAS_SLOTS": token_slots is not None,
-        "BLOCK_E": triton.next_power_of_2(num_experts),
-        "ROWS": ROUTER_ROWS,
-    }
-    return weights, torch.empty(num_tokens, top_k, dtype=torch.int32, device=device), parameters
+def _choose_parameters(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
+    return {
+        "TOP_K": top_k, "SLOTS": triton.next_power_of_2(top_k), "BLOCK_E": triton.next_power_of_2(num_experts),
+        "RENORMALIZE": renormalize, "SIGMOID": score_func == "sigmoid", "ROWS": ROUTER_ROWS,
+    }  # fmt: skip
 
 
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = router_logits.shape
-    weights, ids, parameters = _choice(
-        num_tokens, num_experts, top_k, renormalize, score_func, token_slots, router_logits.device
-    )
-    if num_tokens:
-        _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
-            router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts, **parameters,
-            num_warps=4, **_launch_options(weights),
-        )  # fmt: skip
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=router_logits.device)
+    ids = torch.empty_like(weights, dtype=torch.int32)
+    _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
+        router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts,
+        **_choose_parameters(num_experts, top_k, renormalize, score_func), num_warps=4, **overlap_options(weights),
+    )  # fmt: skip
     return weights, ids
 
 
 def router(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str,
-    token_slots: torch.Tensor | None,
-    arrivals: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
+    token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    (num_tokens, hidden), num_experts, options = x.shape, weight.shape[0], overlap_options(x)
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    options = _launch_options(x)
     if num_tokens > ROUTER_TOKENS:
-        grid = (triton.cdiv(num_tokens, 64), triton.cdiv(num_experts, 64))
-        _logits_kernel[grid](
-            x, weight, logits, num_tokens, num_experts, hidden, BLOCK_M=64, BLOCK_E=64, BLOCK_K=64,
-            num_warps=4, num_stages=3, **options,
+        rows, columns, depth, stages = (16, 32, 128, 4) if num_tokens <= 1024 else (128, 64, 64, 3)
+        _logits_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns))](
+            x, weight, logits, num_tokens, num_experts, hidden, BLOCK_M=rows, BLOCK_E=columns, BLOCK_K=depth,
+            num_warps=4, num_stages=stages, **options,
         )  # fmt: skip
         return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
-    weights, ids, parameters = _choice(num_tokens, num_experts, top_k, renormalize, score_func, token_slots, x.device)
-    if num_tokens:
-        tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
-        if arrivals is None:
-            arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-        _router_kernel[(num_experts, tiles)](
-            x, weight, token_slots, logits, arrivals, weights, ids, num_tokens, num_experts, hidden, **parameters,
-            BLOCK_H=triton.next_power_of_2(hidden), num_warps=4, **options,
-        )  # fmt: skip
+    tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
+    if arrivals is None:
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
+    ids = torch.empty_like(weights, dtype=torch.int32)
+    _router_kernel[(num_experts, tiles)](
+        x, weight, token_slots, logits, arrivals, weights, ids, num_tokens, num_experts, hidden,
+        **_choose_parameters(num_experts, top_k, renormalize, score_func), BLOCK_H=triton.next_power_of_2(hidden),
+        num_warps=4 if hidden <= 4096 else 8, **options,
+    )  # fmt: skip
     return weights, ids
 
 
@@ -440,12 +398,14 @@ def grouped_configs(num_assignments: int, num_experts: int, element_size: int) -
     rows = num_assignments / num_experts
     if element_size > 2:
         return (GroupedConfig(16, 64, 32, 4, 3),) * 2
-    if rows <= 4:
+    if rows <= 10:
         return (GroupedConfig(16, 32, 256, 4, 3),) * 2
     if rows <= 24:
         return (GroupedConfig(32, 64, 128, 4, 3),) * 2
-    if rows <= 64:
-        return (GroupedConfig(64, 128, 64, 4, 4),) * 2
+    if rows <= 48:
+        return (GroupedConfig(64, 64, 128, 4, 3),) * 2
+    if rows <= 80:
+        return (GroupedConfig(64, 128, 64, 4, 3),) * 2
     return GroupedConfig(128, 256, 64, 8, 3, True), GroupedConfig(128, 256, 64, 8, 4, True)
 
 
@@ -462,7 +422,8 @@ def _sort(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> _Order:
     most_blocks = min(num_assignments, num_assignments // block_m + num_experts)
     buffer = torch.empty(most_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
     order = _Order(buffer[: most_blocks * block_m], buffer[most_blocks * block_m : -1], buffer[-1:])
-    options = {**_launch_options(topk_ids), "BLOCK_E": triton.next_power_of_2(num_experts)}
+    block_e = triton.next_power_of_2(num_experts)
+    options: dict[str, Any] = {**overlap_options(topk_ids), "BLOCK_E": block_e}
     if num_assignments <= SMALL_SORT:
         block_a = triton.next_power_of_2(num_assignments)
         _sort_kernel[(num_experts,)](
@@ -470,7 +431,7 @@ def _sort(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> _Order:
             num_warps=4 if block_a <= 1024 else 16, **options,
         )  # fmt: skip
         return order
-    counts = torch.zeros(2 * options["BLOCK_E"], dtype=torch.int32, device=device)
+    counts = torch.zeros(2 * block_e, dtype=torch.int32, device=device)
     grid = (triton.cdiv(num_assignments, 1024),)
     _count_kernel[grid](topk_ids, counts, num_assignments, BLOCK_A=1024, num_warps=4, **options)
     _place_kernel[grid](
@@ -485,14 +446,15 @@ def _grouped_product(
 ) -> None:  # fmt: skip
     num_experts, n, k = w.shape
     num_tiles = order.block_expert.numel() * triton.cdiv(n, config.block_n)
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if config.persistent else num_tiles
+    persistent = config.persistent and a.is_cuda
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if persistent else num_tiles
     _grouped_kernel[(min(programs, num_tiles),)](
         a, TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(w.view(num_experts * n, k), [config.block_n, config.block_k]),
         out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, EVEN_K=k % config.block_k == 0,
         PRECISION="ieee" if a.dtype == torch.float32 else None, FLATTEN=config.persistent,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, **_launch_options(a),
+        num_warps=config.num_warps, num_stages=config.num_stages, **overlap_options(a),
     )  # fmt: skip
 
 
@@ -501,15 +463,13 @@ def _moe_gemv(
 ) -> torch.Tensor:
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
     act, out = x.new_empty(ids.numel(), inter), torch.empty_like(x)
-    slots, line = triton.next_power_of_2(top_k), 128 // x.element_size()
-    options = _launch_options(x)
+    slots, options = triton.next_power_of_2(top_k), overlap_options(x)
     _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
         x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
     )
-    _down_gemv_kernel[(triton.cdiv(hidden, 8), num_tokens)](
-        act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, LINE=line,
-        LINES=triton.next_power_of_2(triton.cdiv(inter, line)), BLOCK_N=8, BLOCK_K=2048 // slots, STAGES=3,
-        num_warps=8, **options,
+    _down_gemv_kernel[(triton.cdiv(hidden, 4), num_tokens)](
+        act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=4, BLOCK_K=1024 // slots,
+        STAGES=3, num_warps=8, **options,
     )  # fmt: skip
     return out
 
@@ -532,6 +492,6 @@ def moe_mlp(
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
     _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y, topk_weights, topk_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **_launch_options(x)
+        y, topk_weights, topk_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **overlap_options(x)
     )
     return out
