@@ -114,7 +114,7 @@ def varlen_case(rows: list[tuple[int, int]]) -> Callable[[int], object] | None:
     total, longest = sum(n for n, _ in rows), max(n for n, _ in rows)
     q, k, v = (torch.randn(total, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     cu_seqlens = torch.tensor([0, *(n for n, _ in rows)]).cumsum(0).to("cuda", torch.int32)
-    return lambda i: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal=True)
+    return lambda i: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
 
 
 def run_decode(results: dict[str, dict[str, float | str]], details: dict[str, object]) -> None:

@@ -90,8 +90,6 @@ def paged_decode(
     if not use_kernel(q, backend):
         implementation = reference.paged_decode
     else:
-        if workspace is None:
-            raise ValueError("the kernel of paged_decode needs a DecodeWorkspace")
         from gossamer.ops.attention import triton
 
         implementation = triton.paged_decode

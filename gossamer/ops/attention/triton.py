@@ -17,9 +17,13 @@ from gossamer.ops.dispatch import overlap_options
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 2**31 - 1
 # Fewer pages in a program than this cost more in merging than they gain in parallelism.
-_MIN_PAGES = 1
+_MIN_PAGES = 2
+# Elements of partial results that the merge holds at once: as many as leave the registers of two programs.
+_MERGE_ELEMENTS = 8192
 # Stands for minus infinity where a difference of two of them must be zero.
 _LOW = tl.constexpr(-1e30)
+# Of fp32 products: three tf32 products on the tensor cores, whose error is near that of fp32.
+_PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -51,7 +55,7 @@ def _merge_partials(
     return total / weight[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _decode_kernel(
     q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out, partials, lse, arrivals,
     num_rows, table_stride, scale_log2, window,
@@ -115,13 +119,13 @@ def _decode_kernel(
                 # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
                 k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
                 v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
-                scores = tl.dot(queries, k, input_precision="ieee") * scale_log2
+                scores = tl.dot(queries, k, input_precision=_PRECISION) * scale_log2
                 scores = tl.where(visible[None, :], scores, float("-inf"))
                 highest = tl.maximum(peak, tl.max(scores, 1))
                 fade = tl.exp2(peak - highest)
                 weights = tl.exp2(scores - highest[:, None])
                 weight = weight * fade + tl.sum(weights, 1)
-                total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+                total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
                 peak = highest
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
 
@@ -166,7 +170,7 @@ def _attend_pages(
     for p in range(low, high):
         base = (page * NUM_KV_HEADS + head) * PAGE
         k = k_desc.load([base, 0])
-        scores = tl.dot(queries, k.T, input_precision="ieee")
+        scores = tl.dot(queries, k.T, input_precision=_PRECISION)
         if MASKED:
             token = p * PAGE + tl.arange(0, PAGE)
             visible = token[None, :] <= position[:, None]
@@ -181,13 +185,13 @@ def _attend_pages(
         if MASKED:
             # What the last page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
             v = tl.where((p * PAGE + tl.arange(0, PAGE) < seq_len)[:, None], v, 0.0)
-        total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+        total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
         peak = highest
         page = tl.load(table + tl.minimum(p + 1, high - 1))
     return peak, weight, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_blocks", "window"])
 def _prefill_kernel(
     q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
     num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
@@ -270,7 +274,8 @@ def _check(
     indices: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k_pages.dtype != q.dtype != v_pages.dtype:
+    dtypes = {q.dtype, k_pages.dtype, v_pages.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         raise ValueError(f"q {q.dtype}, k {k_pages.dtype}, v {v_pages.dtype}: one of fp32, fp16, bf16 for all three")
     if k_pages.shape != v_pages.shape or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or out.shape != q.shape:
         raise ValueError(f"q {[*q.shape]}, out {[*out.shape]}, k {[*k_pages.shape]}, v {[*v_pages.shape]} do not match")
@@ -280,21 +285,37 @@ def _check(
         raise ValueError("q, out, k_pages and v_pages must be contiguous")
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1")
+    num_rows = indices["seq_lens"].shape[0]
+    if indices["slots"].shape[0] != num_rows or indices.get("cu_seqlens_q", q[:0]).shape[0] not in (0, num_rows + 1):
+        raise ValueError(f"seq_lens has {num_rows} rows; slots or cu_seqlens_q do not match")
     for name, tensor in indices.items():
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be int32 and contiguous in its last dimension")
 
 
-def _decode_cut(page_bytes: int) -> tuple[int, int]:
-    """Warps and pipeline stages of a decode program whose pages of K and V take `page_bytes` together."""
-    return 4, max(1, min(4, 98304 // page_bytes + 1))
+def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int) -> tuple[int, int]:
+    """Programs of a KV head, and pipeline stages, for pages of K and V of `page_bytes` together.
+
+    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge.
+    """
+    if 2 * num_rows <= workspace.num_programs:
+        return max(1, workspace.num_programs // 2), 1 + min(4, 163840 // page_bytes)
+    return workspace.num_programs, 1 + min(2, 98304 // page_bytes)
 
 
 def _prefill_cut(q: torch.Tensor, group: int, max_q_len: int) -> tuple[int, int, int]:
-    """Rows, warps and pipeline stages of a prefill program."""
-    block_m = 64 if q.element_size() == 4 or max_q_len * group <= 64 else 128
-    block_m = max(block_m, triton.next_power_of_2(group))
-    return block_m, 8 if block_m >= 128 else 4, 2
+    """Rows, warps and pipeline stages of a prefill program.
+
+    Four warps with 128 rows keep two programs on a multiprocessor, one computing while the other waits.
+    """
+    head_dim = q.shape[2]
+    if q.element_size() == 4:
+        rows, warps, stages = (64 if head_dim < 128 else 32), 4, 1
+    elif max_q_len * group <= 64:
+        rows, warps, stages = 64, 4, 2
+    else:
+        rows, warps, stages = 128, (8 if head_dim > 128 else 4), 2
+    return max(rows, triton.next_power_of_2(group)), warps, stages
 
 
 def _row_block(num_rows: int) -> int:
@@ -313,13 +334,15 @@ def paged_decode(
     *,
     window: int | None,
     sinks: torch.Tensor | None,
-    workspace: DecodeWorkspace,
+    workspace: DecodeWorkspace | None,
     max_seq_len: int,
 ) -> None:
     _check(q, k_pages, v_pages, out, window, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
     group = num_q_heads // num_kv_heads
+    if workspace is None:
+        raise ValueError("the kernel of paged_decode needs a DecodeWorkspace")
     if workspace.partials.shape[1:] != (num_kv_heads, 2, group, head_dim):
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, kv heads, 2, group, dim]")
     if workspace.arrivals.numel() < num_rows * num_kv_heads:
@@ -329,18 +352,18 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
+    max_programs, num_stages = _decode_cut(num_rows, workspace, 2 * page_size * head_dim * q.element_size())
     # Programs without a share leave at once; their number never changes the others' shares.
-    num_programs = min(workspace.num_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
+    num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     merge_g = triton.next_power_of_2(group)
-    num_warps, num_stages = _decode_cut(2 * page_size * head_dim * q.element_size())
     _decode_kernel[(num_programs * num_kv_heads,)](
         q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out,
         workspace.partials, workspace.lse, workspace.arrivals,
         num_rows, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=_row_block(num_rows), MIN_PAGES=_MIN_PAGES,
-        CHUNK=max(1, min(16, 8192 // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        num_warps=num_warps, num_stages=num_stages, **overlap_options(q),
+        CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
+        num_warps=4, num_stages=num_stages, **overlap_options(q),
     )  # fmt: skip
 
 
