@@ -153,7 +153,9 @@ class Sampler:
             logits[rows, ids] += torch.cat([self._bias[slots[i]][1] for i in biased])
         early = [i for i, slot in enumerate(slots) if output_index[i] < self._min_tokens[slot]]
         if early:
-            logits[_coordinates(early, [self._stops[slots[i]] for i in early])] = -torch.inf
+            where = _coordinates(early, [self._stops[slots[i]] for i in early])
+            # A plain number would be copied to a GPU, which waits for its queue.
+            logits.index_put_(where, logits.new_full((), -torch.inf))
         return self._penalties.apply(logits, slots)
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, wanted: list[int]) -> list[TokenLogprobs | None]:

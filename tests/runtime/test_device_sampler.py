@@ -38,7 +38,7 @@ def row(slot: int, index: int = 0) -> ScheduledRow:
 
 
 def run(device: str) -> None:
-    """Slots in another order than rows, refilled as requests come and go; against the Sampler that draws on the host."""
+    """Slots in another order than rows, refilled as requests come and go; against the Sampler's draw on the host."""
     n = len(KINDS)
     on_device = DeviceSampler(n + 2, VOCAB, n + 1, torch.device(device))
     plain = Sampler(VOCAB, n + 2, "cpu")

@@ -127,25 +127,15 @@ def sample_slots(
     Returns: int64 [num_rows]; -1 where nothing can be drawn, as in `sample`.
     """
     num_rows, vocab = logits.shape
-    num_slots = last_token.shape[0]
-    expected = (
-        ("slots", slots, num_rows, (torch.int32,)),
-        ("temperature", temperature, num_slots, (torch.float64,)),
-        ("top_k", top_k, num_slots, (torch.int32, torch.int64)),
-        ("top_p", top_p, num_slots, (torch.float64,)),
-        ("min_p", min_p, num_slots, (torch.float64,)),
-        ("seed", seed, num_slots, (torch.int64,)),
-        ("output_index", output_index, num_rows, (torch.int32, torch.int64)),
-        ("last_token", last_token, num_slots, (torch.int64,)),
-        *([("out", out, num_rows, (torch.int64,))] if out is not None else []),
-    )
-    for name, value, size, dtypes in expected:
-        if value.shape != (size,) or value.dtype not in dtypes or value.device != logits.device:
-            raise ValueError(
-                f"{name} must be {dtypes[-1]} [{size}] on {logits.device}, got {value.dtype} {value.shape}"
-            )
+    per_slot = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "top_k": top_k, "seed": seed}
+    for name, value in (per_slot | {"last_token": last_token}).items():
+        kinds = (torch.float64,) if name in ("temperature", "top_p", "min_p") else (torch.int64, torch.int32)
+        _check(name, value, len(last_token), kinds[: None if name == "top_k" else 1], logits.device)
+    _check("slots", slots, num_rows, (torch.int32,), logits.device)
+    _check("output_index", output_index, num_rows, (torch.int64, torch.int32), logits.device)
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    _check("out", out, num_rows, (torch.int64,), logits.device)
     arguments = (logits, slots, temperature, top_k, top_p, min_p, seed, output_index, last_token)
     if num_rows == 0:
         return out
@@ -161,6 +151,13 @@ def sample_slots(
     if vocab > 1 << 20 or logits.stride(1) != 1:
         raise ValueError(f"logits must have contiguous rows of at most 2**20, got {logits.shape} {logits.stride()}")
     return triton.sample_slots(*arguments, workspace, out)
+
+
+def _check(name: str, value: Tensor, size: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if value.shape != (size,) or value.dtype not in dtypes or value.device != device:
+        raise ValueError(
+            f"{name} must be {dtypes[0]} [{size}] on {device}, got {value.dtype} {list(value.shape)} on {value.device}"
+        )
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
