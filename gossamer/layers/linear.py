@@ -21,9 +21,9 @@ from gossamer.ops.weights import QuantizedTensor
 Quantization = Literal["none", "int8", "int4"]
 Part = torch.Tensor | QuantizedTensor
 
-# From this many rows on, torch's packed int4 products on a CPU lose to a bf16 product: about equal at 8 rows, 1.0-2.9x
-# slower at 16, 2.4x at 512 (single products, hot cache, SmolLM2's shapes).
-DENSE_FROM_ROWS = 12
+# From this many rows on, torch's packed int4 products on a CPU lose to a packed bf16 product: they take four rows at a
+# time, are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes).
+DENSE_FROM_ROWS = 9
 # Above, a dense product beats the two integer rows for each row of `int8_linear_exact`.
 _INTEGER_MAX_ROWS = 3
 

@@ -55,7 +55,9 @@ def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 32)])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-@pytest.mark.parametrize("lens", [[1], [PAGE], [PAGE + 1, 3], [5, 700, 90, 1, 33, 320, 16]])
+@pytest.mark.parametrize(
+    "lens", [[1], [PAGE], [PAGE + 1, 3], [5, 700, 90, 1, 33, 320, 16], [2100], [*range(1, 200, 20)]]
+)
 def test_decode_equals_float64(
     dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int, window: int | None, lens: list[int]
 ) -> None:
@@ -68,14 +70,15 @@ def test_decode_equals_float64(
     check(out, expected, dtype)
 
 
-def test_decode_over_consecutive_pages_copies_nothing_and_agrees() -> None:
-    lens = [100]
+@pytest.mark.parametrize("lens", [[100], [100] * 4, [100] * 9])
+def test_decode_over_consecutive_pages_agrees(lens: list[int]) -> None:
     cache = Paged(lens, 2, 16, torch.float32, consecutive=True)
     groups = plan_decode(cache.tables, lens, PAGE, None, torch.float32)
     assert isinstance(groups[0].pages, slice)
-    q, out = torch.randn(1, 4, 16), torch.empty(1, 4, 16)
+    q, out = torch.randn(len(lens), 4, 16), torch.empty(len(lens), 4, 16)
     decode_attention(q, cache.k_pages, cache.v_pages, groups, 0.25, out)
-    check(out, oracle(q, cache.k[0], cache.v[0], 99, None, 0.25), torch.float32)
+    for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+        check(out[i : i + 1], oracle(q[i : i + 1], k, v, 99, None, 0.25), torch.float32)
 
 
 def test_decode_groups_cover_each_row_once_with_little_padding() -> None:

@@ -1,8 +1,8 @@
 """Torch reference of paged attention, laid out so that a CPU spends its time in large products.
 
 The queries of a KV head are the rows of a product with its keys: [group, head_dim] times [head_dim, tokens]. A few
-decode rows run one by one, on views where their pages are consecutive, more of them batched. Prefill takes blocks of
-queries: with torch's products and softmax that is twice as fast on a CPU as its flash attention.
+decode rows run through flash attention, on views where their pages are consecutive; more rows, and prefill in blocks of
+queries, by products and a softmax: twice as fast on a CPU as torch's flash attention.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gossamer.ops.attention.workspace import DecodeWorkspace
 
 # Splitting a decode batch costs about as much as reading this many padding pages.
 _GROUP_COST_PAGES = 24
-# Up to this many decode rows, one call a row costs less than the copies of a batch.
-_ONE_BY_ONE = 3
 # From this many tokens on, two products and a softmax beat flash attention for one row (CPU).
-_PRODUCTS_FROM_TOKENS = 768
+_PRODUCTS_FROM_TOKENS = 2048
+# Up to this many rows flash attention, which takes views, beats copies and products (CPU).
+_FLASH_ROWS = 8
 # Queries of a prefill block: large enough for the products, small enough that few masked scores are computed.
 _QUERY_BLOCK = 128
 
@@ -86,8 +86,6 @@ def plan_decode(
         spans.append((first, -(-seq_len // page_size)))
     order = sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0])
     bounds, start, padding = [], 0, 0
-    if len(order) <= _ONE_BY_ONE:
-        return [_decode_row(i, *spans[i], page_tables[i], seq_lens[i], page_size, window) for i in order]
     for i in range(1, len(order)):
         growth = _num_pages(spans, order[i]) - _num_pages(spans, order[i - 1])
         padding += growth * (i - start)
@@ -98,6 +96,10 @@ def plan_decode(
     groups = []
     for low, high in bounds:
         rows = sorted(order[low:high])
+        if len(rows) == 1:
+            row = rows[0]
+            groups.append(_decode_row(row, *spans[row], page_tables[row], seq_lens[row], page_size, window))
+            continue
         groups.append(_decode_group(rows, len(spans), spans, page_tables, seq_lens, page_size, window, dtype))
     return groups
 
@@ -178,6 +180,12 @@ def _decode_one(
     return torch.bmm(torch.softmax(scores, -1), v).view(q.shape)
 
 
+def _by_row(tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """[num_kv_heads, batch * tokens, head_dim] -> [batch, num_kv_heads, tokens, head_dim], a view."""
+    num_kv_heads, num_tokens, head_dim = tokens.shape
+    return tokens.view(num_kv_heads, batch, num_tokens // batch, head_dim).transpose(0, 1)
+
+
 def _decode_batch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -187,7 +195,11 @@ def _decode_batch(
     scale: float,
 ) -> torch.Tensor:
     batch, num_kv_heads, head_dim = group.batch, k_pages.shape[1], q.shape[-1]
-    k, v = (_tokens(pages, group.pages).reshape(num_kv_heads * batch, -1, head_dim) for pages in (k_pages, v_pages))
+    k, v = (_tokens(pages, group.pages) for pages in (k_pages, v_pages))
+    if q.is_cpu and batch <= _FLASH_ROWS:
+        heads, k, v = q.view(batch, num_kv_heads, -1, head_dim), *(_by_row(x, batch) for x in (k, v))
+        return F.scaled_dot_product_attention(heads, k, v, mask[:, None], scale=scale).reshape(q.shape)
+    k, v = (x.reshape(num_kv_heads * batch, -1, head_dim) for x in (k, v))
     heads = (q * scale).view(batch, num_kv_heads, -1, head_dim).transpose(0, 1)
     scores = torch.bmm(heads.reshape(len(k), -1, head_dim), k.transpose(1, 2))
     scores.view(num_kv_heads, batch, -1, k.shape[1]).add_(mask)

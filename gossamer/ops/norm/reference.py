@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,11 +12,16 @@ import torch.nn.functional as F
 _SMALL = 32768
 
 
+@functools.cache
+def _zero(dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(1, dtype=dtype)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     width = x.shape[-1]
     if x.is_cpu and x.numel() == width:
         norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-        return torch.addcmul(x.new_zeros(1), x, weight, value=1.0 / math.sqrt(norm * norm / width + eps))
+        return torch.addcmul(_zero(x.dtype), x, weight, value=1.0 / math.sqrt(norm * norm / width + eps))
     if x.is_cpu and x.numel() <= _SMALL:
         # layer_norm has one fused CPU kernel, and [x, -x] has mean 0 and variance mean(x^2).
         both = torch.cat((x, -x), -1)
