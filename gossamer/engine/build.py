@@ -57,24 +57,16 @@ def build_engine(
     cost = StepCost(source.config, ATTENTION_KINDS[source.config.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
     page_bytes = config.cache.page_size * layout.bytes_per_token * source.config.num_layers
+    paged_runner = _paged_runner(config, decoder) if decoder.paged else None
     measured: dict[str, int] | None = None
-    paged_runner: CudaRunner | None = None
-    if decoder.paged:
+    if paged_runner is not None and fmt.device.type == "cuda":
         report("Compiling kernels", 0.0)
-        paged_runner = _paged_runner(config, decoder)
-        if fmt.device.type == "cuda":
-            measured = cuda_memory.measure(paged_runner, layout, config)
+        measured = cuda_memory.measure(paged_runner, layout, config)
     plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes, measured)
     require_context(plan, requested, config.cache.page_size, page_bytes)
     config = _with_plan(config, plan, page_bytes, fmt)
-    pool = KVPool(
-        source.config.num_layers,
-        layout,
-        plan.num_pages,
-        config.cache.page_size,
-        fmt.device,
-        heads_first=not decoder.paged,
-    )
+    size = (source.config.num_layers, layout, plan.num_pages, config.cache.page_size)
+    pool = KVPool(*size, fmt.device, heads_first=not decoder.paged)
     runner: Executor
     if paged_runner is not None:
         paged_runner.attach(pool)
