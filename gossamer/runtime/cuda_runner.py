@@ -136,7 +136,7 @@ class CudaRunner:
         if rows and self.device_sampler.needs_host_path(rows):
             sampled, logprobs = self.sampler.sample(logits[: len(rows)], rows)
             slots = self.inputs.device["sample_slots"][: len(rows)]
-            self.last_token.index_copy_(0, slots.long(), sampled)
+            self.last_token.index_copy_(0, slots.long(), sampled.clamp_min(0))
         slot.tokens[: len(rows)].copy_(sampled[: len(rows)], non_blocking=True)
         if slot.end is not None:
             slot.end.record()
