@@ -46,7 +46,7 @@ def int8_linear_exact(
     """`int8_linear` as products of integers, in fp32: x [M, K] is written as two 8-bit digits per row's largest value.
 
     `packed` from `pack_int8_exact`, scale fp32 [N]. What x loses is at most 2^-16 of its row's largest value, less
-    than bf16 loses; the sums are exact. Reads the weight at the speed of memory: 2x `int8_linear` at one row.
+    than bf16 loses; the sums are exact. 1.7x as fast as `int8_linear` at one row of a vocabulary-sized weight.
     """
     require_reference(x, backend, "int8_linear_exact")
     return reference.int8_linear_exact(x, packed, scale)
