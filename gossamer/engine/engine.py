@@ -133,7 +133,8 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Keeps the executor supplied, then waits for the oldest batch in flight and returns what it brought.
 
-        A step that raises ends the requests of its batch with finish_reason "error"; the others are recomputed.
+        A step that raises ends the requests of its batch with finish_reason "error"; the others are recomputed. Raises
+        EngineDead after shutdown, and if the executor says that no step will ever work again.
         """
         if self._stopped:
             raise EngineDead("The engine has been shut down.")
@@ -198,6 +199,9 @@ class Engine:
 
     def _fail(self, batch: ScheduledBatch, error: BaseException) -> list[TokenOutput]:
         logger.error("step %d with %d rows failed", batch.step_id, len(batch.rows), exc_info=error)
+        if isinstance(error, EngineDead):
+            self.shutdown()
+            raise error
         outputs = self.scheduler.fail(batch, f"The step failed: {type(error).__name__}: {error}")
         if self._observer is not None:
             self._observer(batch, None)

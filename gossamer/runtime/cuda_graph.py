@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -53,9 +53,10 @@ class GraphPool:
     def capture_step(self, bucket: int, step: Callable[[], object]) -> None:
         """`step` must have run once (kernels compiled) and reads its inputs from static memory."""
         graph = torch.cuda.CUDAGraph()
-        with self._capturing(graph):
-            result = step()
-        self._whole[bucket] = (graph, result)
+        with self._pool_kept():
+            with self._capturing(graph):
+                result = step()
+            self._whole[bucket] = (graph, result)
 
     def replay_step(self, bucket: int) -> object:
         """Runs the step; what it returned at capture, now filled anew."""
@@ -72,15 +73,16 @@ class GraphPool:
         attends: list[Attend] = []
         result: list[torch.Tensor] = []
         iterator = pieces(result)
-        while True:
-            graph = torch.cuda.CUDAGraph()
-            with self._capturing(graph):
-                attend = next(iterator, None)
-            graphs.append(graph)
-            if attend is None:
-                break
-            attends.append(attend)
-        self._pieces[bucket] = (graphs, attends, result[0])
+        with self._pool_kept():
+            while True:
+                graph = torch.cuda.CUDAGraph()
+                with self._capturing(graph):
+                    attend = next(iterator, None)
+                graphs.append(graph)
+                if attend is None:
+                    break
+                attends.append(attend)
+            self._pieces[bucket] = (graphs, attends, result[0])
 
     def replay_pieces(self, bucket: int, plan: PagedPlan) -> torch.Tensor:
         """Runs the pieces with the attention of this step's plan between them; what the last piece computed."""
@@ -100,10 +102,23 @@ class GraphPool:
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
+    def _pool_kept(self) -> Iterator[None]:
+        """Around the captures of a bucket: gives them the memory that is cached, and survives their failure."""
+        torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            if not len(self):
+                self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         # thread_local: the engine's thread waits for events of other steps meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             yield
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # what a forbidden call made invalid ends with an error of its own
+                graph.capture_end()
+            raise
+        graph.capture_end()

@@ -6,6 +6,7 @@ thread, while the worker already enqueues the next. On CPU tensors, without stre
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
+from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import PagedPlan
 from gossamer.models.decoder import Decoder
@@ -24,8 +25,17 @@ from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 from gossamer.runtime.step_inputs import RING, StepInputs
 
+logger = logging.getLogger(__name__)
+
 MAX_PIECEWISE_TOKENS = 512
 """Mixed steps of up to this many tokens run as piecewise graphs; longer ones hide their launches."""
+MAX_KEPT_LOGITS = 16
+"""Decode graphs of up to this many rows keep their logits; larger ones would hold gigabytes together."""
+CLOCK_SECONDS = 10.0
+"""The device's clock is read against an event at most this old: its differences are float32 milliseconds."""
+
+_Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""Hidden states of all tokens and of the rows that sample, the latter's logits if they were kept, sampled tokens."""
 
 
 @dataclass(slots=True)
@@ -35,6 +45,8 @@ class _Slot:
     tokens: torch.Tensor
     start: torch.cuda.Event | None
     end: torch.cuda.Event | None
+    in_use: bool = False
+    """Its step's result was not read yet."""
 
 
 class CudaRunner:
@@ -59,22 +71,23 @@ class CudaRunner:
         self.device_sampler = DeviceSampler(max_num_seqs, vocab_size, max_num_seqs, device)
         self.sampler = Sampler(vocab_size, max_num_seqs, device, self.device_sampler.draw)
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._max_model_len = max_model_len
+        self._max_model_len, self._max_num_tokens = max_model_len, max_num_tokens
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
         self._buckets = decode_buckets(max_num_seqs)
         self._token_buckets = token_buckets(min(MAX_PIECEWISE_TOKENS, max_num_tokens))
         self._graphs = GraphPool(device) if self._on_gpu and not enforce_eager else None
+        self._uncaptured: set[tuple[str, int]] = set()
         heads = (decoder.config.num_q_heads, decoder.config.num_kv_heads, decoder.config.head_dim)
         self._workspace = DecodeWorkspace.allocate(max_num_seqs, *heads, device)
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._ring = [self._make_slot(max_num_seqs) for _ in range(RING)]
         self._num_steps = 0
         self.pool: KVPool | None = None
-        self._clock_start, self._clock_event = time.monotonic(), self._event()
+        self._clock_time, self._clock_event = time.monotonic(), self._event()
         if self._clock_event is not None:
             self._clock_event.record(self.stream)
             self._clock_event.synchronize()
-            self._clock_start = time.monotonic()
+            self._clock_time = time.monotonic()
 
     def _event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self._on_gpu else None
@@ -83,21 +96,34 @@ class CudaRunner:
         tokens = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=self._on_gpu)
         return _Slot(tokens, self._event(), self._event())
 
-    def attach(self, pool: KVPool) -> None:
-        """Sets the KV cache; graphs captured over a former one are dropped."""
-        if self._graphs is not None:
-            self._graphs.clear()
+    def attach(self, pool: KVPool, *, capture: bool = True) -> None:
+        """Sets the KV cache; graphs captured over a former one are dropped. `capture` makes the widest decode graph.
+
+        It comes first because the others then find room in its memory.
+        """
+        self.detach()
         self.pool = pool
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)  # the pool was zeroed on another stream
+        if capture and self._graphs is not None:
+            with torch.inference_mode(), self._on_stream():
+                self._ready("decode", self._buckets[-1])
 
     def detach(self) -> None:
         """Gives the KV cache up, and with it every graph."""
         if self._graphs is not None:
             self._graphs.clear()
+        self._uncaptured.clear()
         self.pool = None
 
     @property
     def captures_graphs(self) -> bool:
         return self._graphs is not None
+
+    @property
+    def num_graph_sizes(self) -> tuple[int, int]:
+        """How many batch sizes of decode steps, and token counts of mixed ones, get graphs."""
+        return len(self._buckets), len(self._token_buckets)
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
         try:
@@ -105,13 +131,28 @@ class CudaRunner:
                 return self._launch(batch)
         except Exception as error:  # the engine fails this batch and goes on
             future: Future[StepResult] = Future()
-            future.set_exception(error)
+            future.set_exception(self.diagnose(error))
             return future
 
+    def diagnose(self, error: Exception) -> Exception:
+        """The error itself; EngineDead if the device is lost, for after a kernel's fault no call ever works again."""
+        lost = self._device_fault()
+        if lost is None:
+            return error
+        dead = EngineDead(f"The GPU has failed and this process cannot use it any more; restart it.\n{lost}")
+        dead.__cause__ = error
+        return dead
+
+    def _device_fault(self) -> Exception | None:
+        try:
+            if self._on_gpu:
+                torch.cuda.synchronize(self.device)
+        except Exception as fault:
+            return fault
+        return None
+
     def shutdown(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize(self.device)
-        if self._graphs is not None:
+        if self._device_fault() is None and self._graphs is not None:
             self._graphs.clear()
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -119,6 +160,8 @@ class CudaRunner:
 
     def _launch(self, batch: ScheduledBatch) -> Future[StepResult]:
         slot = self._ring[self._num_steps % RING]
+        if slot.in_use:
+            raise RuntimeError(f"{RING} steps are in flight: read their results first")
         self._num_steps += 1
         host_start = time.monotonic()
         for sequence in batch.admitted:
@@ -128,12 +171,13 @@ class CudaRunner:
             self.device_sampler.admit(sequence)
         self.device_sampler.flush()
         if batch.num_decode_rows == len(batch.rows):
-            hidden, logits, sampled = self._decode(batch.rows, slot.start)
+            hidden, last, logits, sampled = self._decode(batch.rows, slot.start)
         else:
-            hidden, logits, sampled = self._mixed(batch.rows, slot.start)
+            hidden, last, logits, sampled = self._mixed(batch.rows, slot.start)
         rows = [row for row in batch.rows if row.samples]
         logprobs = None
         if rows and self.device_sampler.needs_host_path(rows):
+            logits = self.decoder.logits(last) if logits is None else logits
             sampled, logprobs = self.sampler.sample(logits[: len(rows)], rows)
             slots = self.inputs.device["sample_slots"][: len(rows)]
             self.last_token.index_copy_(0, slots.long(), sampled.clamp_min(0))
@@ -141,54 +185,72 @@ class CudaRunner:
         if slot.end is not None:
             slot.end.record()
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
+        slot.in_use = True
         return _StepFuture(self, batch, slot, logprobs, prompt, host_start)
 
-    def _decode(
-        self, rows: list[ScheduledRow], start: torch.cuda.Event | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._graphs is None:
-            self.inputs.load_decode(rows, len(rows))
-            _record(start)
-            return self._decode_step(len(rows))
+    def _decode(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> _Computed:
         bucket = round_up(len(rows), self._buckets)
         if bucket is None:
             raise ValueError(f"{len(rows)} decode rows are more than --max-num-seqs {self._buckets[-1]}")
-        if not self._graphs.has_step(bucket):
-            self.warm_up_decode(bucket)
+        if self._graphs is None or not self._ready("decode", bucket):
+            self.inputs.load_decode(rows, len(rows))
+            _record(start)
+            return self._decode_step(len(rows))
         self.inputs.load_decode(rows, bucket)
         _record(start)
-        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self._graphs.replay_step(bucket)  # type: ignore[assignment]
+        result: _Computed = self._graphs.replay_step(bucket)  # type: ignore[assignment]
         return result
 
-    def _decode_step(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states, logits and sampled tokens of the first `bucket` rows of the static inputs."""
+    def _decode_step(self, bucket: int) -> _Computed:
+        """One step over the first `bucket` rows of the static inputs."""
         device = self.inputs.device
         slots = device["slots"][:bucket]
         plan = self._plan(bucket, bucket, device["row_positions"][:bucket], slots, 0)
         input_ids = torch.full_like(slots, -1)
         hidden = self.decoder.forward_paged(input_ids, self.last_token, plan, self._pool())
-        return (hidden, *self._sample(hidden, bucket))
+        logits, sampled = self._sample(hidden, bucket)
+        return hidden, hidden, logits if bucket <= MAX_KEPT_LOGITS else None, sampled
 
-    def _mixed(
-        self, rows: list[ScheduledRow], start: torch.cuda.Event | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _ready(self, kind: str, bucket: int) -> bool:
+        """Whether the graph of a size exists, captured now if it was never tried; else its steps run without."""
+        graphs = self._graphs
+        if graphs is None or (kind, bucket) in self._uncaptured:
+            return False
+        has, capture = (
+            (graphs.has_step, self.warm_up_decode) if kind == "decode" else (graphs.has_pieces, self.warm_up_mixed)
+        )
+        if has(bucket):
+            return True
+        try:
+            capture(bucket)
+        except Exception as error:
+            if self._device_fault() is not None:
+                raise
+            logger.warning("no CUDA graph for %s steps of %d, which will run slower: %s", kind, bucket, error)
+            self._uncaptured.add((kind, bucket))
+            return False
+        return True
+
+    def _mixed(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> _Computed:
         num_tokens = sum(row.num_tokens for row in rows)
-        bucket = round_up(num_tokens, self._token_buckets) if self._graphs is not None else None
-        if bucket is not None and self._graphs is not None and not self._graphs.has_pieces(bucket):
-            self._capture_pieces(bucket)
-        self.inputs.load_mixed(rows, bucket or num_tokens)
+        bucket = round_up(num_tokens, self._token_buckets)
+        has_graph = bucket is not None and self._ready("mixed", bucket)
+        if bucket is None or not has_graph:
+            # Triton compiles anew for sizes that 16 does not divide.
+            bucket = min(-(-num_tokens // 16) * 16, self._max_num_tokens)
+        self.inputs.load_mixed(rows, bucket)
         _record(start)
         num_decode = sum(row.is_decode for row in rows)
-        plan = self._token_plan(bucket or num_tokens, num_decode, len(rows), max(row.num_tokens for row in rows))
-        if bucket is not None and self._graphs is not None:
+        plan = self._token_plan(bucket, num_decode, len(rows), max(row.num_tokens for row in rows))
+        if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay_pieces(bucket, plan)
         else:
-            hidden = self.decoder.forward_paged(self._ids(num_tokens), self.last_token, plan, self._pool())
+            hidden = self.decoder.forward_paged(self._ids(bucket), self.last_token, plan, self._pool())
         num_sampling = sum(row.samples for row in rows)
         if not num_sampling:
-            return hidden, hidden[:0], self.last_token[:0]
+            return hidden, hidden[:0], None, self.last_token[:0]
         last = hidden.index_select(0, self.inputs.device["sample_rows"][:num_sampling])
-        return (hidden, *self._sample(last, num_sampling))
+        return (hidden, last, *self._sample(last, num_sampling))
 
     def _sample(self, hidden: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and tokens of the rows to sample; the tokens also become their slots' last."""
@@ -245,15 +307,15 @@ class CudaRunner:
         hidden = self.decoder.forward_paged(self._ids(num_tokens), self.last_token, plan, self._pool())
         self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
 
-    def _capture_pieces(self, bucket: int) -> None:
-        if self._graphs is None:
-            return
+    def warm_up_mixed(self, bucket: int) -> None:
+        """Captures the graphs of a token count, after a run of padding that compiles its kernels."""
         self.warm_up_prefill(bucket)
         plan = self._token_plan(bucket, 0, 0, 0)
-        self._graphs.capture_pieces(
-            bucket,
-            lambda result: self.decoder.pieces(self._ids(bucket), self.last_token, plan, self._pool(), result),
-        )
+        if self._graphs is not None and not self._graphs.has_pieces(bucket):
+            self._graphs.capture_pieces(
+                bucket,
+                lambda result: self.decoder.pieces(self._ids(bucket), self.last_token, plan, self._pool(), result),
+            )
 
     def finish(
         self,
@@ -268,7 +330,11 @@ class CudaRunner:
         if slot.start is not None and slot.end is not None and self._clock_event is not None:
             slot.end.synchronize()
             seconds = slot.start.elapsed_time(slot.end) / 1e3
-            start_time = self._clock_start + self._clock_event.elapsed_time(slot.start) / 1e3
+            elapsed = self._clock_event.elapsed_time(slot.start) / 1e3
+            start_time = self._clock_time + elapsed
+            if elapsed > CLOCK_SECONDS:
+                self._clock_event, slot.end = slot.end, self._clock_event
+                self._clock_time = start_time + seconds
         sampled = slot.tokens.tolist()
         token_ids = [-1] * len(batch.rows)
         found: list[TokenLogprobs | None] | None = None if logprobs is None else [None] * len(batch.rows)
@@ -309,7 +375,8 @@ class _StepFuture(Future[StepResult]):
         try:
             self.set_result(self._runner.finish(*self._parts))
         except Exception as error:  # a kernel's fault surfaces here
-            self.set_exception(error)
+            self.set_exception(self._runner.diagnose(error))
+        self._parts[1].in_use = False
 
 
 def _record(event: torch.cuda.Event | None) -> None:

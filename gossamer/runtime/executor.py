@@ -12,7 +12,8 @@ class Executor(Protocol):
     """Computes batches strictly in the order they are submitted.
 
     `submit` may return before the step is done (a GPU) or compute it first (a CPU); the engine's worker calls it
-    from one thread. The future fails with the step's exception; later submissions must still work.
+    from one thread. The future fails with the step's exception; later submissions must still work, unless it is
+    EngineDead.
     """
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]: ...
