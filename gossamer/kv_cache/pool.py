@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from gossamer.core import KVLayout
+from gossamer.core import KVLayout, StartupError
 
 
 class KVPool:
@@ -41,7 +41,13 @@ class KVPool:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise StartupError(
+                f"{math.prod(shape) * dtype.itemsize} bytes for the KV cache were free at start and are not now: "
+                f"another process takes memory of this GPU.\nUse a smaller --gpu-memory-utilization.\n{error}"
+            ) from error
     # torch.zeros writes every byte: seconds and gigabytes before the first request. Fresh anonymous memory is zero.
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

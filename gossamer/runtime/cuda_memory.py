@@ -5,6 +5,8 @@ The widest steps run once on padding, which also compiles every kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from gossamer.config import EngineConfig
@@ -20,7 +22,8 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
     """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs."""
     device, scheduler = runner.device, config.scheduler
     max_num_seqs, max_tokens = scheduler.max_num_seqs or 1, scheduler.max_num_batched_tokens or 1
-    runner.attach(KVPool(runner.decoder.config.num_layers, layout, 1, config.cache.page_size, device))
+    pool = KVPool(runner.decoder.config.num_layers, layout, 1, config.cache.page_size, device)
+    runner.attach(pool, capture=False)
     with torch.inference_mode(), torch.cuda.stream(runner.stream):
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -28,16 +31,30 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
         runner.warm_up_decode_eagerly(max_num_seqs)
         torch.cuda.synchronize(device)
         temporaries = torch.cuda.max_memory_allocated(device) - held
-        torch.cuda.empty_cache()
-        graphs = 0
-        if runner.captures_graphs:
-            free, _ = torch.cuda.mem_get_info(device)
-            runner.warm_up_decode(max_num_seqs)
-            torch.cuda.synchronize(device)
-            graphs = max(0, free - torch.cuda.mem_get_info(device)[0])
+        graphs = _graph_bytes(runner, max_num_seqs) if runner.captures_graphs else 0
     runner.detach()
     torch.cuda.empty_cache()
     entries = {"temporaries": temporaries}
     if graphs:
-        entries["CUDA graphs"] = int(graphs * GRAPH_SLACK)
+        entries["CUDA graphs"] = graphs
     return entries
+
+
+def _graph_bytes(runner: CudaRunner, max_num_seqs: int) -> int:
+    """Of the graphs of all sizes: memory for the widest, which the others share, and the driver's for each."""
+    num_decode, num_mixed = runner.num_graph_sizes
+    widest = _taken(runner.device, lambda: runner.warm_up_decode(max_num_seqs))
+    runner.warm_up_decode_eagerly(1)  # what its kernels take at first is no graph's
+    another = _taken(runner.device, lambda: runner.warm_up_decode(1))
+    return int(widest * GRAPH_SLACK) + another * (num_decode + num_mixed - 1)
+
+
+def _taken(device: torch.device, action: Callable[[], None]) -> int:
+    """By how much an action lowers the device's free memory, caches aside."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    action()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return max(0, free - torch.cuda.mem_get_info(device)[0])
