@@ -137,10 +137,13 @@ class StepInputs:
         max_pages = self.page_table.shape[1]
         for row in rows:
             if row.new_page_ids:
-                first = row.slot * max_pages + self._num_pages[row.slot]
+                held = self._num_pages[row.slot]
+                if held + len(row.new_page_ids) > max_pages:
+                    raise ValueError(f"slot {row.slot}: {held} and {len(row.new_page_ids)} pages are over {max_pages}")
+                first = row.slot * max_pages + held
                 index += range(first, first + len(row.new_page_ids))
                 pages += row.new_page_ids
-                self._num_pages[row.slot] += len(row.new_page_ids)
+                self._num_pages[row.slot] = held + len(row.new_page_ids)
         staging = self._ring[self._next]
         for low in range(0, len(pages), _PAGE_CHUNK):
             if low:  # a prompt of half a million tokens: its pages go in several copies through one buffer
