@@ -191,7 +191,11 @@ def _attend_pages(
     return peak, weight, total
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_blocks", "window"])
+# The metadata begins behind that of a step's decode rows: no compilation for each alignment.
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "window"],
+    do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"],
+)
 def _prefill_kernel(
     q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
     num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
