@@ -36,13 +36,22 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.set_num_threads(threads)
 
 
-def run(folder: Path, requests: list[tuple[list[int], SamplingParams]], overlap: bool = True) -> list[TokenOutput]:
+def run(
+    folder: Path,
+    requests: list[tuple[list[int], SamplingParams]],
+    overlap: bool = True,
+    device: str = "cpu",
+    paged: bool = False,
+) -> list[TokenOutput]:
     """One output a request, with all of its tokens; then the good requests once more, over the pages just freed."""
+    options = {"device": device, "page_size": 16 if device == "cuda" else 8, "overlap": overlap}
     engine, _ = build_engine(
         make_engine_config(
-            model=str(folder), dtype="float32", page_size=8, max_model_len=64, num_threads=1, overlap=overlap
-        )
-    )
+            model=str(folder), dtype="float32", max_model_len=64, num_threads=1,
+            kv_cache_memory_bytes=1 << 20, **options,
+        ),
+        paged=paged,
+    )  # fmt: skip
     results: list[TokenOutput] = []
     for batch in (requests, GOOD):
         found = [TokenOutput(str(i), []) for i in range(len(batch))]
@@ -59,12 +68,15 @@ def run(folder: Path, requests: list[tuple[list[int], SamplingParams]], overlap:
     return results
 
 
+@pytest.mark.parametrize(
+    ("device", "paged"), [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("overlap", [True, False])
-def test_only_the_request_with_nan_logits_fails(folder: Path, overlap: bool) -> None:
+def test_only_the_request_with_nan_logits_fails(folder: Path, overlap: bool, device: str, paged: bool) -> None:
     clean = [output.token_ids for output in run(folder, GOOD, overlap)[: len(GOOD)]]
     assert all(len(tokens) == 12 for tokens in clean)
     # The last good request begins like the last bad one: before it in the batch, and after its pages are distrusted.
-    mixed = run(folder, [GOOD[0], BAD[0], GOOD[1], GOOD[2], BAD[1]], overlap)
+    mixed = run(folder, [GOOD[0], BAD[0], GOOD[1], GOOD[2], BAD[1]], overlap, device, paged)
     for output in (mixed[1], mixed[4]):
         assert (output.finish_reason, output.token_ids) == ("error", [])
         assert "NaN or infinite" in (output.error or "")
