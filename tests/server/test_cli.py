@@ -39,7 +39,7 @@ def failure(capsys, *argv: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["chat"], ["bench"], ["selftest"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["chat"], ["bench"], ["eval"], ["selftest"], ["info"]])
 def test_help_is_light(command):
     heavy = "{'torch', 'numpy', 'rich', 'tokenizers', 'jinja2', 'fastapi', 'uvicorn', 'zmq', 'msgspec', 'asyncio'}"
     code = (
@@ -167,7 +167,7 @@ def test_hub_cache_from_the_environment(served, monkeypatch):
     ("argv", "says"),
     [
         (["sevre"], "`gossamer serve`"),
-        (["frobnicate"], "serve, generate, chat, bench, selftest, info"),
+        (["frobnicate"], "serve, generate, chat, bench, eval, selftest, info"),
         (["serve", "--max-model-length", "5"], "--max-model-len?"),
         (["serve", "m", "--no-enable-prefix-cachin"], "--no-enable-prefix-caching?"),
         (["serve", "--enable-prefix-cache=1"], "--enable-prefix-caching?"),
