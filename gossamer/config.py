@@ -110,8 +110,8 @@ class LoadConfig:
         "uniform", "experts that dummy weights choose: uniform, or zipf:S (popularity falls as rank^-S)"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of activations and unquantised weights")
-    quantization: Literal["auto", "none", "int8", "int4"] = option(
-        "auto", "weight-only quantisation; auto: int4 or int8 for a quantised GGUF, else none"
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = option(
+        "auto", "fp8, or weights only as int8 or int4 (CPU); auto: as the checkpoint is quantised, else none"
     )
     max_model_len: int | None = option(
         None, "longest prompt + output in tokens, also as 32K (default: the model's, if it fits)", size=True

@@ -24,7 +24,7 @@ from gossamer.ops.gemm.packed import packing_supported
 from gossamer.runtime import ceilings, cuda_memory
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.executor import Executor
-from gossamer.runtime.hardware import detect
+from gossamer.runtime.hardware import detect, require_fp8
 from gossamer.runtime.model_runner import ModelRunner
 
 # A dense copy beside int4/int8 weights doubles prefill speed on a CPU; it is kept while it takes at most this share
@@ -110,16 +110,19 @@ def _count_experts(decoder: Decoder) -> list[ExpertUse]:
 
 
 def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource) -> WeightFormat:
-    """How weights are held: `auto` quantisation is, on a CPU, that of a quantised GGUF file, else none."""
+    """How weights are held: `auto` is fp8 for an FP8 checkpoint, on a CPU int4 or int8 for a quantised GGUF file."""
     quantization = config.load.quantization
     if quantization == "auto":
-        quantization = source.quantization if hardware.device == "cpu" else "none"
+        quantization = source.quantization if hardware.device == "cpu" or source.quantization == "fp8" else "none"
     dtype = getattr(torch, config.load.dtype)
     kernels = hardware.device == "cuda" and config.ops_backend != "reference"
-    fmt = WeightFormat(dtype, torch.device(hardware.device), quantization, kernels=kernels)
-    if quantization != "none":
+    as_stored = source.fp8 is not None
+    fmt = WeightFormat(dtype, torch.device(hardware.device), quantization, kernels=kernels, as_stored=as_stored)
+    if quantization == "fp8":
+        require_fp8(hardware)
+    elif quantization != "none":
         if hardware.device != "cpu":
-            raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization none.")
+            raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization fp8 or none.")
         dense_bytes = _num_parameters(source.config) * dtype.itemsize
         fmt = dataclasses.replace(fmt, keep_dense=dense_bytes <= _DENSE_COPY_FRACTION * hardware.memory_bytes)
     return fmt
@@ -131,17 +134,16 @@ def _num_parameters(model: ModelConfig) -> int:
 
 def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
     """Bytes that the weights will take, before anything is loaded: what does not fit is refused early."""
-    per_weight = bytes_per_weight(fmt)
-    if fmt.quantization != "none" and fmt.keep_dense:
-        per_weight += fmt.dtype.itemsize
     # A tied head holds the embedding once more where it has a layout or a format of its own.
-    own_head = fmt.quantization != "none" or packing_supported(fmt.dtype, fmt.device)
+    own_head = fmt.quantization in ("int8", "int4") or packing_supported(fmt.dtype, fmt.device)
+    copy = fmt.dtype.itemsize if fmt.keep_dense else 0
     total = 0.0
     for name, shape in expected_shapes(model).items():
         size = torch.Size(shape).numel()
-        total += size * (per_weight if len(shape) == 2 and name != "embed.weight" else fmt.dtype.itemsize)
+        per_weight = bytes_per_weight(fmt, name) if len(shape) == 2 else fmt.dtype.itemsize
+        total += size * (per_weight + (copy if len(shape) == 2 and name != "embed.weight" else 0))
         if name == "embed.weight" and model.tie_word_embeddings and own_head:
-            total += size * per_weight
+            total += size * (bytes_per_weight(fmt, "lm_head.weight") + copy)
     return int(total)
 
 

@@ -7,8 +7,10 @@ import re
 import torch
 
 from gossamer.config import MoEConfig
-from gossamer.layers.linear import Part, WeightFormat, dense
+from gossamer.core import StartupError
+from gossamer.layers.linear import FP8_BLOCK, Part, WeightFormat, dense, to_fp8
 from gossamer.ops.moe import moe_mlp
+from gossamer.ops.weights import Fp8Tensor
 
 _NAME = re.compile(r".*\.experts\.(\d+)\.(gate|up|down)\.weight")
 
@@ -17,7 +19,8 @@ class StackedExperts:
     """w_gate_up [num_experts, 2 * intermediate, hidden], rows of gate and up in turn; w_down [num_experts, hidden,
     intermediate]: the layout of `ops.moe.moe_mlp`.
 
-    Both are allocated with the first tensor that comes and filled in place: a layer is never held twice.
+    FP8 experts have scales of 128 x 128 blocks of gate, up and down each, as `ops.gemm_fp8.fp8_moe_mlp` wants them.
+    All is allocated with the first tensor that comes and filled in place: a layer is never held twice.
     """
 
     def __init__(self, prefix: str, config: MoEConfig, backend: str) -> None:
@@ -26,6 +29,8 @@ class StackedExperts:
         ]
         self.w_gate_up: torch.Tensor | None = None
         self.w_down: torch.Tensor | None = None
+        self.gate_up_scales: torch.Tensor | None = None
+        self.down_scales: torch.Tensor | None = None
         self._config = config
         self._backend = backend
 
@@ -35,20 +40,49 @@ class StackedExperts:
         if match is None:
             raise ValueError(f"{name} is no expert's weight")
         expert, kind = int(match[1]), match[2]
-        num_experts, width = self._config.num_experts, self._config.intermediate_size
+        weight = to_fp8(part, fmt) if fmt.quantization == "fp8" else dense(part, fmt)
+        data = weight.data if isinstance(weight, Fp8Tensor) else dense(weight, fmt)
+        width = self._config.intermediate_size
         hidden = part.shape[0] if kind == "down" else part.shape[1]
         if self.w_gate_up is None or self.w_down is None:
-            self.w_gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=fmt.dtype, device=fmt.device)
-            self.w_down = torch.empty(num_experts, hidden, width, dtype=fmt.dtype, device=fmt.device)
+            self._allocate(hidden, data.dtype, fmt.device)
+        if self.w_gate_up is None or self.w_down is None or self.w_down.dtype != data.dtype:
+            raise StartupError(f"{name} is {data.dtype}, other experts of its layer are not.\nUse --quantization none.")
         if kind == "down":
-            self.w_down[expert].copy_(dense(part, fmt))
+            self.w_down[expert].copy_(data)
         else:
-            self.w_gate_up[expert].view(width, 2, hidden)[:, int(kind == "up")].copy_(dense(part, fmt))
+            self.w_gate_up[expert].view(width, 2, hidden)[:, int(kind == "up")].copy_(data)
+        if isinstance(weight, Fp8Tensor) and self.gate_up_scales is not None and self.down_scales is not None:
+            place = self.down_scales[expert] if kind == "down" else self.gate_up_scales[expert, int(kind == "up")]
+            place.copy_(weight.scale)  # a tensor's one scale is that of each block
+
+    def _allocate(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        num_experts, width = self._config.num_experts, self._config.intermediate_size
+        self.w_gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=dtype, device=device)
+        self.w_down = torch.empty(num_experts, hidden, width, dtype=dtype, device=device)
+        if dtype == torch.float8_e4m3fn:
+            across, down = -(-width // FP8_BLOCK), -(-hidden // FP8_BLOCK)
+            self.gate_up_scales = torch.empty(num_experts, 2, across, down, device=device)
+            self.down_scales = torch.empty(num_experts, down, across, device=device)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.w_gate_up, self.w_down) if t is not None]
+        held = (self.w_gate_up, self.w_down, self.gate_up_scales, self.down_scales)
+        return [t for t in held if t is not None]
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         if self.w_gate_up is None or self.w_down is None:
             raise RuntimeError(f"{self.names[0]} used before it was loaded")
-        return moe_mlp(x, topk_weights, topk_ids, self.w_gate_up, self.w_down, backend=self._backend)
+        if self.gate_up_scales is None or self.down_scales is None:
+            return moe_mlp(x, topk_weights, topk_ids, self.w_gate_up, self.w_down, backend=self._backend)
+        from gossamer.ops.gemm_fp8 import fp8_moe_mlp
+
+        return fp8_moe_mlp(
+            x,
+            topk_weights,
+            topk_ids,
+            self.w_gate_up,
+            self.gate_up_scales,
+            self.w_down,
+            self.down_scales,
+            backend=self._backend,
+        )

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are held dense, as int8, or as int4: one module, the format is its parameter.
+"""Linear layers whose weights are held dense, as FP8, int8, or int4: one module, the format is its parameter.
 
 Merged projections (q, k, v; gate, up) are loaded part by part from the unfused canonical checkpoint names.
 """
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from gossamer.ops import gemm_weight_only as wo
 from gossamer.ops.gemm import few_row_linear, use_few_row
 from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
-from gossamer.ops.weights import QuantizedTensor
+from gossamer.ops.weights import Fp8Tensor, QuantizedTensor
 
-Quantization = Literal["none", "int8", "int4"]
-Part = torch.Tensor | QuantizedTensor
+Quantization = Literal["none", "int8", "int4", "fp8"]
+Part = torch.Tensor | QuantizedTensor | Fp8Tensor
+FP8_BLOCK = 128
+Fp8Kind = Literal["block", "channel", "tensor"]
 
 # From this many rows on, torch's packed int4 products on a CPU lose to a packed bf16 product: they take four rows at a
 # time, are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes).
@@ -136,6 +138,58 @@ class Int4Weight:
         return held if self.bias is None else [*held, self.bias]
 
 
+@dataclass(slots=True)
+class Fp8Weight:
+    """E4M3 weight and activations: 1x128 groups against 128x128 blocks, or whole rows against channels or the tensor.
+
+    `quantized` takes what a fused producer made already.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    kind: Fp8Kind
+    bias: torch.Tensor | None = None
+    ue8m0: bool = False
+    backend: str = "auto"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from gossamer.ops.gemm_fp8 import quantize_activation
+
+        q, scales = quantize_activation(x, per_token=self.kind != "block", ue8m0=self.ue8m0, backend=self.backend)
+        return self.quantized(q, scales, x.dtype)
+
+    def quantized(self, q: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """q e4m3 [M, K] with scales fp32 [M, ceil(K / 128)], or [M, 1] unless `kind` is block."""
+        from gossamer.ops.gemm_fp8 import fp8_linear
+
+        return fp8_linear(
+            q,
+            scales,
+            self.weight,
+            self.scale,
+            self.bias,
+            out_dtype=out_dtype,
+            kind=self.kind,
+            backend=self.backend,
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.weight, self.scale, self.bias) if t is not None]
+
+
+@dataclass(slots=True)
+class SplitWeight:
+    """Merged projections whose parts cannot be one matrix: their outputs side by side."""
+
+    weights: list[Weight]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight(x) for weight in self.weights], dim=1)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for weight in self.weights for t in weight.tensors()]
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
     """How a loader turns checkpoint tensors into weights."""
@@ -147,11 +201,17 @@ class WeightFormat:
     """Keep a dense copy beside int8/int4 for prefill: speed for memory (a quantised CPU model only)."""
     kernels: bool = False
     """Multiply few rows with our kernels (a GPU, unless the reference was asked for)."""
+    as_stored: bool = False
+    """Under fp8: what the checkpoint left dense stays dense (an FP8 checkpoint)."""
+
+    @property
+    def backend(self) -> str:
+        return "auto" if self.kernels else "reference"
 
 
 def dense(part: Part, fmt: WeightFormat) -> torch.Tensor:
     """The part as a dense tensor of the format's dtype and device."""
-    tensor = part.dequantize() if isinstance(part, QuantizedTensor) else part
+    tensor = part if isinstance(part, torch.Tensor) else part.dequantize()
     return tensor.to(device=fmt.device, dtype=fmt.dtype)
 
 
@@ -159,11 +219,14 @@ def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: Weig
     """Concatenates parts [N_i, K] along N and stores them in the format's quantisation.
 
     Q4_0 and Q4_1 blocks become int4 without loss; shapes that the int4 operator cannot take fall to int8, then dense.
+    FP8 tensors stay as they are under fp8; parts that cannot be merged with their scales become several products.
     """
     bias = torch.cat([b.to(device=fmt.device, dtype=fmt.dtype) for b in biases]) if biases else None
     num_out, num_in = sum(p.shape[0] for p in parts), parts[0].shape[1]
     if fmt.quantization == "int4" and wo.int4_supported(num_out, num_in):
         return _int4_weight(parts, bias, fmt)
+    if fmt.quantization == "fp8":
+        return _fp8_weight(parts, bias, fmt)
     if fmt.quantization != "none" and wo.int8_supported(num_out, num_in):
         q, scale, copy = _int8_parts(parts, bias, fmt, fmt.dtype)
         return Int8Weight(q, scale, bias, copy)
@@ -172,10 +235,12 @@ def make_weight(parts: Sequence[Part], biases: Sequence[torch.Tensor], fmt: Weig
 
 def make_head(part: Part, fmt: WeightFormat) -> Weight:
     """The projection to the vocabulary. It keeps 8 bits under int4, as quantised checkpoints do: its errors reach
-    every logit. Its products may come back in fp32.
+    every logit. Its products may come back in fp32. Under fp8 it stays as the checkpoint has it.
     """
-    if fmt.quantization == "none":
+    if fmt.quantization == "none" or (fmt.quantization == "fp8" and isinstance(part, Fp8Tensor)):
         return make_weight([part], [], fmt)
+    if fmt.quantization == "fp8":
+        return dense_weight(dense(part, fmt), kernels=fmt.kernels)
     if not wo.int8_exact_supported(*part.shape):
         return make_weight([part], [], dataclasses.replace(fmt, quantization="int8"))
     q, scale, copy = _int8_parts([part], None, fmt, torch.float32)
@@ -203,6 +268,50 @@ def _int4_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFo
     packed, scale_and_zero = wo.pack_int4(q, scale, zero, fmt.dtype)
     copy = dense_weight(wo.dequantize_int4(q, scale, zero, fmt.dtype), bias) if fmt.keep_dense else None
     return Int4Weight(packed, scale_and_zero, q.shape[1] // scale.shape[1], bias, copy)
+
+
+def to_fp8(part: Part, fmt: WeightFormat) -> Part:
+    """The part on the format's device as E4M3 with scales of 128 x 128 blocks, or as it was stored."""
+    if isinstance(part, Fp8Tensor):
+        return part.to(fmt.device)
+    if fmt.as_stored:
+        return dense(part, fmt)
+    from gossamer.ops.gemm_fp8 import quantize_weight
+
+    return Fp8Tensor(*quantize_weight(dense(part, fmt), backend=fmt.backend), (FP8_BLOCK, FP8_BLOCK))
+
+
+def _fp8_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFormat) -> Weight:
+    if not any(isinstance(part, Fp8Tensor) for part in parts):
+        parts = [_cat([dense(part, fmt) for part in parts])]  # one matrix, whose blocks may straddle its parts
+    runs: list[list[Part]] = []
+    for part in (to_fp8(part, fmt) for part in parts):
+        if runs and _mergeable(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    biases = bias.split([sum(p.shape[0] for p in run) for run in runs]) if bias is not None else [None] * len(runs)
+    weights = [_merge(run, part_bias, fmt) for run, part_bias in zip(runs, biases, strict=True)]
+    return weights[0] if len(weights) == 1 else SplitWeight(weights)
+
+
+def _mergeable(last: Part, part: Part) -> bool:
+    """Whether `part` can follow `last` in one matrix: its blocks of rows must begin where a block ends."""
+    if not isinstance(last, Fp8Tensor) or not isinstance(part, Fp8Tensor):
+        return not isinstance(last, Fp8Tensor) and not isinstance(part, Fp8Tensor)
+    if "block" in (last.kind, part.kind):
+        return last.kind == part.kind and last.shape[0] % FP8_BLOCK == 0
+    return True
+
+
+def _merge(run: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFormat) -> Weight:
+    parts = [part for part in run if isinstance(part, Fp8Tensor)]
+    if not parts:
+        return dense_weight(_cat([dense(part, fmt) for part in run]), bias, kernels=fmt.kernels)
+    kind, scales = parts[0].kind, [part.scale for part in parts]
+    if kind != "block" and len(parts) > 1:  # a tensor's one scale is that of each of its rows
+        kind, scales = "channel", [part.scale.expand(part.shape[0], 1) for part in parts]
+    return Fp8Weight(_cat([p.data for p in parts]), _cat(scales), kind, bias, parts[0].ue8m0, fmt.backend)
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

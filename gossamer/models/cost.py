@@ -17,9 +17,12 @@ from gossamer.layers.linear import WeightFormat
 from gossamer.models.shapes import canonical_weights
 
 
-def bytes_per_weight(fmt: WeightFormat) -> float:
-    """Bytes of one element of a projection, scales included."""
-    stored = {"none": fmt.dtype.itemsize, "int8": 1.0, "int4": 0.5 + 2 * fmt.dtype.itemsize / 32}
+def bytes_per_weight(fmt: WeightFormat, template: str = "layers.{i}.mlp.up.weight") -> float:
+    """Bytes of one element of a matrix, scales included: quantised are projections, and the head unless FP8."""
+    never = template in ("embed.weight", *(["lm_head.weight"] if fmt.quantization == "fp8" else []))
+    if never or "router" in template:
+        return fmt.dtype.itemsize
+    stored = {"none": fmt.dtype.itemsize, "int8": 1.0, "int4": 0.5 + 2 * fmt.dtype.itemsize / 32, "fp8": 1 + 4 / 128**2}
     return stored[fmt.quantization]
 
 
@@ -38,9 +41,10 @@ class StepCost:
             part = "experts" if ".experts." in weight.template else weight.template
             part = part if part in ("experts", "embed.weight", "lm_head.weight") else "dense"
             matrix = len(weight.shape) == 2
-            quantized = matrix and part != "embed.weight" and "router" not in weight.template
             sizes[part] += prod(weight.shape) if matrix else 0
-            read[part] += prod(weight.shape) * (bytes_per_weight(fmt) if quantized else fmt.dtype.itemsize)
+            read[part] += prod(weight.shape) * (
+                bytes_per_weight(fmt, weight.template) if matrix else fmt.dtype.itemsize
+            )
         moe = config.moe
         self._config, self._kind, self._kv_itemsize = config, kind, kv_itemsize
         self._moe_layers = config.num_layers - len(moe.dense_layers) if moe else 0
@@ -52,7 +56,7 @@ class StepCost:
         self._embed_bytes = float(config.hidden_size * fmt.dtype.itemsize)
         head_size = config.vocab_size * config.hidden_size
         self._head_flops = 2.0 * head_size
-        self._head_bytes = head_size * bytes_per_weight(fmt)
+        self._head_bytes = head_size * bytes_per_weight(fmt, "lm_head.weight")
         # Layers with equal windows cost the same.
         windows = [config.sliding_window(layer) for layer in range(config.num_layers)]
         self._layers = [(windows.index(window), count) for window, count in Counter(windows).items()]

@@ -105,7 +105,7 @@ class Decoder:
         self.embed = dense(tensor, self.fmt)
         if not self.config.tie_word_embeddings:
             return
-        self.head = make_head(self.embed if self.fmt.quantization == "none" else tensor, self.fmt)
+        self.head = make_head(self.embed if self.fmt.quantization in ("none", "fp8") else tensor, self.fmt)
 
     def _norm_loader(self, block: Block, attribute: str) -> Callable[[str, Part], None]:
         return lambda _, tensor: setattr(block, attribute, dense(tensor, self.fmt))

@@ -12,6 +12,7 @@ from typing import Any
 
 from gossamer.config import ModelConfig, RopeConfig
 from gossamer.core import StartupError
+from gossamer.models.checkpoint_fp8 import fp8_scheme
 
 MAX_INT = 2**31 - 1
 
@@ -100,13 +101,9 @@ class ConfigReader:
 def decoder_config(config: ConfigReader, family: str, **traits: Any) -> ModelConfig:
     """The fields that all families share, with the family's own `traits` (ModelConfig fields) on top.
 
-    Refuses what no family implements: other activations, pre-quantised checkpoints, partial rotary embeddings.
+    Refuses what no family implements: other activations, quantisation other than FP8, partial rotary embeddings.
     """
-    if config.get("quantization_config") is not None:
-        raise StartupError(
-            "quantization_config is present: checkpoints quantised beforehand are not supported.\n"
-            "Use the unquantised checkpoint with --quantization int8 or int4, or a GGUF file."
-        )
+    fp8_scheme(config.get("quantization_config"))  # refuses what is not FP8
     config.require("hidden_act", ("silu",))
     hidden_size = config.integer("hidden_size")
     num_q_heads = config.integer("num_attention_heads")

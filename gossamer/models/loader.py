@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,14 +13,17 @@ from safetensors import SafetensorError, safe_open
 
 from gossamer.config import LoadConfig
 from gossamer.core import StartupError
+from gossamer.models.checkpoint_fp8 import FP8_DTYPE, Fp8Scheme, scale_rows
 from gossamer.models.dummy import dummy_weights
 from gossamer.models.gguf_tensors import stored_rows
 from gossamer.models.source import ModelSource, inspect_model
 from gossamer.models.upcycle import upcycle
-from gossamer.ops.weights import QuantizedTensor, Weight
+from gossamer.models.weight_names import PlannedWeight
+from gossamer.ops.weights import Fp8Tensor, QuantizedTensor, Weight
 
 __all__ = ["ModelSource", "inspect_model", "iter_weights"]
 
+_LOGGER = logging.getLogger(__name__)
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -29,8 +33,8 @@ def iter_weights(
     """Yields (canonical name, weight) for every weight of `source.config`, each of the shape that `shapes.py` expects.
 
     A floating-point weight is a CPU tensor of the checkpoint's dtype, usually a view of the memory-mapped file: copy
-    before writing. A quantised one is a QuantizedTensor. Dummy weights have load.dtype, or the config's under auto,
-    and are drawn on `device`.
+    before writing. A quantised one is a QuantizedTensor or an Fp8Tensor. Dummy weights have load.dtype, or the
+    config's under auto, and are drawn on `device`.
     """
     dtype = _dummy_dtype(source, load)
     if source.kind == "dummy":
@@ -51,27 +55,56 @@ def _dummy_dtype(source: ModelSource, load: LoadConfig) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
-def _safetensors_weights(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+def _safetensors_weights(source: ModelSource) -> Iterator[tuple[str, Weight]]:
     if source.headers is None:
         raise ValueError("a safetensors source has headers")
-    files = source.headers.files
+    files, dtypes, scheme = source.headers.files, source.headers.dtypes, source.fp8
+    if scheme is not None and scheme.static_activations:
+        _LOGGER.warning("The checkpoint's static activation scales are not used: activations are scaled as they come.")
     with ExitStack() as stack:
         shards: dict[Path, Any] = {}
+
+        def shard_of(name: str) -> Any:
+            path = files[name]
+            if path not in shards:
+                shards[path] = stack.enter_context(safe_open(path, framework="pt"))
+            return shards[path]
+
         for planned in source.plan:
-            path = files[planned.stored_name]
+            name = planned.stored_name
             try:
-                if path not in shards:
-                    shards[path] = stack.enter_context(safe_open(path, framework="pt"))
-                shard = shards[path]
-                if planned.expert is None and planned.rows is None:
-                    tensor = shard.get_tensor(planned.stored_name)
-                else:
-                    start, stop = planned.rows or (0, planned.shape[0])
-                    view = shard.get_slice(planned.stored_name)
-                    tensor = view[start:stop] if planned.expert is None else view[planned.expert, start:stop]
+                tensor = _read(shard_of(name), name, planned)
+                scale = None
+                if scheme is not None and dtypes[name] == FP8_DTYPE:
+                    name += scheme.suffix
+                    scale = _read_scale(shard_of(name), name, planned, scheme)
             except (SafetensorError, OSError) as e:
-                raise StartupError(f"Cannot read {planned.stored_name} from {path}: {e}.") from e
-            yield planned.name, tensor
+                raise StartupError(f"Cannot read {name} from {files[name]}: {e}.") from e
+            if scheme is None or scale is None:
+                yield planned.name, tensor
+            else:
+                block = {"tensor": None, "channel": (1, tensor.shape[1]), "block": (128, 128)}[scheme.granularity]
+                yield planned.name, Fp8Tensor(tensor, scale, block, scheme.ue8m0)
+
+
+def _read(shard: Any, name: str, planned: PlannedWeight) -> torch.Tensor:
+    if planned.expert is None and planned.rows is None:
+        tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+    start, stop = planned.rows or (0, planned.shape[0])
+    view = shard.get_slice(name)
+    piece: torch.Tensor = view[start:stop] if planned.expert is None else view[planned.expert, start:stop]
+    return piece
+
+
+def _read_scale(shard: Any, name: str, planned: PlannedWeight, scheme: Fp8Scheme) -> torch.Tensor:
+    """fp32, two-dimensional: the scales of one planned weight."""
+    expert = planned.expert
+    scale = shard.get_tensor(name) if expert is None else shard.get_slice(name)[expert : expert + 1][0]
+    if scheme.granularity != "block":
+        scale = scale.reshape(-1, 1)
+    rows: torch.Tensor = scale[scale_rows(scheme, planned.rows)]
+    return rows.float().contiguous()
 
 
 def _gguf_weights(source: ModelSource) -> Iterator[tuple[str, Weight]]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from gossamer.config import LoadConfig, ModelConfig, MoEConfig
 from gossamer.core import StartupError
+from gossamer.models.checkpoint_fp8 import FP8_DTYPE, Fp8Scheme, check_scales, fp8_scheme, without_scales
 from gossamer.models.gguf_config import hf_config_of_gguf, open_gguf
 from gossamer.models.gguf_file import GGUFFile
 from gossamer.models.gguf_tensors import (
@@ -42,13 +43,15 @@ class ModelSource:
     config: ModelConfig
     stored_config: ModelConfig
     """As the checkpoint has it; differs from `config` only under --upcycle-experts."""
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
     """What --quantization auto means for this checkpoint."""
     plan: tuple[PlannedWeight, ...] = field(default=(), repr=False)
     headers: SafetensorsHeaders | None = field(default=None, repr=False)
     gguf: tuple[GGUFFile, ...] = field(default=(), repr=False)
     interleaved_heads: dict[str, int] | None = None
     """Heads of q and k whose rows a GGUF file holds interleaved."""
+    fp8: Fp8Scheme | None = None
+    """How the FP8 tensors of a safetensors checkpoint are scaled."""
 
 
 def inspect_model(load: LoadConfig) -> ModelSource:
@@ -92,19 +95,28 @@ def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
     ends = ConfigReader(generation, "generation_config.json: ").token_ids("eos_token_id")
     ends = merge_token_ids(config.vocab_size, config.eos_token_ids, ends, tokenizer_end(tokenizer))
     config = dataclasses.replace(config, eos_token_ids=ends)
+    scheme = fp8_scheme(raw.get("quantization_config"))
+    quantization: Literal["none", "fp8"] = "fp8" if scheme is not None and scheme.quantizes_activations else "none"
     if dummy:
-        return ModelSource("dummy", folder, config, config)
+        return ModelSource("dummy", folder, config, config, quantization)
     headers = read_headers(weight_files(folder))
-    plan = tuple(plan_weights(config, family.weights, headers.shapes, _IGNORABLE))
+    stored = headers.shapes if scheme is None else without_scales(headers.shapes)
+    plan = tuple(plan_weights(config, family.weights, stored, _IGNORABLE))
+    if scheme is not None:
+        check_scales(plan, scheme, headers.shapes, headers.dtypes)
     for planned in plan:
-        if headers.dtypes[planned.stored_name] not in SAFETENSORS_DTYPES:
+        dtype = headers.dtypes[planned.stored_name]
+        if dtype not in SAFETENSORS_DTYPES and (dtype, len(planned.shape), scheme is None) != (FP8_DTYPE, 2, False):
             raise StartupError(
-                f"The tensor {planned.stored_name} has the dtype {headers.dtypes[planned.stored_name]}; supported: "
-                f"{', '.join(SAFETENSORS_DTYPES)}.\nUse an unquantised checkpoint, with --quantization int8 or int4."
+                f"The tensor {planned.stored_name} has the dtype {dtype}; supported: {', '.join(SAFETENSORS_DTYPES)}; "
+                f"{FP8_DTYPE} under a quantization_config.\n"
+                "Use an unquantised checkpoint, with --quantization fp8, int8 or int4."
             )
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
-        config = dataclasses.replace(config, dtype=SAFETENSORS_DTYPES[headers.dtypes[plan[0].stored_name]])
-    return ModelSource("safetensors", folder, config, config, plan=plan, headers=headers)
+        config = dataclasses.replace(
+            config, dtype=SAFETENSORS_DTYPES.get(headers.dtypes[plan[0].stored_name], "bfloat16")
+        )
+    return ModelSource("safetensors", folder, config, config, quantization, plan, headers, fp8=scheme)
 
 
 def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:

@@ -1,14 +1,14 @@
-"""A weight as a checkpoint stores it: a torch tensor, or quantised blocks that stay packed until a layer wants them.
+"""A weight as a checkpoint stores it: dense, FP8 with scales, or blocks that stay packed until a layer wants them.
 
-The loader yields these and the layers choose the form to keep (int4, int8 or floating point), so the type lies below
-both. Block layouts are ggml's; the int4 convention is that of torch's packed CPU kernel.
+The loader yields these and the layers choose the form to keep (int4, int8, FP8 or floating point), so the types lie
+below both. Block layouts are ggml's; the int4 convention is that of torch's packed CPU kernel.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,7 +66,49 @@ class QuantizedTensor:
         return self.data.nbytes
 
 
-Weight = torch.Tensor | QuantizedTensor
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Tensor:
+    """E4M3 `data` [N, K] with scales: w = data * scale.
+
+    block: (rows, columns) that share a scale: (128, 128) for blocks, (1, K) per channel, None per tensor. scale: fp32
+    [ceil(N / rows), ceil(K / columns)], [1, 1] per tensor.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int] | None = None
+    ue8m0: bool = False
+    """Activations that meet it are to be scaled by powers of two."""
+
+    def __post_init__(self) -> None:
+        rows, columns = self.block or self.shape
+        expected = (-(-self.shape[0] // rows), -(-self.shape[1] // columns))
+        if self.data.dtype != torch.float8_e4m3fn or self.scale.shape != expected:
+            raise ValueError(
+                f"{self.data.dtype} {self.shape} with scales {tuple(self.scale.shape)}, not E4M3 with {expected}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def kind(self) -> Literal["block", "channel", "tensor"]:
+        return "tensor" if self.block is None else "channel" if self.block[0] == 1 else "block"
+
+    def dequantize(self) -> torch.Tensor:
+        """The values as fp32 [N, K]."""
+        scale = self.scale
+        for dim, size in enumerate(self.block or ()):
+            if size > 1:
+                scale = scale.repeat_interleave(size, dim)
+        return self.data.float() * (scale if self.block is None else scale[: self.shape[0], : self.shape[1]])
+
+    def to(self, device: torch.device) -> Fp8Tensor:
+        return Fp8Tensor(self.data.to(device), self.scale.to(device), self.block, self.ue8m0)
+
+
+Weight = torch.Tensor | QuantizedTensor | Fp8Tensor
 
 
 def _half(raw: Bytes) -> Floats:

@@ -13,6 +13,8 @@ from gossamer.core import StartupError
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first with bf16 products."""
+FP8_CAPABILITY = (8, 9)
+"""Ada: the first with FP8 products."""
 
 
 def detect(device: str) -> Hardware:
@@ -49,6 +51,14 @@ def _cuda_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the kernels need the package triton, which is not installed.\npip install triton, or use --device cpu."
     return None
+
+
+def require_fp8(hardware: Hardware) -> None:
+    """Raises StartupError on a GPU without FP8 products; on a CPU torch computes them."""
+    if hardware.device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise StartupError(
+            f"{hardware.name} has no FP8 products (compute capability 8.9 or newer has); use --quantization none."
+        )
 
 
 def available_memory() -> int:

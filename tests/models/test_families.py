@@ -159,7 +159,7 @@ def test_model_type_decides_without_architectures() -> None:
         ({"architectures": ..., "model_type": "t5"}, "t5"),
         ({"architectures": ..., "model_type": ...}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
