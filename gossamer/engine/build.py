@@ -110,12 +110,17 @@ def _count_experts(decoder: Decoder) -> list[ExpertUse]:
 
 
 def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource) -> WeightFormat:
-    """How weights are held: `auto` is fp8 for an FP8 checkpoint, on a CPU int4 or int8 for a quantised GGUF file."""
+    """How weights are held: `auto` is, on a CPU, that of an FP8 checkpoint or a quantised GGUF file, else none."""
     quantization = config.load.quantization
-    if quantization == "auto":
-        quantization = source.quantization if hardware.device == "cpu" or source.quantization == "fp8" else "none"
-    dtype = getattr(torch, config.load.dtype)
     kernels = hardware.device == "cuda" and config.ops_backend != "reference"
+    if quantization == "auto":
+        quantization = source.quantization if hardware.device == "cpu" else "none"
+    elif quantization == "fp8" and kernels:
+        raise StartupError(
+            "--quantization fp8: this version has FP8 products for CPUs only.\n"
+            "Use --quantization none: FP8 checkpoints are dequantised, weights stay in --dtype."
+        )
+    dtype = getattr(torch, config.load.dtype)
     as_stored = source.fp8 is not None
     fmt = WeightFormat(dtype, torch.device(hardware.device), quantization, kernels=kernels, as_stored=as_stored)
     if quantization == "fp8":

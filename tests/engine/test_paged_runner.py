@@ -3,6 +3,7 @@ on the ops' references and without graphs, so that all but the kernels is proved
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_sampling_logprobs_and_penalties(device: str, tmp_path: Path) -> None:
         expected = run(folder, params, paged=False, device="cpu")
         found = run(folder, params, paged=True, device=device)
         assert tokens(found) == tokens(expected)
-        for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+        for one, other in zip(chain(*found), chain(*expected), strict=True):
             for kind in ("logprobs", "prompt_logprobs"):
                 for a, b in zip(getattr(one, kind) or [], getattr(other, kind) or [], strict=True):
                     assert a.token_ids == b.token_ids

@@ -39,7 +39,9 @@ def failure(capsys, *argv: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["chat"], ["bench"], ["eval"], ["selftest"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["generate"], ["chat"], ["bench"], ["eval"], ["selftest"], ["info"]]
+)
 def test_help_is_light(command):
     heavy = "{'torch', 'numpy', 'rich', 'tokenizers', 'jinja2', 'fastapi', 'uvicorn', 'zmq', 'msgspec', 'asyncio'}"
     code = (
