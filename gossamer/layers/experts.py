@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 
 import torch
 
 from gossamer.config import MoEConfig
 from gossamer.core import StartupError
-from gossamer.layers.linear import FP8_BLOCK, Part, WeightFormat, dense, to_fp8
+from gossamer.layers.linear import Part, WeightFormat, dense, to_fp8
+from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, quantize_weight
 from gossamer.ops.moe import moe_mlp
 from gossamer.ops.weights import Fp8Tensor
 
+_LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r".*\.experts\.(\d+)\.(gate|up|down)\.weight")
 
 
@@ -41,6 +45,10 @@ class StackedExperts:
             raise ValueError(f"{name} is no expert's weight")
         expert, kind = int(match[1]), match[2]
         weight = to_fp8(part, fmt) if fmt.quantization == "fp8" else dense(part, fmt)
+        if isinstance(weight, Fp8Tensor) and weight.kind == "channel":
+            _say_requantised()
+            scaled = quantize_weight(weight.dequantize(), backend=fmt.backend)
+            weight = Fp8Tensor(*scaled, (FP8_BLOCK, FP8_BLOCK), weight.ue8m0)
         data = weight.data if isinstance(weight, Fp8Tensor) else dense(weight, fmt)
         width = self._config.intermediate_size
         hidden = part.shape[0] if kind == "down" else part.shape[1]
@@ -74,8 +82,6 @@ class StackedExperts:
             raise RuntimeError(f"{self.names[0]} used before it was loaded")
         if self.gate_up_scales is None or self.down_scales is None:
             return moe_mlp(x, topk_weights, topk_ids, self.w_gate_up, self.w_down, backend=self._backend)
-        from gossamer.ops.gemm_fp8 import fp8_moe_mlp
-
         return fp8_moe_mlp(
             x,
             topk_weights,
@@ -86,3 +92,11 @@ class StackedExperts:
             self.down_scales,
             backend=self._backend,
         )
+
+
+@functools.cache
+def _say_requantised() -> None:
+    _LOGGER.warning(
+        "The checkpoint's experts have a scale per channel. Grouped FP8 products take blocks of 128 x 128: the experts "
+        "are quantised once more, which costs some precision. --quantization none keeps it."
+    )

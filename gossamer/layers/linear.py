@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from gossamer.ops import gemm_weight_only as wo
 from gossamer.ops.gemm import few_row_linear, use_few_row
 from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
+from gossamer.ops.gemm_fp8 import FP8_BLOCK, Fp8Kind, fp8_linear, quantize_activation, quantize_weight
 from gossamer.ops.weights import Fp8Tensor, QuantizedTensor
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 Part = torch.Tensor | QuantizedTensor | Fp8Tensor
-FP8_BLOCK = 128
-Fp8Kind = Literal["block", "channel", "tensor"]
 
 # From this many rows on, torch's packed int4 products on a CPU lose to a packed bf16 product: they take four rows at a
 # time, are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes).
@@ -153,15 +152,11 @@ class Fp8Weight:
     backend: str = "auto"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        from gossamer.ops.gemm_fp8 import quantize_activation
-
         q, scales = quantize_activation(x, per_token=self.kind != "block", ue8m0=self.ue8m0, backend=self.backend)
         return self.quantized(q, scales, x.dtype)
 
     def quantized(self, q: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """q e4m3 [M, K] with scales fp32 [M, ceil(K / 128)], or [M, 1] unless `kind` is block."""
-        from gossamer.ops.gemm_fp8 import fp8_linear
-
         return fp8_linear(
             q,
             scales,
@@ -276,8 +271,6 @@ def to_fp8(part: Part, fmt: WeightFormat) -> Part:
         return part.to(fmt.device)
     if fmt.as_stored:
         return dense(part, fmt)
-    from gossamer.ops.gemm_fp8 import quantize_weight
-
     return Fp8Tensor(*quantize_weight(dense(part, fmt), backend=fmt.backend), (FP8_BLOCK, FP8_BLOCK))
 
 
