@@ -111,7 +111,7 @@ class LoadConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of activations and unquantised weights")
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = option(
-        "auto", "fp8, or weights only as int8 or int4 (CPU); auto: as the checkpoint is quantised, else none"
+        "auto", "fp8, or weights only as int8 or int4, on a CPU; auto: there as the checkpoint is quantised, else none"
     )
     max_model_len: int | None = option(
         None, "longest prompt + output in tokens, also as 32K (default: the model's, if it fits)", size=True

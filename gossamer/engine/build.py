@@ -127,7 +127,7 @@ def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource)
         require_fp8(hardware)
     elif quantization != "none":
         if hardware.device != "cpu":
-            raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization fp8 or none.")
+            raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization none.")
         dense_bytes = _num_parameters(source.config) * dtype.itemsize
         fmt = dataclasses.replace(fmt, keep_dense=dense_bytes <= _DENSE_COPY_FRACTION * hardware.memory_bytes)
     return fmt

@@ -54,7 +54,7 @@ def fp8_scheme(config: object) -> Fp8Scheme | None:
 def _refused(what: str) -> StartupError:
     return StartupError(
         f"quantization_config: {what} is not supported; FP8 (E4M3) is, in blocks of 128 x 128, per channel or per "
-        "tensor.\nUse such a checkpoint, or the unquantised one with --quantization fp8, int8 or int4."
+        "tensor.\nUse such a checkpoint, or the unquantised one (on a CPU also with --quantization fp8, int8 or int4)."
     )
 
 

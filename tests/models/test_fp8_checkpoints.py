@@ -385,3 +385,14 @@ def test_stacked_experts_of_every_granularity(granularity: str) -> None:
         expected += share[:, e : e + 1] * (inner @ dense["down"])
     ids = torch.tensor([[0, 1]], dtype=torch.int32).expand(40, 2)
     assert error(experts(x, share, ids).double(), expected) < (0.08 if granularity == "channel" else 0.06)
+
+
+def test_activation_scales_are_powers_of_two_where_the_checkpoint_was_trained_so(tmp_path: Path) -> None:
+    save_fp8_checkpoint(tmp_path, "qwen3", "block", ALIGNED | FAMILIES["qwen3"])
+    plain = logits(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load = LoadConfig(model=str(tmp_path))
+    assert dict(iter_weights(inspect_model(load), load))["layers.0.mlp.down.weight"].ue8m0
+    assert 0 < error(logits(tmp_path), plain) < 0.3
