@@ -1,7 +1,7 @@
 """Writes the tables of the documents from the committed results: `python benchmarks/tables.py`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a file under benchmarks/results. Where that
-file does not exist yet, the text in between stays: it says which command measures.
+file does not exist yet, the command that writes it stands there instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+MAX_COLUMNS = 8
+"""Of medians by implementation and case: more cases than this become rows."""
+
 Rows = dict[str, dict[str, Any]]
 
 
@@ -23,12 +26,23 @@ def rows_of(report: dict[str, Any]) -> Rows:
     if "table" in report:
         return dict(report["table"])
     if "cases" in report:
-        return {name: {"us": case["median"], "floor": case["floor"]} for name, case in report["cases"].items()}
-    medians = report["median"]
+        return {
+            name: {"us": case["median"], "floor": case["floor"], "of floor": case["floor"] / case["median"]}
+            for name, case in report["cases"].items()
+        }
+    medians, floors = report["median"], report.get("floor", {})
     if any(isinstance(value, dict) for value in medians.values()):
-        return dict(medians)
-    floors = report.get("floor", {})
+        return by_case(medians, floors) if max(map(len, medians.values())) > MAX_COLUMNS else dict(medians)
     return {name: {"median": value, "floor": floors.get(name, "")} for name, value in medians.items()}
+
+
+def by_case(medians: Rows, floors: dict[str, float]) -> Rows:
+    """A row for each case, a column for each implementation, and the floor where there is one."""
+    rows: Rows = {}
+    for implementation, values in medians.items():
+        for case, value in values.items():
+            rows.setdefault(case, {"floor": floors[case]} if case in floors else {})[implementation] = value
+    return rows
 
 
 def sampling_rows(results: list[dict[str, Any]]) -> Rows:
@@ -69,9 +83,22 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(report)])
 
 
+def missing(name: str) -> str:
+    """Which command measures what is not there yet. Raises ValueError for a name that no benchmark writes."""
+    stem = name.rpartition("/")[2]
+    command = f"python benchmarks/ops/bench_{stem}.py --out benchmarks/results/{name}.json"
+    if stem == "standard_bf16":
+        command = "python benchmarks/serving/standard.py"
+    if not (ROOT / command.split()[1]).exists():
+        raise ValueError(f"no benchmark writes benchmarks/results/{name}.json")
+    device = {"h100": "an H100", "cpu": "a CPU"}.get(name.partition("/")[0], name.partition("/")[0])
+    return f"Not measured on {device} yet: run `{command}`, then `python benchmarks/tables.py`."
+
+
 def section(match: re.Match[str]) -> str:
     path = ROOT / "benchmarks" / "results" / f"{match[2]}.json"
-    return f"{match[1]}{table(json.loads(path.read_text()))}\n{match[3]}" if path.exists() else match[0]
+    text = table(json.loads(path.read_text())) if path.exists() else missing(match[2])
+    return f"{match[1]}{text}\n{match[3]}"
 
 
 def main() -> None:
