@@ -409,7 +409,7 @@ def grouped_configs(num_assignments: int, num_experts: int, element_size: int) -
     return GroupedConfig(128, 256, 64, 8, 3, True), GroupedConfig(128, 256, 64, 8, 4, True)
 
 
-class _Order(NamedTuple):
+class ExpertOrder(NamedTuple):
     """Assignments sorted by expert in whole blocks, `num_assignments` as padding; how many blocks the device knows."""
 
     rows: torch.Tensor
@@ -417,11 +417,11 @@ class _Order(NamedTuple):
     num_blocks: torch.Tensor
 
 
-def _sort(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> _Order:
+def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertOrder:
     num_assignments, device = topk_ids.numel(), topk_ids.device
     most_blocks = min(num_assignments, num_assignments // block_m + num_experts)
     buffer = torch.empty(most_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
-    order = _Order(buffer[: most_blocks * block_m], buffer[most_blocks * block_m : -1], buffer[-1:])
+    order = ExpertOrder(buffer[: most_blocks * block_m], buffer[most_blocks * block_m : -1], buffer[-1:])
     block_e = triton.next_power_of_2(num_experts)
     options: dict[str, Any] = {**overlap_options(topk_ids), "BLOCK_E": block_e}
     if num_assignments <= SMALL_SORT:
@@ -441,8 +441,8 @@ def _sort(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> _Order:
 
 
 def _grouped_product(
-    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: _Order, topk_ids: torch.Tensor, config: GroupedConfig,
-    *, gated: bool,
+    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: ExpertOrder, topk_ids: torch.Tensor,
+    config: GroupedConfig, *, gated: bool,
 ) -> None:  # fmt: skip
     num_experts, n, k = w.shape
     num_tiles = order.block_expert.numel() * triton.cdiv(n, config.block_n)
@@ -456,6 +456,15 @@ def _grouped_product(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, **overlap_options(a),
     )  # fmt: skip
+
+
+def combine(y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out[t] = the sum over k of weights[t, k] * y[t * top_k + k]; assignments with id -1 are left out."""
+    block = min(1024, triton.next_power_of_2(out.shape[1]))
+    _combine_kernel[(out.shape[0], triton.cdiv(out.shape[1], block))](
+        y, weights, ids, out, out.shape[1], TOP_K=ids.shape[1], BLOCK=block, num_warps=4, **overlap_options(out)
+    )
+    return out
 
 
 def _moe_gemv(
@@ -477,21 +486,15 @@ def _moe_gemv(
 def moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
 ) -> torch.Tensor:
-    (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
-    num_experts, _, inter = w_down.shape
-    if num_tokens == 0:
+    num_experts, hidden, inter = w_down.shape
+    if x.shape[0] == 0:
         return torch.empty_like(x)
-    if num_tokens <= GEMV_TOKENS:
+    if x.shape[0] <= GEMV_TOKENS:
         return _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down)
     gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
-    order = _sort(topk_ids, num_experts, gate_up.block_m)
+    order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     act = x.new_empty(order.rows.numel(), inter)
     _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True)
     y = x.new_empty(topk_ids.numel(), hidden)
     _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
-    out = torch.empty_like(x)
-    block = min(1024, triton.next_power_of_2(hidden))
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y, topk_weights, topk_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4, **overlap_options(x)
-    )
-    return out
+    return combine(y, topk_weights, topk_ids, torch.empty_like(x))

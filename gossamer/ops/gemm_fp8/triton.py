@@ -1,0 +1,426 @@
+"""FP8 products on the device: dense and by expert, promoted to fp32 with their scales after every 128 of K.
+
+One kernel holds tiles of either operand in front: with few rows the weight's are (a tensor core wants 64), with many
+x's. Experts' gate and up rows alternate in memory; a tile reads both as matrices of twice the row length.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.moe.triton import combine, sort_by_expert
+from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, quantize_activation, quantize_rows
+
+BLOCK_K = 128
+GEMV_ROWS = 2  # up to here dense products run on the CUDA cores, which start sooner
+GEMV_TOKENS = 2  # up to here hardly any two tokens share an expert
+GEMV_WIDTH = 16384  # a row of the weight is held in registers
+
+
+@triton.jit
+def _multiply(acc, w, a, scale, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc + (a @ w.T) * scale[row of a], transposed with SWAP. Without PROMOTE the tensor cores keep the sum."""
+    if SWAP:
+        if PROMOTE:
+            acc += tl.dot(w, a.T) * scale[None, :]
+        else:
+            acc = tl.dot(w, a.T, acc)
+    else:
+        if PROMOTE:
+            acc += tl.dot(a, w.T) * scale[:, None]
+        else:
+            acc = tl.dot(a, w.T, acc)
+    return acc
+
+
+@triton.jit
+def _add_splits(acc, partial, offsets, stride, SPLIT_K: tl.constexpr):
+    """The sum of what the programs of a tile left in `partial`, in their order."""
+    acc = tl.zeros_like(acc)
+    for split in tl.static_range(SPLIT_K):
+        acc += tl.load(partial + split * stride + offsets, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _product_kernel(
+    a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
+    num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, a_groups,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
+    BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, DTYPE: tl.constexpr, SWAP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    FLATTEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
+
+    GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored in sorted order, fp32 or
+    quantised. Else parts are neighbouring columns, and with TOP_K row i belongs to assignment rows[i].
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    STEP: tl.constexpr = BLOCK_N if GATED else BLOCK_N * PARTS
+    HEIGHT: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
+    WIDTH: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
+    n_tiles, n_blocks, groups = tl.cdiv(N, STEP), tl.cdiv(N, 128), tl.cdiv(K, 128)
+    num_blocks = tl.load(num_blocks_ptr) if TOP_K else tl.cdiv(num_rows, BLOCK_M)
+    span = tl.cdiv(groups, SPLIT_K) * 128
+    start = tl.program_id(1) * span
+    columns = tl.arange(0, 128)
+    for tile in tl.range(tl.program_id(0), num_blocks * n_tiles, tl.num_programs(0), flatten=FLATTEN):
+        # Tiles that run at one time share rows and columns, so that both come from L2.
+        band = tile // (GROUP_M * n_tiles) * GROUP_M
+        height = tl.minimum(num_blocks - band, GROUP_M)
+        block = band + tile % (GROUP_M * n_tiles) % height
+        n = tile % (GROUP_M * n_tiles) // height * STEP
+        position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        expert = tl.load(block_expert_ptr + block) if TOP_K else 0
+        row = tl.load(rows_ptr + position) if TOP_K else position
+        inside = row < num_rows
+        a_row = row // TOP_K if GATED else position
+        w_row = expert * N + n
+        # Past the end the last block's scale serves: nothing there is stored.
+        scale_row0 = ((expert * 2 if GATED else expert) * n_blocks + n // 128) * groups
+        last = tl.minimum((n + BLOCK_N) // 128, n_blocks - 1)
+        scale_row1 = (((expert * 2 + 1) * n_blocks + n // 128) if GATED else (expert * n_blocks + last)) * groups
+        acc0 = tl.zeros([HEIGHT, WIDTH], tl.float32)
+        acc1 = tl.zeros([HEIGHT, WIDTH], tl.float32)
+        for k in range(start, tl.minimum(start + span, K), 128):
+            group = k // 128
+            scale = tl.load(a_scales_ptr + a_row * a_groups + tl.minimum(group, a_groups - 1), inside, 0.0)
+            scale0, scale1 = scale, scale
+            if BLOCK_SCALES:
+                scale0 = scale * tl.load(w_scales_ptr + scale_row0 + group)
+            if BLOCK_SCALES and PARTS == 2:
+                scale1 = scale * tl.load(w_scales_ptr + scale_row1 + group)
+            if GATED:
+                mask = inside[:, None] & (columns < K - k)[None, :]
+                a = tl.load(a_ptr + a_row[:, None].to(tl.int64) * K + k + columns[None, :], mask=mask, other=0.0)
+            else:
+                a = a_desc.load([block * BLOCK_M, k])
+            acc0 = _multiply(acc0, w_desc.load([w_row, k]), a, scale0, SWAP, PROMOTE)
+            if PARTS == 2:
+                w1 = w_desc.load([w_row, K + k] if GATED else [w_row + BLOCK_N, k])
+                acc1 = _multiply(acc1, w1, a, scale1, SWAP, PROMOTE)
+        if SPLIT_K > 1:
+            # The last of a tile's programs adds the parts in their order, whatever order they came in.
+            AREA: tl.constexpr = HEIGHT * WIDTH
+            offsets = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :] + tile * (PARTS * AREA)
+            stride = tl.num_programs(0) * PARTS * AREA
+            tl.store(partial_ptr + tl.program_id(1) * stride + offsets, acc0)
+            if PARTS == 2:
+                tl.store(partial_ptr + tl.program_id(1) * stride + offsets + AREA, acc1)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+            inside = row < tl.where(arrived == SPLIT_K - 1, num_rows, 0)
+            if arrived == SPLIT_K - 1:
+                tl.store(counters_ptr + tile, 0)
+                acc0 = _add_splits(acc0, partial_ptr, offsets, stride, SPLIT_K)
+                if PARTS == 2:
+                    acc1 = _add_splits(acc1, partial_ptr, offsets + AREA, stride, SPLIT_K)
+        for part in tl.static_range(1 if GATED else PARTS):
+            out_column = n + part * BLOCK_N + tl.arange(0, BLOCK_N)
+            known = out_column < N
+            acc = acc1 if part else acc0
+            y = acc.T if SWAP else acc
+            if not PROMOTE:
+                y *= tl.load(a_scales_ptr + a_row * a_groups, inside, 0.0)[:, None]
+                y *= tl.load(w_scales_ptr + scale_row0) if BLOCK_SCALES else 1.0
+            if not BLOCK_SCALES:
+                y *= tl.load(w_scales_ptr + out_column * CHANNEL_STEP, known, 0.0)[None, :]
+            if GATED:
+                up = acc1.T if SWAP else acc1
+                y = tl.where(known[None, :], y / (1.0 + tl.exp(-y)) * up, 0.0)
+            if BIAS:
+                y += tl.load(bias_ptr + out_column, known, 0.0).to(tl.float32)[None, :]
+            out_row = position if GATED else row
+            out_ptrs = out_ptr + out_row[:, None].to(tl.int64) * N + out_column[None, :]
+            if QUANTIZE:
+                q, out_scale = quantize_rows(y, False, DTYPE)
+                tl.store(out_ptrs, q, mask=inside[:, None] & known[None, :])
+                tl.store(out_scales_ptr + position.to(tl.int64) * n_blocks + n // 128, out_scale, mask=inside)
+            else:
+                tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside[:, None] & known[None, :])
+
+
+@triton.jit
+def _rows_kernel(
+    q, scales, weight, w_scales, bias, out, num_out, width, groups, a_groups,
+    M: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N whole rows of the weight times M rows of x on the CUDA cores."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.arange(0, GROUPS)
+    k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = (n < num_out)[:, None, None] & (k < width)[None, :, :]
+    # Weights do not depend on earlier kernels: their reads may overlap the end of the one before.
+    w = tl.load(weight + n[:, None, None].to(tl.int64) * width + k[None, :, :], mask, 0.0)
+    if BLOCK_SCALES:
+        shared = tl.load(w_scales + tl.program_id(0) * BLOCK_N // 128 * groups + group, group < groups, 0.0)
+    else:
+        channel = tl.load(w_scales + n * CHANNEL_STEP, n < num_out, 0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for m in tl.static_range(M):
+        scale = tl.load(scales + m * a_groups + tl.minimum(group, a_groups - 1), group < groups, 0.0)
+        if BLOCK_SCALES:
+            scale *= shared
+        x = tl.load(q + m * width + k, k < width, 0.0).to(tl.float32) * scale[:, None]
+        y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)
+        if not BLOCK_SCALES:
+            y *= channel
+        if BIAS:
+            y += tl.load(bias + n, n < num_out, 0.0).to(tl.float32)
+        tl.store(out + m * num_out + n, y.to(out.dtype.element_ty), n < num_out)
+
+
+@triton.jit
+def _gate_up_gemv_kernel(
+    q_ptr, scales_ptr, w_ptr, w_scales_ptr, ids_ptr, act_ptr, hidden, inter,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of one assignment for BLOCK_N columns, in fp32."""
+    assignment = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    part = tl.arange(0, 2)
+    group = tl.arange(0, GROUPS)
+    k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(ids_ptr + assignment).to(tl.int64)
+    if expert < 0:
+        return
+    token = assignment // TOP_K
+    groups = tl.cdiv(hidden, 128)
+    rows = (expert * inter + n)[:, None] * 2 + part[None, :]
+    w_ptrs = w_ptr + rows[:, :, None, None] * hidden + k[None, None, :, :]
+    w_scale_row = ((expert * 2 + part) * tl.cdiv(inter, 128) + first // 128) * groups
+    acc = tl.zeros([BLOCK_N, 2, GROUPS, 128], tl.float32)
+    for start in tl.range(0, groups, GROUPS, num_stages=STAGES):
+        inside = k < hidden - start * 128
+        w = tl.load(w_ptrs + start * 128, (n < inter)[:, None, None, None] & inside[None, None, :, :], 0.0)
+        x = tl.load(q_ptr + token * hidden + start * 128 + k, inside, 0.0).to(tl.float32)
+        known = start + group < groups
+        x *= tl.load(scales_ptr + token * groups + start + group, known, 0.0)[:, None]
+        w_scale = tl.load(w_scales_ptr + w_scale_row[:, None] + (start + group)[None, :], known[None, :], 0.0)
+        acc += w.to(tl.float32) * (x[None, :, :] * w_scale[:, :, None])[None, :, :, :]
+    gate, up = tl.split(tl.sum(tl.sum(acc, 3), 2))
+    tl.store(act_ptr + assignment * inter + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < inter)
+
+
+@triton.jit
+def _down_gemv_kernel(
+    act_ptr, w_ptr, w_scales_ptr, weights_ptr, ids_ptr, out_ptr, hidden, inter,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t, n] = the weighted sum over the token's experts, for BLOCK_N columns; quantises what it reads."""
+    token = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
+    slots = tl.arange(0, SLOTS)
+    columns = tl.arange(0, 128)
+    groups = tl.cdiv(inter, 128)
+    # The gate-up kernel let this one start after it had waited for whatever wrote the ids: they are final already.
+    ids = tl.load(ids_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    w_rows = (ids[None, :] * hidden + rows[:, None])[:, :, None] * inter
+    w_scale_row = (ids * tl.cdiv(hidden, 128) + first // 128) * groups
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    weights = tl.load(weights_ptr + token * TOP_K + slots, mask=(slots < TOP_K) & (ids >= 0), other=0.0)
+    acc = tl.zeros([BLOCK_N, SLOTS, 128], tl.float32)
+    for group in tl.range(0, groups, num_stages=STAGES):
+        k = group * 128 + columns
+        inside = (ids >= 0)[:, None] & (k < inter)[None, :]
+        mask = (rows < hidden)[:, None, None] & inside[None, :, :]
+        w = tl.load(w_ptr + w_rows + k[None, None, :], mask=mask, other=0.0)
+        act = tl.load(act_ptr + (token * TOP_K + slots)[:, None] * inter + k[None, :], mask=inside, other=0.0)
+        q, scale = quantize_rows(act, False, DTYPE)
+        scale *= weights * tl.load(w_scales_ptr + w_scale_row + group, mask=ids >= 0, other=0.0)
+        acc += w.to(tl.float32) * (q.to(tl.float32) * scale[:, None])[None, :, :]
+    out = tl.sum(tl.sum(acc, 2), 1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * hidden + rows, out, mask=rows < hidden)
+
+
+class Config(NamedTuple):
+    """Tile of a product. `parts`: tiles of block_n weight rows that share one of x (gate and up always do); `swap`: the
+    weight in front; `split_k`: programs that share a tile's K; `persistent`: one program per multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    parts: int
+    num_warps: int
+    num_stages: int
+    swap: bool
+    split_k: int = 1
+    persistent: bool = False
+
+
+def choose(num_rows: int, num_out: int, width: int) -> Config:
+    """The cut of a dense product, from bytes in flight and registers; `benchmarks/ops/bench_fp8.py --sweep` times them.
+
+    Few rows: two programs or more per multiprocessor, which K may have to be split for. Many: 128 x 256 tiles, unless
+    they are too few to fill the device.
+    """
+    if num_rows > 128:
+        parts = 2 if triton.cdiv(num_rows, 128) * triton.cdiv(num_out, 256) >= 120 else 1
+        return Config(128, 128, parts, 8, 4, False, 1, True)
+    block_m = max(16, triton.next_power_of_2(num_rows))
+    tiles = triton.cdiv(num_out, 64)
+    split_k = max(1, min(8, 264 // tiles, width // 512))
+    return Config(block_m, 64, 1, 4, 6 if block_m <= 32 else 4, True, triton.next_power_of_2(split_k + 1) // 2)
+
+
+def choose_grouped(num_assignments: int, num_experts: int) -> tuple[Config, Config]:
+    """Tiles of the gate-up and of the down product, by the mean rows per expert.
+
+    A gate-up tile of 128 columns quantises them itself; where experts are few, that leaves too few tiles.
+    """
+    rows = num_assignments / num_experts
+    if rows <= 1:
+        return Config(16, 64, 2, 4, 5, True), Config(16, 64, 2, 4, 5, True)
+    if rows <= 10:
+        return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 5, True)
+    if rows <= 80:
+        block_m = 32 if rows <= 24 else 64
+        return Config(block_m, 128, 2, 8, 3, True), Config(block_m, 128, 2, 8, 3, True)
+    return Config(128, 128, 2, 8, 4, False, 1, True), Config(128, 128, 2, 8, 4, False, 1, True)
+
+
+@functools.cache
+def _counters(device: torch.device) -> torch.Tensor:
+    """Arrival counters of split products; every kernel leaves them at zero. Products of one device share a stream."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _product(
+    a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor, config: Config,
+    *, num_rows: int, most_blocks: int, n: int, order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0,
+    gated: bool = False, out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
+    promote: bool = True,
+) -> None:  # fmt: skip
+    """a FP8 [rows, K] times w [experts * n (, 2), K]; what is absent is compiled out and `a` stands in for it."""
+    k, split_k = a.shape[1], config.split_k
+    num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
+    programs = min(num_tiles, _multiprocessors(a.device.index)) if config.persistent and a.is_cuda else num_tiles
+    partial = counters = a
+    if split_k > 1:
+        area = config.parts * config.block_m * config.block_n
+        partial, counters = a.new_empty(split_k * num_tiles * area, dtype=torch.float32), _counters(a.device)
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, **overlap_options(a)}
+    _product_kernel[(programs, split_k)](
+        a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales,
+        TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
+        a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a)),
+        partial, counters, num_rows, n, k, a_scales.shape[1],
+        TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
+        BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, DTYPE=TRITON_DTYPE[a.dtype],
+        SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
+    )  # fmt: skip
+
+
+def fp8_linear(
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    kind: str,
+    config: Config | None = None,
+    promote: bool = True,
+) -> torch.Tensor:
+    """`promote=False` leaves sums over all of K to the tensor cores, for the test that shows what that costs."""
+    (num_rows, width), num_out = q.shape, weight.shape[0]
+    out = q.new_empty(num_rows, num_out, dtype=out_dtype)
+    if not out.numel():
+        return out
+    if config is None and promote and num_rows <= GEMV_ROWS and width <= GEMV_WIDTH:
+        groups = triton.cdiv(width, BLOCK_K)
+        block_n = 1 if num_out <= 4096 or width > 4096 else 2
+        _rows_kernel[(triton.cdiv(num_out, block_n),)](
+            q, scales, weight, weight_scales, q if bias is None else bias, out, num_out, width, groups, scales.shape[1],
+            M=num_rows, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"), BIAS=bias is not None,
+            BLOCK_N=block_n, GROUPS=triton.next_power_of_2(groups), num_warps=4, **overlap_options(q),
+        )  # fmt: skip
+        return out
+    config = config or choose(num_rows, num_out, width)
+    _product(
+        q, scales, weight, weight_scales, out, config, num_rows=num_rows, n=num_out,
+        most_blocks=triton.cdiv(num_rows, config.block_m), bias=bias, kind=kind, promote=promote,
+    )  # fmt: skip
+    return out
+
+
+def _moe_gemv(
+    x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor,
+    w_gate_up: torch.Tensor, gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
+    act, out = x.new_empty(ids.numel(), inter, dtype=torch.float32), torch.empty_like(x)
+    options = overlap_options(x)
+    _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
+        q, scales, w_gate_up, gate_up_scales, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, GROUPS=4, STAGES=3,
+        num_warps=4, **options,
+    )  # fmt: skip
+    _down_gemv_kernel[(triton.cdiv(hidden, 4), num_tokens)](
+        act, w_down, down_scales, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
+        BLOCK_N=4, STAGES=3, DTYPE=TRITON_DTYPE[q.dtype], num_warps=4, **options,
+    )  # fmt: skip
+    return out
+
+
+def fp8_moe_mlp(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w_gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    w_down: torch.Tensor,
+    down_scales: torch.Tensor,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    q, scales = quantized or quantize_activation(x)
+    if x.shape[0] <= GEMV_TOKENS:
+        return _moe_gemv(x, q, scales, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales)
+    (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
+    gate_up, down = choose_grouped(num_assignments, num_experts)
+    order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
+    common: dict[str, Any] = {
+        "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order,
+        "top_k": topk_ids.shape[1],
+    }  # fmt: skip
+    fused, rows = gate_up.block_n == BLOCK_K, order.rows.numel()
+    act = x.new_empty(rows, inter, dtype=q.dtype if fused else torch.float32)
+    act_scales = x.new_empty(rows, triton.cdiv(inter, BLOCK_K), dtype=torch.float32) if fused else None
+    _product(
+        q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, gated=True, out_scales=act_scales, **common
+    )
+    if act_scales is None:
+        act, act_scales = quantize_activation(act, live_blocks=order.num_blocks, block_rows=gate_up.block_m)
+    y = x.new_empty(num_assignments, hidden)
+    _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
+    return combine(y, topk_weights, topk_ids, torch.empty_like(x))

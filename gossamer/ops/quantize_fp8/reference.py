@@ -1,0 +1,55 @@
+"""Torch reference of FP8 quantisation; the kernels give the same bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_BLOCK = 128
+_EXPONENT = 0x7F800000
+
+
+def _quantize(
+    x: torch.Tensor, dims: tuple[int, ...], ue8m0: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x fp32 in groups that `dims` span -> q in x's shape, scales with `dims` kept as 1."""
+    limit = torch.finfo(dtype).max
+    finite = x.isfinite()
+    x = x.where(finite, 0.0)
+    amax = x.abs().amax(dims, keepdim=True) if x.numel() else x.new_zeros([1 if d in dims else n for d, n in _dims(x)])
+    # At least the smallest number: a quotient of denormals may round to 0.
+    bits = (amax / limit).view(torch.int32).clamp_min(1)
+    if ue8m0:
+        bits = (bits + (_EXPONENT ^ 0x7FFFFFFF)) & _EXPONENT
+    scale = bits.view(torch.float32).where(amax > 0, 1.0)
+    # What rounds beyond the largest number would become NaN or infinite.
+    q = (x / scale).clamp(-limit, limit).where(finite, float("nan")).to(dtype)
+    return q, scale
+
+
+def _dims(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Dimensions counted from the end, with their sizes."""
+    return [(d - x.ndim, n) for d, n in enumerate(x.shape)]
+
+
+def quantize_activation(
+    x: torch.Tensor, *, per_token: bool = False, ue8m0: bool = False, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (num_rows, width), x = x.shape, x.float()
+    if per_token:
+        return _quantize(x, (-1,), ue8m0, dtype)
+    groups = F.pad(x, (0, -width % _BLOCK)).view(num_rows, -(-width // _BLOCK), _BLOCK)
+    q, scales = _quantize(groups, (-1,), ue8m0, dtype)
+    return q.flatten(1)[:, :width].contiguous(), scales.squeeze(-1)
+
+
+def quantize_weight(
+    weight: torch.Tensor, *, kind: str = "block", ue8m0: bool = False, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if kind != "block":
+        return _quantize(weight.float(), (-1,) if kind == "channel" else (-2, -1), ue8m0, dtype)
+    num_out, width = weight.shape
+    padded = F.pad(weight.float(), (0, -width % _BLOCK, 0, -num_out % _BLOCK))
+    blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))
+    q, scales = _quantize(blocks, (-3, -1), ue8m0, dtype)
+    return q.flatten(2, 3).flatten(0, 1)[:num_out, :width].contiguous(), scales[:, 0, :, 0].contiguous()
