@@ -13,8 +13,6 @@ from typing import Any, Literal, get_type_hints
 
 from gossamer.core import StartupError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
 
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field that the command line shows: `--field-name`, with this help text."""
@@ -125,7 +123,9 @@ class LoadConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "type of the KV cache (default: --dtype)")
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"] = option(
+        "auto", "type of the KV cache (default: --dtype); fp8 is E4M3, scaled by page and head"
+    )
     kv_cache_memory_bytes: int | None = option(
         None, "bytes for the KV cache; takes suffixes K, M, G (default: from free memory)", size=True
     )
@@ -274,6 +274,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> Eng
     own_dtype: Literal["float32", "bfloat16"] = "float32" if model.dtype == "float32" else "bfloat16"
     dtype = load.dtype if load.dtype != "auto" else own_dtype
     kv_dtype = cache.kv_cache_dtype if cache.kv_cache_dtype != "auto" else dtype
+    kv_dtype = "fp8" if kv_dtype == "fp8_e4m3" else kv_dtype
     max_num_seqs = sched.max_num_seqs or (32 if on_cpu else 256)
     longest = load.max_model_len or model.max_position_embeddings
     if load.max_model_len is not None and load.max_model_len > model.max_position_embeddings:

@@ -450,16 +450,31 @@ class KVLayout:
     """What one layer stores per token, as an attention kind declares it: `entry_shape` is (planes, heads, dim).
 
     The pool allocates each plane of a layer as [num_pages, heads, page_size, dim] of `dtype`; a KV transfer moves
-    whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values.
+    whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values. Where it is `scaled`, the
+    planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages.
     """
 
     entry_shape: tuple[int, int, int]
     dtype: str
     itemsize: int
+    scaled: bool = False
+
+    @classmethod
+    def of(cls, entry_shape: tuple[int, int, int], kv_cache_dtype: str) -> KVLayout:
+        """For a --kv-cache-dtype without `auto` and aliases."""
+        if kv_cache_dtype == "fp8":
+            return cls(entry_shape, "float8_e4m3fn", 1, scaled=True)
+        return cls(entry_shape, kv_cache_dtype, {"float32": 4, "bfloat16": 2}[kv_cache_dtype])
 
     @property
     def bytes_per_token(self) -> int:
+        """Without scales."""
         return math.prod(self.entry_shape) * self.itemsize
+
+    def page_bytes(self, page_size: int) -> int:
+        """Of one layer's page in all planes, with its scales."""
+        planes, heads, _ = self.entry_shape
+        return page_size * self.bytes_per_token + (4 * planes * heads if self.scaled else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,13 +50,15 @@ def build_engine(
     # with more team members than cores its barriers stop spinning, which makes a decode step three times slower.
     torch.set_num_threads(1)
     fmt = weight_format(config, hardware, source)
+    if config.cache.kv_cache_dtype == "fp8":
+        require_fp8(hardware, "--kv-cache-dtype auto")
     layout = ATTENTION_KINDS[source.config.attention].kv_layout(source.config, config.cache.kv_cache_dtype)
     plan_memory(config, hardware, source.config, layout, estimate_weight_bytes(source.config, fmt))
     decoder = Decoder(source.config, fmt, config.load.max_model_len or 1, config.ops_backend, paged)
     _load(decoder, source, config, report)
     cost = StepCost(source.config, ATTENTION_KINDS[source.config.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
-    page_bytes = config.cache.page_size * layout.bytes_per_token * source.config.num_layers
+    page_bytes = layout.page_bytes(config.cache.page_size) * source.config.num_layers
     paged_runner = _paged_runner(config, decoder) if decoder.paged else None
     measured: dict[str, int] | None = None
     if paged_runner is not None and fmt.device.type == "cuda":

@@ -57,7 +57,7 @@ def plan_memory(
     holds what else was seen to take memory on the device (temporaries, graphs); without it temporaries are estimated.
     """
     cache = config.cache
-    page_bytes = cache.page_size * layout.bytes_per_token * model.num_layers
+    page_bytes = layout.page_bytes(cache.page_size) * model.num_layers
     others = dict(measured) if measured is not None else {"temporaries": temporaries(config, model)}
     usable = int(hardware.memory_bytes * cache.gpu_memory_utilization)
     room = usable - weight_bytes - sum(others.values())

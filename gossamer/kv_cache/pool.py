@@ -13,6 +13,8 @@ from gossamer.core import KVLayout, StartupError
 class KVPool:
     """`layers[i]` is the tuple of layer i's planes (GQA: keys, values), each [num_pages, heads, page_size, dim].
 
+    After them come, for a layout that is `scaled`, as many planes of fp32 scales [num_pages, heads].
+
     On a CPU it is zeroed lazily by the operating system: a page costs memory, and time, once it is written.
     `heads_first` puts the heads outermost in memory, so that a head's consecutive pages are one [tokens, dim] matrix.
     """
@@ -31,12 +33,16 @@ class KVPool:
         outer = (heads, num_pages) if heads_first else (num_pages, heads)
         memory = _zeros((num_layers, planes, *outer, page_size, dim), getattr(torch, layout.dtype), device)
         self.tensor = memory.transpose(2, 3) if heads_first else memory
+        self.scales: torch.Tensor | None = None
         self.layers = [tuple(layer.unbind(0)) for layer in self.tensor.unbind(0)]
+        if layout.scaled:
+            self.scales = _zeros((num_layers, planes, num_pages, heads), torch.float32, device)
+            self.layers = [p + tuple(s.unbind(0)) for p, s in zip(self.layers, self.scales.unbind(0), strict=True)]
         self.page_size = page_size
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.nbytes
+        return self.tensor.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -68,7 +68,7 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
         "context": model.max_position_embeddings,
         "dtype": config.load.dtype,
         "quantization": fmt.quantization,
-        "kv_bytes_per_token": layout.bytes_per_token * model.num_layers,
+        "kv_bytes_per_token": layout.page_bytes(config.cache.page_size) * model.num_layers // config.cache.page_size,
     }
     try:
         plan = plan_memory(config, hardware, model, layout, weights)

@@ -28,6 +28,19 @@ def test_automatic_kv_holds_every_sequence_in_full_and_no_more() -> None:
     assert sum(b for _, b in plan.entries) < CPU.memory_bytes
 
 
+def test_an_fp8_cache_holds_nearly_twice_the_tokens_its_scales_counted() -> None:
+    options = {"kv_cache_memory_bytes": 100 * PAGE_BYTES}
+    plan = plan_memory(config(kv_cache_dtype="fp8", **options), CPU, MODEL, KVLayout.of((2, 2, 16), "fp8"), 0)
+    page_bytes = 2 * (64 * 2 * 2 * 16 + 2 * 2 * 4)
+    assert plan.num_pages == 100 * PAGE_BYTES // page_bytes == 199
+    assert dict(plan.entries)["KV cache"] == plan.num_pages * page_bytes
+
+
+def test_fp8_e4m3_is_another_name_of_fp8() -> None:
+    assert config(kv_cache_dtype="fp8_e4m3").cache.kv_cache_dtype == "fp8"
+    assert KVLayout.of((2, 2, 16), "bfloat16") == LAYOUT
+
+
 def test_a_cpu_with_much_memory_keeps_to_the_cap() -> None:
     big = dataclasses.replace(CPU, memory_bytes=1 << 40)
     plan = plan_memory(config(big, max_num_seqs=16384, max_num_batched_tokens=16384), big, MODEL, LAYOUT, 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer.config import DTYPE_BYTES, ModelConfig
+from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.attention.base import AttentionBatch, PagedPlan
 from gossamer.layers.linear import Linear, Part, WeightFormat, dense
@@ -39,7 +39,7 @@ class GQAPlan:
 
 
 def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
-    return KVLayout((2, config.num_kv_heads, config.head_dim), dtype, DTYPE_BYTES[dtype])
+    return KVLayout.of((2, config.num_kv_heads, config.head_dim), dtype)
 
 
 def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAPlan:
@@ -90,6 +90,11 @@ def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) 
     return OpCost(4.0 * pairs * q_width, itemsize * (kv_tokens * kv_width + tokens * (2 * q_width + kv_width)))
 
 
+def _cache(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Pages of keys and of values, and the keyword arguments that FP8 pages add."""
+    return planes[0], planes[1], dict(zip(("k_scales", "v_scales"), planes[2:], strict=False))
+
+
 class GQALayer:
     """q, k, v in one product; QK norm and rotary embedding; KV write; attention; output projection."""
 
@@ -123,7 +128,7 @@ class GQALayer:
     ) -> torch.Tensor:
         config, backend = self._config, self._backend
         num_q, num_kv = config.num_q_heads, config.num_kv_heads
-        k_pages, v_pages = planes
+        k_pages, v_pages, scales = _cache(planes)
         qkv = self.qkv(x)
         if self.norms:
             self._normalise(qkv)
@@ -133,15 +138,15 @@ class GQALayer:
         v = qkv[:, num_q + num_kv :]
         rotated = apply_rope(qkv[:, : num_q + num_kv], cos, sin, backend=backend)
         q, k = rotated[:, :num_q], rotated[:, num_q:]
-        write_kv(k, v, k_pages, v_pages, plan.slots, plan.fresh_pages, backend=backend)
+        write_kv(k, v, k_pages, v_pages, plan.slots, plan.fresh_pages, **scales, backend=backend)
         out = torch.empty(x.shape[0], num_q, config.head_dim, dtype=x.dtype, device=x.device)
         n = plan.num_decode
         if n:
             groups = plan.decode[self._window]
-            decode_attention(q[:n], k_pages, v_pages, groups, self._scale, out[:n], backend=backend)
+            decode_attention(q[:n], k_pages, v_pages, groups, self._scale, out[:n], **scales, backend=backend)
         if plan.prefill:
             sequences = plan.prefill[self._window]
-            prefill_attention(q, k_pages, v_pages, sequences, self._scale, out, backend=backend)
+            prefill_attention(q, k_pages, v_pages, sequences, self._scale, out, **scales, backend=backend)
         return self.o(out.flatten(1))
 
     def project(
@@ -159,7 +164,7 @@ class GQALayer:
         cos, sin: whole tables, by position.
         """
         config = self._config
-        k_pages, v_pages = planes
+        k_pages, v_pages, scales = _cache(planes)
         rope_write_kv(
             stream.product(norm, self.qkv),
             config.num_q_heads,
@@ -173,6 +178,7 @@ class GQALayer:
             k_pages,
             v_pages,
             q,
+            **scales,
             q_norm=self.norms.get(self._q_norm),
             k_norm=self.norms.get(self._k_norm),
             eps=config.rms_norm_eps,
@@ -183,7 +189,7 @@ class GQALayer:
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window
-        k_pages, v_pages = planes
+        k_pages, v_pages, scales = _cache(planes)
         table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
         if n:
             paged_decode(
@@ -195,6 +201,7 @@ class GQALayer:
                 lens[:n],
                 scale,
                 out[:n],
+                **scales,
                 window=window,
                 workspace=plan.workspace,
                 max_seq_len=plan.max_seq_len,
@@ -212,6 +219,7 @@ class GQALayer:
                 plan.max_q_len,
                 scale,
                 out[n:],
+                **scales,
                 window=window,
                 backend=self._backend,
             )

@@ -1,6 +1,7 @@
 """MHA/GQA/MQA over the paged KV cache: variable-length chunked prefill, and batched decode.
 
-One page holds `page_size` tokens: k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim].
+One page holds `page_size` tokens: k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], of q's dtype or of
+FP8 (e4m3) with k_scales, v_scales, fp32 [num_pages, num_kv_heads]: a key is its stored number times its page's scale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from gossamer.ops.attention import reference
 from gossamer.ops.attention.reference import DecodeGroup, PrefillSequence, plan_decode, plan_prefill
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import require_reference, use_kernel
+from gossamer.ops.kv_cache import require_scales
 
 __all__ = [
     "DecodeGroup",
@@ -33,6 +35,8 @@ def prefill_attention(
     scale: float,
     out: torch.Tensor,
     *,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Causal attention of each sequence's new tokens to its pages, their own (already written) keys included.
@@ -41,7 +45,8 @@ def prefill_attention(
     left alone.
     """
     require_reference(q, backend, "prefill_attention")
-    reference.prefill_attention(q, k_pages, v_pages, sequences, scale, out)
+    require_scales(k_pages, v_pages, k_scales, v_scales)
+    reference.prefill_attention(q, k_pages, v_pages, sequences, scale, out, k_scales, v_scales)
 
 
 def decode_attention(
@@ -52,6 +57,8 @@ def decode_attention(
     scale: float,
     out: torch.Tensor,
     *,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One new token per sequence attends to its pages, its own (already written) key included.
@@ -59,7 +66,8 @@ def decode_attention(
     q, out: [batch, num_q_heads, head_dim]. Each group is a set of rows with about as many pages each.
     """
     require_reference(q, backend, "decode_attention")
-    reference.decode_attention(q, k_pages, v_pages, groups, scale, out)
+    require_scales(k_pages, v_pages, k_scales, v_scales)
+    reference.decode_attention(q, k_pages, v_pages, groups, scale, out, k_scales, v_scales)
 
 
 def paged_decode(
@@ -74,6 +82,8 @@ def paged_decode(
     *,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     max_seq_len: int,
     backend: str = "auto",
@@ -87,6 +97,7 @@ def paged_decode(
     kernel that lets its successor start early. The kernel needs a workspace; its results do not depend on the order
     in which programs finish. Raises ValueError for shapes, dtypes or layouts it does not serve.
     """
+    require_scales(k_pages, v_pages, k_scales, v_scales)
     if not use_kernel(q, backend):
         implementation = reference.paged_decode
     else:
@@ -95,7 +106,7 @@ def paged_decode(
         implementation = triton.paged_decode
     implementation(
         q, k_pages, v_pages, page_table, slots, seq_lens, scale, out,
-        window=window, sinks=sinks, workspace=workspace, max_seq_len=max_seq_len,
+        window=window, sinks=sinks, k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len,
     )  # fmt: skip
 
 
@@ -113,6 +124,8 @@ def paged_prefill(
     *,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Causal attention of each row's new tokens to all of its pages, where their keys already are; no host sync.
@@ -122,6 +135,7 @@ def paged_prefill(
     tokens beyond cu_seqlens_q[num_rows] are padding, for which out is 0. `max_q_len` bounds a row's tokens. The rest,
     and the errors, as for `paged_decode`.
     """
+    require_scales(k_pages, v_pages, k_scales, v_scales)
     if not use_kernel(q, backend):
         implementation = reference.paged_prefill
     else:
@@ -130,5 +144,5 @@ def paged_prefill(
         implementation = triton.paged_prefill
     implementation(
         q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, max_q_len, scale, out,
-        window=window, sinks=sinks,
+        window=window, sinks=sinks, k_scales=k_scales, v_scales=v_scales,
     )  # fmt: skip

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 
 from gossamer.ops.attention.workspace import DecodeWorkspace
 
+_Plane = tuple[torch.Tensor, torch.Tensor | None]
+"""Pages of keys or values, and their scales where they are FP8."""
+
 # Splitting a decode batch costs about as much as reading this many padding pages.
 _GROUP_COST_PAGES = 24
 # From this many tokens on, two products and a softmax beat flash attention for one row (CPU).
@@ -62,10 +65,17 @@ def _page_index(page_ids: Sequence[int]) -> torch.Tensor | slice:
     return torch.tensor(page_ids, dtype=torch.int64)
 
 
-def _tokens(pages: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
-    """The pages' tokens [num_kv_heads, tokens, head_dim]: a view of a slice of pages with the heads outermost."""
+def _tokens(plane: _Plane, index: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+    """The pages' tokens [num_kv_heads, tokens, head_dim]: a view of a slice of pages with the heads outermost.
+
+    FP8 pages become `dtype`: exactly, for scales are powers of two.
+    """
+    pages, scales = plane
     by_head = pages.transpose(0, 1)
-    return (by_head[:, index] if isinstance(index, slice) else by_head.index_select(1, index)).flatten(1, 2)
+    taken = by_head[:, index] if isinstance(index, slice) else by_head.index_select(1, index)
+    if scales is not None:
+        taken = taken.to(dtype) * scales[index].t()[:, :, None, None].to(dtype)
+    return taken.flatten(1, 2)
 
 
 def plan_decode(
@@ -161,18 +171,19 @@ def decode_attention(
     groups: list[DecodeGroup],
     scale: float,
     out: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
+    planes = (k_pages, k_scales), (v_pages, v_scales)
     for group in groups:
         if group.mask is None:
-            out[group.rows] = _decode_one(q[group.rows], k_pages, v_pages, group, scale)
+            out[group.rows] = _decode_one(q[group.rows], planes, group, scale)
         else:
-            out[group.rows] = _decode_batch(q[group.rows], k_pages, v_pages, group, group.mask, scale)
+            out[group.rows] = _decode_batch(q[group.rows], planes, group, group.mask, scale)
 
 
-def _decode_one(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, group: DecodeGroup, scale: float
-) -> torch.Tensor:
-    k, v = (_tokens(pages, group.pages)[:, group.tokens] for pages in (k_pages, v_pages))
+def _decode_one(q: torch.Tensor, planes: tuple[_Plane, _Plane], group: DecodeGroup, scale: float) -> torch.Tensor:
+    k, v = (_tokens(plane, group.pages, q.dtype)[:, group.tokens] for plane in planes)
     heads = q.view(len(k), -1, q.shape[-1])
     if k.shape[1] < _PRODUCTS_FROM_TOKENS:
         return F.scaled_dot_product_attention(heads[None], k[None], v[None], scale=scale).reshape(q.shape)
@@ -187,15 +198,10 @@ def _by_row(tokens: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _decode_batch(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    group: DecodeGroup,
-    mask: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, planes: tuple[_Plane, _Plane], group: DecodeGroup, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    batch, num_kv_heads, head_dim = group.batch, k_pages.shape[1], q.shape[-1]
-    k, v = (_tokens(pages, group.pages) for pages in (k_pages, v_pages))
+    k, v = (_tokens(plane, group.pages, q.dtype) for plane in planes)
+    batch, num_kv_heads, head_dim = group.batch, len(k), q.shape[-1]
     if q.is_cpu and batch <= _FLASH_ROWS:
         heads, k, v = q.view(batch, num_kv_heads, -1, head_dim), *(_by_row(x, batch) for x in (k, v))
         return F.scaled_dot_product_attention(heads, k, v, mask[:, None], scale=scale).reshape(q.shape)
@@ -214,13 +220,15 @@ def prefill_attention(
     sequences: list[PrefillSequence],
     scale: float,
     out: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
     num_kv_heads, head_dim = k_pages.shape[1], q.shape[-1]
     q = (q * scale).view(len(q), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     out = out.view(len(out), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     future = torch.full((_QUERY_BLOCK, _QUERY_BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     for seq in sequences:
-        k, v = (_tokens(pages, seq.pages) for pages in (k_pages, v_pages))
+        k, v = (_tokens(plane, seq.pages, q.dtype) for plane in ((k_pages, k_scales), (v_pages, v_scales)))
         for first in range(0, seq.length, _QUERY_BLOCK):
             num = min(_QUERY_BLOCK, seq.length - first)
             rows = slice(seq.start + first, seq.start + first + num)
@@ -238,13 +246,17 @@ def prefill_attention(
 
 
 def _visible_pages(
-    pages: torch.Tensor, page_ids: torch.Tensor, first_token: int, seq_len: int
+    plane: _Plane, page_ids: torch.Tensor, first_token: int, seq_len: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, int]:
     """What those pages hold, up to seq_len, as [num_kv_heads, tokens, head_dim], and the first token's position."""
+    pages, scales = plane
     page_size = pages.shape[2]
     first_page = first_token // page_size
-    taken = pages[page_ids[first_page : -(-seq_len // page_size)].long()].transpose(0, 1).flatten(1, 2)
-    return taken[:, : seq_len - first_page * page_size], first_page * page_size
+    index = page_ids[first_page : -(-seq_len // page_size)].long()
+    taken = pages[index].to(dtype)
+    if scales is not None:
+        taken *= scales[index][..., None, None]
+    return taken.transpose(0, 1).flatten(1, 2)[:, : seq_len - first_page * page_size], first_page * page_size
 
 
 def paged_prefill(
@@ -261,6 +273,8 @@ def paged_prefill(
     *,
     window: int | None,
     sinks: torch.Tensor | None,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> None:
     """The definition, row by row and in float64 where q is, else in fp32; waits for the device."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -271,9 +285,9 @@ def paged_prefill(
         if slot < 0 or stop == start:
             continue
         first_token = 0 if window is None else max(0, seq_len - (stop - start) - window + 1)
-        k, first = _visible_pages(k_pages, page_table[slot], first_token, seq_len)
-        v, _ = _visible_pages(v_pages, page_table[slot], first_token, seq_len)
-        k, v = (x.to(compute).repeat_interleave(group, 0) for x in (k, v))
+        k, first = _visible_pages((k_pages, k_scales), page_table[slot], first_token, seq_len, compute)
+        v, _ = _visible_pages((v_pages, v_scales), page_table[slot], first_token, seq_len, compute)
+        k, v = (x.repeat_interleave(group, 0) for x in (k, v))
         scores = q[start:stop].to(compute).transpose(0, 1) @ k.transpose(1, 2) * scale
         position = torch.arange(seq_len - (stop - start), seq_len, device=q.device)[:, None]
         token = torch.arange(first, seq_len, device=q.device)
@@ -297,6 +311,8 @@ def paged_decode(
     *,
     window: int | None,
     sinks: torch.Tensor | None,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None,
     max_seq_len: int,
 ) -> None:
@@ -304,5 +320,6 @@ def paged_decode(
     present = torch.where(seq_lens > 0, slots, -1)
     cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32)
     paged_prefill(
-        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, out, window=window, sinks=sinks
-    )
+        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, out, window=window, sinks=sinks,
+        k_scales=k_scales, v_scales=v_scales,
+    )  # fmt: skip

@@ -55,17 +55,24 @@ def _merge_partials(
     return total / weight[:, None]
 
 
+@triton.jit
+def _page_scales(k_scales, v_scales, page, head, inside, NUM_KV_HEADS: tl.constexpr):
+    at = page.to(tl.int64) * NUM_KV_HEADS + head
+    return tl.load(k_scales + at, mask=inside, other=1.0), tl.load(v_scales + at, mask=inside, other=1.0)
+
+
 @triton.jit(do_not_specialize=["num_rows", "window"])
 def _decode_kernel(
-    q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out, partials, lse, arrivals,
+    q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, partials, lse, arrivals,
     num_rows, table_stride, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
+    SCALED: keys' scales go into the scores; `total` counts in units of the last page's scale of values, `measure`.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS
@@ -112,6 +119,9 @@ def _decode_kernel(
             total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
             table = page_table + slot.to(tl.int64) * table_stride
             page = tl.load(table + low)
+            measure = 1.0
+            if SCALED:
+                k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
             for p in range(low, high):
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
@@ -119,15 +129,27 @@ def _decode_kernel(
                 # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
                 k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
                 v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
-                scores = tl.dot(queries, k, input_precision=_PRECISION) * scale_log2
+                scores = tl.dot(queries, k.to(queries.dtype), input_precision=_PRECISION)
+                if SCALED:
+                    scores *= scale_log2 * k_scale
+                else:
+                    scores *= scale_log2
                 scores = tl.where(visible[None, :], scores, float("-inf"))
                 highest = tl.maximum(peak, tl.max(scores, 1))
                 fade = tl.exp2(peak - highest)
                 weights = tl.exp2(scores - highest[:, None])
                 weight = weight * fade + tl.sum(weights, 1)
+                if SCALED:
+                    fade *= measure / v_scale
+                    measure = v_scale
+                v = v.to(queries.dtype)
                 total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
                 peak = highest
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
+                if SCALED:
+                    k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+            if SCALED:
+                total *= measure
 
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
@@ -162,33 +184,45 @@ def _decode_kernel(
 
 @triton.jit
 def _attend_pages(
-    queries, peak, weight, total, k_desc, v_desc, table, head, low, high, position, seq_len, scale_log2, window,
+    queries, peak, weight, total, measure, k_desc, v_desc, k_scales, v_scales, table, head, low, high, position,
+    seq_len, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Pages low .. high - 1 of one sequence; queries [BLOCK_M, head_dim] at `position` [BLOCK_M]."""
     page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
+    if SCALED:
+        k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
     for p in range(low, high):
         base = (page * NUM_KV_HEADS + head) * PAGE
         k = k_desc.load([base, 0])
-        scores = tl.dot(queries, k.T, input_precision=_PRECISION)
+        scores = tl.dot(queries, k.to(queries.dtype).T, input_precision=_PRECISION)
         if MASKED:
             token = p * PAGE + tl.arange(0, PAGE)
             visible = token[None, :] <= position[:, None]
             if HAS_WINDOW:
                 visible = visible & (token[None, :] > position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        to_log2 = scale_log2
+        if SCALED:
+            to_log2 = scale_log2 * k_scale
+        highest = tl.maximum(peak, tl.max(scores, 1) * to_log2)
         fade = tl.exp2(peak - highest)
-        weights = tl.exp2(scores * scale_log2 - highest[:, None])
+        weights = tl.exp2(scores * to_log2 - highest[:, None])
         weight = weight * fade + tl.sum(weights, 1)
-        v = v_desc.load([base, 0])
+        if SCALED:
+            fade *= measure / v_scale
+            measure = v_scale
+        v = v_desc.load([base, 0]).to(queries.dtype)
         if MASKED:
             # What the last page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
             v = tl.where((p * PAGE + tl.arange(0, PAGE) < seq_len)[:, None], v, 0.0)
         total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
         peak = highest
         page = tl.load(table + tl.minimum(p + 1, high - 1))
-    return peak, weight, total
+        if SCALED:
+            k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+    return peak, weight, total, measure
 
 
 # The metadata begins behind that of a step's decode rows: no compilation for each alignment.
@@ -197,10 +231,11 @@ def _attend_pages(
     do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"],
 )
 def _prefill_kernel(
-    q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
+    q, k_desc, v_desc, k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
     num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query heads of a KV head for BLOCK_M // GROUP tokens of one row, causal over the row's pages.
 
@@ -250,25 +285,28 @@ def _prefill_kernel(
         peak = tl.maximum(sink * 1.4426950408889634, _LOW)
         weight = tl.full([BLOCK_M], 1.0, tl.float32)
     total = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    measure = 1.0
     last_page = last_position // PAGE + 1
     low = 0
     whole_low = 0
     if HAS_WINDOW:
         low = tl.maximum(first_position - window + 1, 0) // PAGE
         whole_low = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), PAGE), last_page)
-        peak, weight, total = _attend_pages(
-            queries, peak, weight, total, k_desc, v_desc, table, head, low, whole_low, position, seq_len, scale_log2,
-            window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW,
+        peak, weight, total, measure = _attend_pages(
+            queries, peak, weight, total, measure, k_desc, v_desc, k_scales, v_scales, table, head, low, whole_low,
+            position, seq_len, scale_log2, window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW, SCALED,
         )  # fmt: skip
     whole_high = tl.maximum((first_position + 1) // PAGE, whole_low)
-    peak, weight, total = _attend_pages(
-        queries, peak, weight, total, k_desc, v_desc, table, head, whole_low, whole_high, position, seq_len, scale_log2,
-        window, NUM_KV_HEADS, PAGE, False, HAS_WINDOW,
+    peak, weight, total, measure = _attend_pages(
+        queries, peak, weight, total, measure, k_desc, v_desc, k_scales, v_scales, table, head, whole_low, whole_high,
+        position, seq_len, scale_log2, window, NUM_KV_HEADS, PAGE, False, HAS_WINDOW, SCALED,
     )  # fmt: skip
-    peak, weight, total = _attend_pages(
-        queries, peak, weight, total, k_desc, v_desc, table, head, whole_high, last_page, position, seq_len, scale_log2,
-        window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW,
+    peak, weight, total, measure = _attend_pages(
+        queries, peak, weight, total, measure, k_desc, v_desc, k_scales, v_scales, table, head, whole_high, last_page,
+        position, seq_len, scale_log2, window, NUM_KV_HEADS, PAGE, True, HAS_WINDOW, SCALED,
     )  # fmt: skip
+    if SCALED:
+        total *= measure
     result = (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty)
     tl.store(out + q_rows[:, None] * HEAD_DIM + d[None, :], result, mask=inside[:, None])
 
@@ -278,9 +316,11 @@ def _check(
     indices: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
-    dtypes = {q.dtype, k_pages.dtype, v_pages.dtype}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
-        raise ValueError(f"q {q.dtype}, k {k_pages.dtype}, v {v_pages.dtype}: one of fp32, fp16, bf16 for all three")
+    fits = k_pages.dtype == v_pages.dtype and k_pages.dtype in (q.dtype, torch.float8_e4m3fn)
+    if not fits or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"q {q.dtype}, k {k_pages.dtype}, v {v_pages.dtype}: one of fp32, fp16, bf16 for all three, or k and v e4m3"
+        )
     if k_pages.shape != v_pages.shape or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or out.shape != q.shape:
         raise ValueError(f"q {[*q.shape]}, out {[*out.shape]}, k {[*k_pages.shape]}, v {[*v_pages.shape]} do not match")
     if head_dim not in (16, 32, 64, 128, 256) or page_size not in (16, 32, 64, 128):
@@ -338,6 +378,8 @@ def paged_decode(
     *,
     window: int | None,
     sinks: torch.Tensor | None,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None,
     max_seq_len: int,
 ) -> None:
@@ -356,18 +398,18 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
-    max_programs, num_stages = _decode_cut(num_rows, workspace, 2 * page_size * head_dim * q.element_size())
+    max_programs, num_stages = _decode_cut(num_rows, workspace, 2 * page_size * head_dim * k_pages.element_size())
     # Programs without a share leave at once; their number never changes the others' shares.
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     merge_g = triton.next_power_of_2(group)
     _decode_kernel[(num_programs * num_kv_heads,)](
-        q, k_pages, v_pages, page_table, slots, seq_lens, sinks, out,
+        q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out,
         workspace.partials, workspace.lse, workspace.arrivals,
         num_rows, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=_row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        num_warps=4, num_stages=num_stages, **overlap_options(q),
+        SCALED=k_scales is not None, num_warps=4, num_stages=num_stages, **overlap_options(q),
     )  # fmt: skip
 
 
@@ -385,6 +427,8 @@ def paged_prefill(
     *,
     window: int | None,
     sinks: torch.Tensor | None,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> None:
     indices = {"page_table": page_table, "slots": slots, "cu_seqlens_q": cu_seqlens_q, "seq_lens": seq_lens}
     _check(q, k_pages, v_pages, out, window, indices)
@@ -403,9 +447,9 @@ def paged_prefill(
     _prefill_kernel[(num_blocks * num_kv_heads,)](
         q, TensorDescriptor.from_tensor(k_pages.view(-1, head_dim), page_rows),
         TensorDescriptor.from_tensor(v_pages.view(-1, head_dim), page_rows),
-        page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
+        k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
         num_tokens, num_rows, num_blocks, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, PAGE=page_size,
         BLOCK_R=_row_block(num_rows), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
-        num_warps=num_warps, num_stages=num_stages, **overlap_options(q),
+        SCALED=k_scales is not None, num_warps=num_warps, num_stages=num_stages, **overlap_options(q),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer.ops.dispatch import require_reference, use_kernel
+from gossamer.ops.kv_cache import require_scales
 from gossamer.ops.rope import reference
 
 
@@ -32,6 +33,8 @@ def rope_write_kv(
     v_pages: torch.Tensor,
     q_out: torch.Tensor,
     *,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -51,6 +54,7 @@ def rope_write_kv(
         page_table: int [num_slots, max_pages].
         k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place.
         q_out: [num_tokens, num_q_heads, head_dim], written.
+        k_scales, v_scales: of FP8 pages, which are written as `ops.kv_cache.write_kv_fp8` says.
         q_norm, k_norm: norm weights, both or neither: [head_dim], applied per head; with `norm_full` of q's and k's
             whole width, normalised over all heads at once (OLMoE).
     """
@@ -58,11 +62,10 @@ def rope_write_kv(
     if qkv.shape[-1] != width or q_out.shape != (num_tokens, num_q_heads, head_dim):
         raise ValueError(f"qkv {tuple(qkv.shape)} or q_out {tuple(q_out.shape)} does not match {width} packed columns")
     if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
-        raise ValueError(
-            f"pages {tuple(k_pages.shape)}, {tuple(v_pages.shape)} do not hold {num_kv_heads} x {head_dim}"
-        )
+        raise ValueError(f"pages {[*k_pages.shape]}, {[*v_pages.shape]} do not hold {num_kv_heads} x {head_dim}")
     if (q_norm is None) != (k_norm is None) or cos.shape != sin.shape or cos.shape[-1] > head_dim or cos.shape[-1] % 2:
         raise ValueError("q_norm and k_norm come together; cos and sin have one even width of at most head_dim")
+    require_scales(k_pages, v_pages, k_scales, v_scales)
     tensors = (qkv, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out)
     if not all(t.is_contiguous() for t in tensors):
         raise ValueError("rope_write_kv needs contiguous tensors")
@@ -73,5 +76,5 @@ def rope_write_kv(
         run = triton.rope_write_kv
     run(
         qkv, num_q_heads, num_kv_heads, head_dim, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out,
-        q_norm=q_norm, k_norm=k_norm, eps=eps, norm_full=norm_full, clip=clip,
+        k_scales=k_scales, v_scales=v_scales, q_norm=q_norm, k_norm=k_norm, eps=eps, norm_full=norm_full, clip=clip,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gossamer.ops.kv_cache.reference import write_scaled
 from gossamer.ops.norm.reference import rms_norm
 
 
@@ -25,6 +26,8 @@ def rope_write_kv(
     v_pages: torch.Tensor,
     q_out: torch.Tensor,
     *,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
@@ -46,8 +49,11 @@ def rope_write_kv(
     q, k = (_rotate(x, cos, sin) for x in (q, k))
     page_size = k_pages.shape[2]
     page = page_table[slots, at // page_size].long()
-    k_pages[page, :, at % page_size] = k.to(k_pages.dtype)
-    v_pages[page, :, at % page_size] = v.to(v_pages.dtype)
+    for new, pages, scales in ((k, k_pages, k_scales), (v, v_pages, v_scales)):
+        if scales is not None:
+            write_scaled(new, pages, scales, page, at % page_size)
+        else:
+            pages[page, :, at % page_size] = new.to(pages.dtype)
     q_out.zero_()
     q_out[live] = q
 

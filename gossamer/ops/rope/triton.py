@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.kv_cache.triton import write_kv_fp8
 
 
 @triton.jit
@@ -22,10 +23,10 @@ def _rope_write_kv_kernel(
     max_pages, page_size, eps, clip,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROW: tl.constexpr,
-    PDL: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # NORM: 0 none, 1 per head, 2 over all heads at once. A program takes HEADS packed heads of one token, whatever
-    # they are: masks tell queries, keys and values apart.
+    # they are: masks tell queries, keys and values apart. PACKED: `k_pages` are [num_tokens, 2 * NUM_KV, HEAD_DIM].
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -84,7 +85,11 @@ def _rope_write_kv_kernel(
     q_row = q_out + (token * NUM_Q + head) * HEAD_DIM
     tl.store(q_row + first, x.to(q_out.dtype.element_ty), is_q & inside)
     tl.store(q_row + second, y.to(q_out.dtype.element_ty), is_q & inside)
-    if live:
+    if PACKED:
+        kept_row = k_pages + (token * 2 * NUM_KV + head - NUM_Q) * HEAD_DIM
+        tl.store(kept_row + first, x.to(k_pages.dtype.element_ty), mask & (head >= NUM_Q))
+        tl.store(kept_row + second, y.to(k_pages.dtype.element_ty), mask & (head >= NUM_Q))
+    elif live:
         page = tl.load(page_table + slot.to(tl.int64) * max_pages + position // page_size).to(tl.int64)
         kv_head = tl.where(is_v, head - NUM_Q - NUM_KV, head - NUM_Q)
         at = ((page * NUM_KV + kv_head) * page_size + position % page_size) * HEAD_DIM
@@ -109,6 +114,8 @@ def rope_write_kv(
     v_pages: torch.Tensor,
     q_out: torch.Tensor,
     *,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
@@ -119,14 +126,17 @@ def rope_write_kv(
     if not num_tokens:
         return
     num_heads = num_q_heads + 2 * num_kv_heads
+    packed = qkv.new_empty(num_tokens, 2, num_kv_heads, head_dim) if k_scales is not None else None
     # Few tokens: spread the heads over the device. Many: fewer and larger programs.
     heads = min(4 if num_tokens <= 64 else 8, triton.next_power_of_2(num_heads))
     _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, cos, sin, positions, token_slots,
-        page_table, k_pages, v_pages, q_out, page_table.shape[1], k_pages.shape[2], eps, clip or 0.0,
-        NUM_Q=num_q_heads, NUM_KV=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
+        page_table, k_pages if packed is None else packed, v_pages, q_out, page_table.shape[1], k_pages.shape[2],
+        eps, clip or 0.0, NUM_Q=num_q_heads, NUM_KV=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
         NORM=0 if q_norm is None else 2 if norm_full else 1, CLIP=clip is not None, HEADS=heads,
         PAIRS=triton.next_power_of_2(head_dim // 2),
         BLOCK_ROW=triton.next_power_of_2(max(num_q_heads, num_kv_heads) * head_dim),
-        num_warps=2 if heads > 4 else 1, **overlap_options(qkv),
+        PACKED=packed is not None, num_warps=2 if heads > 4 else 1, **overlap_options(qkv),
     )  # fmt: skip
+    if packed is not None and k_scales is not None and v_scales is not None:
+        write_kv_fp8(packed, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales)

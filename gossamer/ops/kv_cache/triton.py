@@ -1,0 +1,129 @@
+"""The write into FP8 pages: a program owns a page and head, so that its scale can grow without a race."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer.ops.dispatch import overlap_options
+
+# Tokens of a page that are in registers at once.
+_BLOCK_TOKENS = 16
+# Up to this many tokens of a step every one has programs of its own, which a decode step needs.
+_SPREAD_TOKENS = 512
+
+
+@triton.jit
+def encode_e4m3(x):
+    """The E4M3 bytes of fp32 `x`, |x| <= 448, to nearest even; NaN of anything larger, infinities and NaN included.
+
+    In integers, for the interpreter's own conversion drops carries; it makes every backend agree to the bit.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # Below 2^-6 numbers are 2^-9 apart, as those from 2^14 on are in fp32.
+    low = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    high = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    code = tl.where(size < 0x3C800000, low, high)
+    code = tl.where(size > 0x43E00000, 127, code)
+    return (code | ((bits >> 24) & 128)).to(tl.uint8)
+
+
+@triton.jit
+def _write_pages(
+    new, pages, scales, positions, token_slots, page_table, head, begin, num_tokens, table_stride,
+    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The pages whose first token of this step is one of TOKENS from `begin` on, for one head of keys or values."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    t = tl.arange(0, BLOCK_T)
+    n = tl.arange(0, PAGE)
+    for i in range(tl.minimum(num_tokens - begin, TOKENS)):
+        token = begin + i
+        slot = tl.load(token_slots + token)
+        position = tl.load(positions + token)
+        offset = position % PAGE
+        before = tl.load(token_slots + token - 1, mask=token > 0, other=-1)
+        if (slot >= 0) & ((offset == 0) | (before != slot)):
+            same = tl.load(token_slots + token + n, mask=token + n < num_tokens, other=-1) == slot
+            count = tl.minimum(tl.min(tl.where(same, PAGE, n), 0), PAGE - offset)
+            at = tl.load(page_table + slot.to(tl.int64) * table_stride + position // PAGE).to(tl.int64) * NUM_KV + head
+            base = pages + at * (PAGE * HEAD_DIM)
+            rows = new + token.to(tl.int64) * (2 * NUM_KV * HEAD_DIM)
+            largest = tl.zeros([BLOCK_T], tl.float32)
+            for low in range(0, count, BLOCK_T):
+                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
+                x = tl.load(rows + (low + t)[:, None] * (2 * NUM_KV * HEAD_DIM) + d, inside, 0.0).to(tl.float32)
+                size = tl.abs(x)
+                largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
+            # reference.page_scale, and one over it: both are exponents alone.
+            needed = ((tl.max(largest, 0).to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+            needed = tl.maximum(needed, 87 << 23)
+            held = tl.where(offset > 0, tl.load(scales + at).to(tl.int32, bitcast=True), 0)
+            grown = tl.maximum(needed, held)
+            inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)
+            if grown > held:
+                ratio = held.to(tl.float32, bitcast=True) * inverse
+                for low in range(0, offset, BLOCK_T):
+                    inside = (low + t < offset)[:, None] & (d < HEAD_DIM)
+                    code = tl.load(base + (low + t)[:, None] * HEAD_DIM + d, inside, 0)
+                    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * ratio
+                    code = tl.where((code & 127) == 127, code, encode_e4m3(value))
+                    tl.store(base + (low + t)[:, None] * HEAD_DIM + d, code, inside)
+            for low in range(0, count, BLOCK_T):
+                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
+                x = tl.load(rows + (low + t)[:, None] * (2 * NUM_KV * HEAD_DIM) + d, inside, 0.0).to(tl.float32)
+                # A finite number times `inverse` is finite, and no larger than 448.
+                tl.store(base + (offset + low + t)[:, None] * HEAD_DIM + d, encode_e4m3(x * inverse), inside)
+            # No warp may find the new scale where it looks for the old one.
+            tl.debug_barrier()
+            tl.store(scales + at, grown.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _write_kernel(
+    kv, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales, num_tokens, table_stride,
+    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0) * TOKENS
+    plane_head = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    new = kv + plane_head * HEAD_DIM
+    if plane_head < NUM_KV:
+        _write_pages(
+            new, k_pages, k_scales, positions, token_slots, page_table, plane_head, begin, num_tokens, table_stride,
+            NUM_KV, HEAD_DIM, PAGE, TOKENS, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _write_pages(
+            new, v_pages, v_scales, positions, token_slots, page_table, plane_head - NUM_KV, begin, num_tokens,
+            table_stride, NUM_KV, HEAD_DIM, PAGE, TOKENS, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+
+
+def write_kv_fp8(
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    token_slots: torch.Tensor,
+    page_table: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_scales: torch.Tensor,
+) -> None:
+    num_tokens, (num_kv_heads, page_size, head_dim) = kv.shape[0], k_pages.shape[1:]
+    if not num_tokens:
+        return
+    # Of the tokens of a long prompt one in a page has work: programs for all would mostly start in vain.
+    tokens = 1 if num_tokens <= _SPREAD_TOKENS else 8
+    _write_kernel[(triton.cdiv(num_tokens, tokens), 2 * num_kv_heads)](
+        kv, positions, token_slots, page_table, k_pages.view(torch.uint8), v_pages.view(torch.uint8), k_scales,
+        v_scales, num_tokens, page_table.shape[1],
+        NUM_KV=num_kv_heads, HEAD_DIM=head_dim, PAGE=page_size, TOKENS=tokens, BLOCK_T=min(_BLOCK_TOKENS, page_size),
+        BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **overlap_options(kv),
+    )  # fmt: skip
