@@ -198,6 +198,14 @@ def test_fp8_pages_count_as_what_they_stand_for(
     check(batch.reference(batch.sinks, decode=False), batch.oracle(batch.sinks))
 
 
+def test_fp8_pages_and_bf16_queries() -> None:
+    # Decode computes in fp16, which the interpreter can; prefill's bf16 product of queries and keys it cannot.
+    batch = decode_case([0, 1, 16, 71, 0, 33, 90], (6, 2, 16), torch.bfloat16, fp8=True)
+    batch.q *= torch.tensor([0, 1e-30, 3.0, 1e-3, 0, 2.0, 1.0], device=DEVICE)[:, None, None]
+    for num_programs in (5, 1):
+        check(batch.decode(batch.sinks, num_programs), batch.oracle(batch.sinks))
+
+
 def test_fp8_costs_no_more_than_its_rounding() -> None:
     batch = Batch([300, 120], [40, 120], (8, 2, 64), torch.float32, fp8=True)
     found, exact = batch.prefill(None).double(), batch.oracle(None, batch.exact)

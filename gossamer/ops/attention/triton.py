@@ -24,6 +24,8 @@ _MERGE_ELEMENTS = 8192
 _LOW = tl.constexpr(-1e30)
 # Of fp32 products: three tf32 products on the tensor cores, whose error is near that of fp32.
 _PRECISION = tl.constexpr("tf32x3")
+# With FP8 pages the softmax's weights are fp16 of up to 2 to this power, so that small ones of many tokens count too.
+_HALF_RANGE = tl.constexpr(15.0)
 
 
 @triton.jit
@@ -56,9 +58,25 @@ def _merge_partials(
 
 
 @triton.jit
-def _page_scales(k_scales, v_scales, page, head, inside, NUM_KV_HEADS: tl.constexpr):
+def _page_scales(k_scales, v_scales, page, head, measure, inside, NUM_KV_HEADS: tl.constexpr):
+    """A page's scales of keys and values, and what brings a sum in units of `measure` to units of the latter."""
     at = page.to(tl.int64) * NUM_KV_HEADS + head
-    return tl.load(k_scales + at, mask=inside, other=1.0), tl.load(v_scales + at, mask=inside, other=1.0)
+    v_scale = tl.load(v_scales + at, mask=inside, other=1.0)
+    return tl.load(k_scales + at, mask=inside, other=1.0), v_scale, measure / v_scale
+
+
+@triton.jit
+def _half(queries):
+    """bf16 queries as fp16 below 2, exact but for what is below 2^-24, and the power of two that was divided out.
+
+    E4M3 becomes fp16 in half an instruction a number, but bf16 only by way of fp16 and fp32.
+    """
+    x = queries.to(tl.float32)
+    size = tl.abs(x)
+    largest = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
+    exponent = tl.maximum(tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 253 << 23), 1 << 23)
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (x * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_rows", "window"])
@@ -72,7 +90,7 @@ def _decode_kernel(
     """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
-    SCALED: keys' scales go into the scores; `total` counts in units of the last page's scale of values, `measure`.
+    SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS
@@ -119,9 +137,12 @@ def _decode_kernel(
             total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
             table = page_table + slot.to(tl.int64) * table_stride
             page = tl.load(table + low)
-            measure = 1.0
+            to_log2 = scale_log2
             if SCALED:
-                k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+                if queries.dtype == tl.bfloat16:
+                    queries, q_scale = _half(queries)
+                    to_log2 *= q_scale
+                k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, 1.0, True, NUM_KV_HEADS)
             for p in range(low, high):
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
@@ -131,25 +152,27 @@ def _decode_kernel(
                 v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
                 scores = tl.dot(queries, k.to(queries.dtype), input_precision=_PRECISION)
                 if SCALED:
-                    scores *= scale_log2 * k_scale
+                    scores *= to_log2 * k_scale
                 else:
-                    scores *= scale_log2
+                    scores *= to_log2
                 scores = tl.where(visible[None, :], scores, float("-inf"))
-                highest = tl.maximum(peak, tl.max(scores, 1))
+                highest = tl.max(scores, 1)
+                if SCALED:
+                    highest -= _HALF_RANGE
+                highest = tl.maximum(peak, highest)
                 fade = tl.exp2(peak - highest)
                 weights = tl.exp2(scores - highest[:, None])
                 weight = weight * fade + tl.sum(weights, 1)
                 if SCALED:
-                    fade *= measure / v_scale
-                    measure = v_scale
+                    fade *= carry
                 v = v.to(queries.dtype)
                 total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
                 peak = highest
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
                 if SCALED:
-                    k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+                    k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, v_scale, True, NUM_KV_HEADS)
             if SCALED:
-                total *= measure
+                total *= v_scale
 
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
@@ -189,10 +212,14 @@ def _attend_pages(
     NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Pages low .. high - 1 of one sequence; queries [BLOCK_M, head_dim] at `position` [BLOCK_M]."""
+    """Pages low .. high - 1 of one sequence; queries [BLOCK_M, head_dim] at `position` [BLOCK_M].
+
+    `total` counts in units of `measure`, the scale of the last page's values.
+    """
     page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
+    some = low < high
     if SCALED:
-        k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+        k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, measure, some, NUM_KV_HEADS)
     for p in range(low, high):
         base = (page * NUM_KV_HEADS + head) * PAGE
         k = k_desc.load([base, 0])
@@ -206,14 +233,21 @@ def _attend_pages(
         to_log2 = scale_log2
         if SCALED:
             to_log2 = scale_log2 * k_scale
-        highest = tl.maximum(peak, tl.max(scores, 1) * to_log2)
+        highest = tl.max(scores, 1) * to_log2
+        if SCALED:
+            highest -= _HALF_RANGE
+        highest = tl.maximum(peak, highest)
         fade = tl.exp2(peak - highest)
         weights = tl.exp2(scores * to_log2 - highest[:, None])
         weight = weight * fade + tl.sum(weights, 1)
         if SCALED:
-            fade *= measure / v_scale
-            measure = v_scale
-        v = v_desc.load([base, 0]).to(queries.dtype)
+            fade *= carry
+        v = v_desc.load([base, 0])
+        if SCALED and queries.dtype == tl.bfloat16:
+            # As in decode; keys stay bf16, for queries that are computed would come from registers in every product.
+            v = v.to(tl.float16)
+        else:
+            v = v.to(queries.dtype)
         if MASKED:
             # What the last page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
             v = tl.where((p * PAGE + tl.arange(0, PAGE) < seq_len)[:, None], v, 0.0)
@@ -221,7 +255,9 @@ def _attend_pages(
         peak = highest
         page = tl.load(table + tl.minimum(p + 1, high - 1))
         if SCALED:
-            k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, low < high, NUM_KV_HEADS)
+            k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, v_scale, some, NUM_KV_HEADS)
+    if SCALED:
+        measure = tl.where(some, v_scale, measure)
     return peak, weight, total, measure
 
 
