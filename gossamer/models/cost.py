@@ -46,7 +46,8 @@ class StepCost:
                 bytes_per_weight(fmt, weight.template) if matrix else fmt.dtype.itemsize
             )
         moe = config.moe
-        self._config, self._kind, self._kv_itemsize = config, kind, kv_itemsize
+        self._config, self._kind = config, kind
+        self._itemsize, self._kv_itemsize = fmt.dtype.itemsize, kv_itemsize
         self._moe_layers = config.num_layers - len(moe.dense_layers) if moe else 0
         share = moe.top_k / moe.num_experts if moe else 0.0
         self._miss = 1.0 - share
@@ -88,7 +89,7 @@ class StepCost:
             moved += self._expert_bytes * touched / self._num_experts
         batch = AttentionBatch(num_decode, list(starts), list(lengths), (), 0)
         for layer, count in self._layers:
-            cost = self._kind.cost(self._config, layer, batch, self._kv_itemsize)
+            cost = self._kind.cost(self._config, layer, batch, self._itemsize, self._kv_itemsize)
             flops += count * cost.flops
             moved += count * cost.bytes
         return OpCost(flops, moved)

@@ -25,3 +25,5 @@ def test_cost_equals_a_count(window: int | None, start: int, length: int) -> Non
         assert cost == gqa.cost(config, 0, AttentionBatch(1, [start], [length], [[]], 64), 2)
     assert cost.flops == 2 * 2 * pairs * 8 * 16
     assert cost.bytes == 2 * (keys * 2 * 2 * 16 + length * (2 * 8 * 16 + 2 * 2 * 16))
+    with_fp8_cache = gqa.cost(config, 0, batch, 2, 1)
+    assert with_fp8_cache.bytes == (keys + length) * 2 * 2 * 16 + 2 * length * 2 * 8 * 16

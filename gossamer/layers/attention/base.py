@@ -100,6 +100,11 @@ class AttentionKind(Protocol):
         """Metadata of one step, shared by all layers."""
         ...
 
-    def cost(self, config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
-        """FLOPs and bytes of one layer's attention proper (projections are counted by their linears)."""
+    def cost(
+        self, config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int, kv_itemsize: int | None = None
+    ) -> OpCost:
+        """FLOPs and bytes of one layer's attention proper (projections are counted by their linears).
+
+        itemsize: of queries and outputs; kv_itemsize: of what is cached (None: the same), whose scales do not count.
+        """
         ...

@@ -69,7 +69,9 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
     return GQAPlan(n, torch.tensor(slots), torch.tensor(fresh) if fresh else None, decode, prefill)
 
 
-def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) -> OpCost:
+def cost(
+    config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int, kv_itemsize: int | None = None
+) -> OpCost:
     """2 products of head_dim per (query head, visible key); each row's visible KV and q read once, k, v, o written."""
     window, n = config.sliding_window(layer), batch.num_decode
     # Decode rows apart: this runs beside every step, on as many rows.
@@ -87,7 +89,8 @@ def cost(config: ModelConfig, layer: int, batch: AttentionBatch, itemsize: int) 
             kv_tokens += min(end, window + length - 1)
     tokens = sum(batch.lengths)
     q_width, kv_width = config.num_q_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    return OpCost(4.0 * pairs * q_width, itemsize * (kv_tokens * kv_width + tokens * (2 * q_width + kv_width)))
+    kv_bytes = (itemsize if kv_itemsize is None else kv_itemsize) * (kv_tokens + tokens) * kv_width
+    return OpCost(4.0 * pairs * q_width, kv_bytes + itemsize * tokens * 2 * q_width)
 
 
 def _cache(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
