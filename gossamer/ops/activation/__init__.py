@@ -6,6 +6,7 @@ import torch
 
 from gossamer.ops.activation import reference
 from gossamer.ops.dispatch import use_kernel
+from gossamer.ops.quantize_fp8 import Quantized, quantize_activation
 
 
 def silu_mul(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -15,3 +16,17 @@ def silu_mul(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
 
         return triton.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
+
+
+def silu_mul_fp8(
+    gate_up: torch.Tensor, *, per_token: bool = False, ue8m0: bool = False, backend: str = "auto"
+) -> Quantized:
+    """`silu_mul` of gate_up [M, 2 * D] and `quantize_activation` of its result in one launch.
+
+    Returns q E4M3 [M, D] and scales fp32 [M, ceil(D / 128)], or [M, 1] with `per_token`.
+    """
+    if use_kernel(gate_up, backend, "silu_mul_fp8"):
+        from gossamer.ops.activation import triton
+
+        return triton.silu_mul_fp8(gate_up, per_token=per_token, ue8m0=ue8m0)
+    return quantize_activation(reference.silu_mul(gate_up), per_token=per_token, ue8m0=ue8m0, backend=backend)

@@ -7,6 +7,15 @@ import triton
 import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import quantize_rows
+
+
+@triton.jit
+def _silu_mul(gate, up, dtype: tl.constexpr):
+    # silu(x) = x sigmoid(x), written so that a large negative gate gives -0 and not 0 * inf.
+    gate = gate.to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -17,15 +26,54 @@ def _silu_mul_kernel(gate_up, out, numel, width, BLOCK: tl.constexpr, PDL: tl.co
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    gate = tl.load(gate_up + gate_at, valid, 0.0).to(tl.float32)
-    up = tl.load(gate_up + gate_at + width, valid, 0.0).to(tl.float32)
-    # silu(x) = x sigmoid(x), written so that a large negative gate gives -0 and not 0 * inf.
-    tl.store(out + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), valid)
+    gate = tl.load(gate_up + gate_at, valid, 0.0)
+    up = tl.load(gate_up + gate_at + width, valid, 0.0)
+    tl.store(out + at, _silu_mul(gate, up, out.dtype.element_ty), valid)
+
+
+@triton.jit
+def _silu_mul_fp8_kernel(
+    gate_up, q, scales, num_rows, width, groups,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    valid = (row < num_rows)[:, None] & (column < width)[None, :]
+    at = row[:, None].to(tl.int64) * width + column[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    gate = tl.load(gate_up + at + row[:, None].to(tl.int64) * width, valid, 0.0)
+    up = tl.load(gate_up + at + (row[:, None].to(tl.int64) + 1) * width, valid, 0.0)
+    value = _silu_mul(gate, up, gate_up.dtype.element_ty).to(tl.float32)
+    code, scale = quantize_rows(value, UE8M0, q.dtype.element_ty)
+    tl.store(q + at, code, valid)
+    tl.store(scales + row.to(tl.int64) * groups + tl.program_id(1), scale, row < num_rows)
+
+
+def _check(gate_up: torch.Tensor) -> None:
+    if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
+        raise ValueError("silu_mul needs a contiguous tensor with an even last dimension")
+
+
+def silu_mul_fp8(gate_up: torch.Tensor, *, per_token: bool, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(gate_up)
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    groups = 1 if per_token else triton.cdiv(width, FP8_BLOCK)
+    q = gate_up.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
+    scales = gate_up.new_empty(num_rows, groups, dtype=torch.float32)
+    if q.numel():
+        group = triton.next_power_of_2(width) if per_token else FP8_BLOCK
+        rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))
+        _silu_mul_fp8_kernel[(triton.cdiv(num_rows, rows), groups)](
+            gate_up, q, scales, num_rows, width, groups, ROWS=rows, GROUP=group, UE8M0=ue8m0, num_warps=4,
+            **overlap_options(gate_up),
+        )  # fmt: skip
+    return q, scales
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    if gate_up.shape[-1] % 2 or not gate_up.is_contiguous():
-        raise ValueError("silu_mul needs a contiguous tensor with an even last dimension")
+    _check(gate_up)
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     if out.numel():

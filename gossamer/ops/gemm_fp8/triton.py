@@ -26,16 +26,16 @@ GEMV_WIDTH = 16384  # a row of the weight is held in registers
 
 
 @triton.jit
-def _multiply(acc, w, a, scale, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + (a @ w.T) * scale[row of a], transposed with SWAP. Without PROMOTE the tensor cores keep the sum."""
+def _multiply(acc, w, a, scale, w_scale, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc + (a @ w.T) * scale[row of a] * w_scale, transposed with SWAP. Without PROMOTE tensor cores keep the sum."""
     if SWAP:
         if PROMOTE:
-            acc += tl.dot(w, a.T) * scale[None, :]
+            acc += tl.dot(w, a.T) * (scale * w_scale)[None, :]
         else:
             acc = tl.dot(w, a.T, acc)
     else:
         if PROMOTE:
-            acc += tl.dot(a, w.T) * scale[:, None]
+            acc += tl.dot(a, w.T) * (scale * w_scale)[:, None]
         else:
             acc = tl.dot(a, w.T, acc)
     return acc
@@ -96,20 +96,18 @@ def _product_kernel(
         for k in range(start, tl.minimum(start + span, K), 128):
             group = k // 128
             scale = tl.load(a_scales_ptr + a_row * a_groups + tl.minimum(group, a_groups - 1), inside, 0.0)
-            scale0, scale1 = scale, scale
-            if BLOCK_SCALES:
-                scale0 = scale * tl.load(w_scales_ptr + scale_row0 + group)
-            if BLOCK_SCALES and PARTS == 2:
-                scale1 = scale * tl.load(w_scales_ptr + scale_row1 + group)
+            # Loaded ahead of the products and used behind them, which hide the time that takes.
+            w_scale0 = tl.load(w_scales_ptr + scale_row0 + group) if BLOCK_SCALES else 1.0
+            w_scale1 = tl.load(w_scales_ptr + scale_row1 + group) if BLOCK_SCALES and PARTS == 2 else 1.0
             if GATED:
                 mask = inside[:, None] & (columns < K - k)[None, :]
                 a = tl.load(a_ptr + a_row[:, None].to(tl.int64) * K + k + columns[None, :], mask=mask, other=0.0)
             else:
                 a = a_desc.load([block * BLOCK_M, k])
-            acc0 = _multiply(acc0, w_desc.load([w_row, k]), a, scale0, SWAP, PROMOTE)
+            acc0 = _multiply(acc0, w_desc.load([w_row, k]), a, scale, w_scale0, SWAP, PROMOTE)
             if PARTS == 2:
                 w1 = w_desc.load([w_row, K + k] if GATED else [w_row + BLOCK_N, k])
-                acc1 = _multiply(acc1, w1, a, scale1, SWAP, PROMOTE)
+                acc1 = _multiply(acc1, w1, a, scale, w_scale1, SWAP, PROMOTE)
         if SPLIT_K > 1:
             # The last of a tile's programs adds the parts in their order, whatever order they came in.
             AREA: tl.constexpr = HEIGHT * WIDTH
@@ -416,9 +414,7 @@ def fp8_moe_mlp(
     fused, rows = gate_up.block_n == BLOCK_K, order.rows.numel()
     act = x.new_empty(rows, inter, dtype=q.dtype if fused else torch.float32)
     act_scales = x.new_empty(rows, triton.cdiv(inter, BLOCK_K), dtype=torch.float32) if fused else None
-    _product(
-        q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, gated=True, out_scales=act_scales, **common
-    )
+    _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, gated=True, out_scales=act_scales, **common)
     if act_scales is None:
         act, act_scales = quantize_activation(act, live_blocks=order.num_blocks, block_rows=gate_up.block_m)
     y = x.new_empty(num_assignments, hidden)

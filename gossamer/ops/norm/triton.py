@@ -7,12 +7,17 @@ import triton
 import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, residual, weight, out, q, scales, width, eps, groups,
+    ADD: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """GROUP: 0, or how many normed numbers share an FP8 scale. KEEP: store the normed row."""
     offsets = tl.arange(0, BLOCK)
     valid = offsets < width
     scale = tl.load(weight + offsets, valid, 0.0).to(tl.float32)
@@ -27,29 +32,62 @@ def _rms_norm_kernel(
         tl.store(residual + at, total, valid)
         row = total.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(row * row) / width + eps)
-    tl.store(out + at, (row * inverse * scale).to(out.dtype.element_ty), valid)
+    normed = (row * inverse * scale).to(out.dtype.element_ty)
+    if KEEP:
+        tl.store(out + at, normed, valid)
+    if GROUP:
+        groups_of_row = tl.reshape(normed.to(tl.float32), [BLOCK // GROUP, GROUP])
+        code, group_scale = quantize_rows(groups_of_row, UE8M0, q.dtype.element_ty)
+        tl.store(q + at, tl.reshape(code, [BLOCK]), valid)
+        group = tl.arange(0, BLOCK // GROUP)
+        tl.store(scales + tl.program_id(0).to(tl.int64) * groups + group, group_scale, group < groups)
 
 
-def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, add: bool) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor | None,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None, ue8m0: bool = False,
+) -> None:  # fmt: skip
+    """Writes what is given of the normed rows `out` and their FP8 form; what is absent is compiled out."""
     width = x.shape[-1]
-    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()) or weight.shape != (width,):
+    tensors = (x, weight) if residual is None else (x, weight, residual)
+    if not all(t.is_contiguous() for t in tensors) or weight.shape != (width,):
         raise ValueError(f"RMSNorm needs contiguous tensors and a weight of {width} elements")
-    if residual.shape != x.shape:
+    if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)} is not of x's shape {tuple(x.shape)}")
-    out = torch.empty_like(x)
-    rows = x.numel() // width if width else 0
-    if rows:
-        block = triton.next_power_of_2(width)
-        warps = min(16, max(1, block // 512))
-        _rms_norm_kernel[(rows,)](
-            x, residual, weight, out, width, eps, ADD=add, BLOCK=block, num_warps=warps, **overlap_options(x)
-        )
-    return out
+    if not x.numel():
+        return
+    block, group, groups = triton.next_power_of_2(width), 0, 0
+    q, scales = quantized or (x, x)
+    if quantized:
+        groups, block = scales.shape[1], max(block, FP8_BLOCK)
+        group = block if groups == 1 else FP8_BLOCK
+    warps = min(16, max(1, block // 512))
+    _rms_norm_kernel[(x.numel() // width,)](
+        x, x if residual is None else residual, weight, x if out is None else out, q, scales, width, eps, groups,
+        ADD=residual is not None, KEEP=out is not None, GROUP=group, UE8M0=ue8m0, BLOCK=block, num_warps=warps,
+        **overlap_options(x),
+    )  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _launch(x, x, weight, eps, False)
+    out = torch.empty_like(x)
+    _launch(x, None, weight, eps, out)
+    return out
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _launch(x, residual, weight, eps, True)
+    out = torch.empty_like(x)
+    _launch(x, residual, weight, eps, out)
+    return out
+
+
+def add_rms_norm_fp8(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, keep_normed: bool,
+    per_token: bool, ue8m0: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    rows, width = x.shape
+    q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(rows, 1 if per_token else triton.cdiv(width, FP8_BLOCK), dtype=torch.float32)
+    out = torch.empty_like(x) if keep_normed else None
+    _launch(x, residual, weight, eps, out, (q, scales), ue8m0)
+    return q, scales, out

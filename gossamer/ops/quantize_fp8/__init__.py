@@ -1,6 +1,6 @@
-"""Dynamic FP8 quantisation: numbers that share a scale become q = round(x / scale), scale = amax / the largest FP8 number.
+"""Dynamic FP8 quantisation: q = round(x / scale), scale = amax / FP8's largest, of the numbers that share it.
 
-The kernels round as the reference does, to the bit. Producers (norm, activation, experts) quantise in their own kernels.
+The kernels round as the reference does, to the bit. Norm, activation and experts quantise in their own kernels.
 """
 
 from __future__ import annotations

@@ -15,16 +15,19 @@ def _quantize(
     """x fp32 in groups that `dims` span -> q in x's shape, scales with `dims` kept as 1."""
     limit = torch.finfo(dtype).max
     finite = x.isfinite()
-    x = x.where(finite, 0.0)
-    amax = x.abs().amax(dims, keepdim=True) if x.numel() else x.new_zeros([1 if d in dims else n for d, n in _dims(x)])
-    # At least the smallest number: a quotient of denormals may round to 0.
-    bits = (amax / limit).view(torch.int32).clamp_min(1)
+    known = x.abs().where(finite, 0.0)
+    amax = known.amax(dims, keepdim=True) if x.numel() else x.new_zeros([1 if d in dims else n for d, n in _dims(x)])
+    # A power of two keeps tiny groups away from denormals and from infinite reciprocals.
+    lift = torch.where(amax < 2.0**-100, 2.0**100, 1.0)
+    scale = amax * lift / limit
     if ue8m0:
-        bits = (bits + (_EXPONENT ^ 0x7FFFFFFF)) & _EXPONENT
-    scale = bits.view(torch.float32).where(amax > 0, 1.0)
-    # What rounds beyond the largest number would become NaN or infinite.
-    q = (x / scale).clamp(-limit, limit).where(finite, float("nan")).to(dtype)
-    return q, scale
+        scale = ((scale.view(torch.int32) + (_EXPONENT ^ 0x7FFFFFFF)) & _EXPONENT).view(torch.float32)
+    scale = scale.where(amax > 0, 1.0)
+    # The kernels' quotient has no negative zero.
+    q = (x * lift / scale + 0.0).where(finite, float("nan")).to(dtype)
+    # At least the smallest number: the scale itself may be too small for any.
+    lowered = (scale / lift).view(torch.int32).clamp_min(1).view(torch.float32)
+    return q, lowered.where(amax > 0, 1.0)
 
 
 def _dims(x: torch.Tensor) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """FP8 quantisation on the device: `quantize_rows` for the epilogues of other kernels, and a kernel of its own.
 
-Division and rounding are exact, so that every path gives the reference's bits.
+Every path gives the reference's bits.
 """
 
 from __future__ import annotations
@@ -12,33 +12,54 @@ import triton.language as tl
 from gossamer.ops.dispatch import overlap_options
 
 BLOCK = 128
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TRITON_DTYPE = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
 @triton.jit
-def quantize_rows(x, UE8M0: tl.constexpr, DTYPE: tl.constexpr):
-    """x fp32 [R, G], a group a row -> q of DTYPE [R, G], scales fp32 [R]; `reference.quantize_activation` to the bit."""
-    E4M3: tl.constexpr = DTYPE == tl.float8e4nv
-    LIMIT: tl.constexpr = 448.0 if E4M3 else 57344.0
-    finite = tl.abs(x) < float("inf")
-    known = tl.where(finite, x, 0.0)
-    amax = tl.max(tl.abs(known), 1)
-    # At least the smallest number: a quotient of denormals may round to 0.
-    bits = tl.maximum(tl.div_rn(amax, LIMIT).to(tl.int32, bitcast=True), 1)
-    if UE8M0:
-        bits = (bits + 0x7FFFFF) & 0x7F800000
-    scale = tl.where(amax > 0, bits.to(tl.float32, bitcast=True), 1.0)
-    y = tl.minimum(tl.maximum(tl.div_rn(known, tl.broadcast_to(scale[:, None], x.shape)), -LIMIT), LIMIT)
-    # To the nearest number of DTYPE, ties to even, by fp32's own rounding at 1.5 * 2^23 times its spacing; the
-    # conversion is exact then, also the interpreter's, which does not round.
+def _to_fp8(y, DTYPE: tl.constexpr):
+    """y fp32, no larger than the largest of DTYPE -> DTYPE, to nearest, ties to even; NaN stays NaN."""
+    if not INTERPRETED:
+        return y.to(DTYPE)
+    # fp32's own rounding at 1.5 * 2^23 times the spacing; then the conversion is exact. The interpreter's truncates.
+    E4M3: tl.constexpr = DTYPE == tl.float8e4nv  # noqa: SIM300
     LEAST: tl.constexpr = (121 if E4M3 else 113) << 23
     UP: tl.constexpr = ((20 if E4M3 else 21) << 23) + 0x400000
-    exponent = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, LEAST)
-    magic = (exponent + UP).to(tl.float32, bitcast=True)
+    bits = y.to(tl.int32, bitcast=True)
+    magic = (tl.maximum(bits & 0x7F800000, LEAST) + UP).to(tl.float32, bitcast=True)
     code = ((y + magic) - magic).to(DTYPE).to(tl.uint8, bitcast=True)
     # A number that rounds to zero keeps its sign.
-    code = tl.where(y.to(tl.int32, bitcast=True) < 0, code | 128, code)
-    return tl.where(finite, code, 127).to(tl.uint8).to(DTYPE, bitcast=True), scale
+    code = tl.where(y == y, tl.where(bits < 0, code | 128, code), 127)
+    return code.to(tl.uint8).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _divide(x, scale):
+    """x / scale to the nearest, [R, G] by [R, 1], at the price of three products (Markstein 1990); -0 becomes 0."""
+    if INTERPRETED:  # its fma rounds twice
+        return tl.div_rn(x, tl.broadcast_to(scale, x.shape)) + 0.0
+    inverse = tl.div_rn(1.0, scale)
+    y = x * inverse
+    return tl.fma(tl.fma(-y, tl.broadcast_to(scale, x.shape), x), tl.broadcast_to(inverse, x.shape), y)
+
+
+@triton.jit
+def quantize_rows(x, UE8M0: tl.constexpr, DTYPE: tl.constexpr):
+    """x fp32 [R, G], a group a row -> q of DTYPE [R, G], scales fp32 [R]: the reference's to the bit."""
+    LIMIT: tl.constexpr = 448.0 if DTYPE == tl.float8e4nv else 57344.0  # noqa: SIM300
+    finite = tl.abs(x) < float("inf")
+    amax = tl.max(tl.where(finite, tl.abs(x), 0.0), 1)
+    # A power of two keeps tiny groups away from denormals, whose reciprocals are infinite.
+    lift = tl.where(amax < 2.0**-100, 2.0**100, 1.0)
+    scale = tl.div_rn(amax * lift, LIMIT)
+    if UE8M0:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.where(amax > 0, scale, 1.0)
+    q = _to_fp8(tl.where(finite, _divide(x * lift[:, None], scale[:, None]), float("nan")), DTYPE)
+    bits = (scale * tl.where(amax < 2.0**-100, 2.0**-100, 1.0)).to(tl.int32, bitcast=True)
+    # At least the smallest number: the scale itself may be too small for any.
+    lowered = tl.maximum(bits, 1).to(tl.float32, bitcast=True)
+    return q, tl.where(amax > 0, lowered, 1.0)
 
 
 @triton.jit
@@ -73,7 +94,7 @@ def quantize_activation(
     live_blocks: torch.Tensor | None = None,
     block_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`live_blocks` int32 [1]: only that many blocks of `block_rows` rows are quantised, the others left as they are."""
+    """`live_blocks` int32 [1]: only that many blocks of `block_rows` rows are quantised, the others not written."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"quantize_activation needs a contiguous matrix, not {tuple(x.shape)}")
     num_rows, width = x.shape
