@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
+from gossamer.ops.rope import rope_write_kv
 
 Q_HEADS, KV_HEADS, DIM, PAGE = 32, 4, 128, 64
 DECODE = {
@@ -36,13 +37,21 @@ PREFILL = {
 }  # fmt: skip
 
 
-class Cache:
-    """Pages for `num_sets` batches of these lengths, scattered; set i uses slots[i]."""
+# Tokens written in a step: a slot each (decode), or all of one (prefill).
+WRITE = {"write b1": (1, True), "write b64": (64, True), "write b256": (256, True), "write 8k": (8192, False)}
 
-    def __init__(self, seq_lens: list[int], num_sets: int, heads: int = KV_HEADS, dim: int = DIM) -> None:
+
+class Cache:
+    """Pages for `num_sets` batches of these lengths, scattered; set i uses slots[i]. FP8 pages have scales."""
+
+    def __init__(self, seq_lens: list[int], num_sets: int, kv: str, heads: int = KV_HEADS, dim: int = DIM) -> None:
         counts = [-(-n // PAGE) for n in seq_lens] * num_sets
-        self.k_pages = torch.randn(sum(counts), heads, PAGE, dim, dtype=torch.bfloat16, device="cuda")
-        self.v_pages = torch.randn_like(self.k_pages)
+        dtype = torch.float8_e4m3fn if kv == "fp8" else torch.bfloat16
+        self.k_pages, self.v_pages = (
+            torch.randn(sum(counts), heads, PAGE, dim, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in range(2)
+        )
+        ones = torch.ones(sum(counts), heads, device="cuda")
+        self.scales = {"k_scales": ones, "v_scales": ones.clone()} if kv == "fp8" else {}
         table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
         for row, ids in enumerate(torch.randperm(sum(counts)).to(torch.int32).split(counts)):
             table[row, : len(ids)] = ids
@@ -51,11 +60,11 @@ class Cache:
         self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
 
 
-def decode_case(seq_lens: list[int]) -> tuple[Callable[[int], None], float, int]:
+def decode_case(seq_lens: list[int], kv: str) -> tuple[Callable[[int], None], float, int]:
     """The call, its floor in us, and how many input sets it rotates through."""
-    num_bytes = sum(seq_lens) * KV_HEADS * DIM * 4
+    num_bytes = sum(seq_lens) * KV_HEADS * DIM * (2 if kv == "fp8" else 4)
     num_sets = common.rotations(num_bytes, most=32)
-    cache = Cache(seq_lens, num_sets)
+    cache = Cache(seq_lens, num_sets, kv)
     q = torch.randn(len(seq_lens), Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(q)
     workspace = DecodeWorkspace.allocate(len(seq_lens), Q_HEADS, KV_HEADS, DIM, "cuda")
@@ -63,7 +72,7 @@ def decode_case(seq_lens: list[int]) -> tuple[Callable[[int], None], float, int]
     def call(i: int) -> None:
         paged_decode(
             q, cache.k_pages, cache.v_pages, cache.page_table, cache.slots[i % num_sets], cache.seq_lens, DIM**-0.5,
-            out, workspace=workspace, max_seq_len=max(seq_lens),
+            out, workspace=workspace, max_seq_len=max(seq_lens), **cache.scales,
         )  # fmt: skip
 
     return call, common.floor_us(num_bytes), num_sets
@@ -73,8 +82,8 @@ def prefill_flops(rows: list[tuple[int, int]]) -> float:
     return 4.0 * Q_HEADS * DIM * sum(n * (total - n) + n * (n + 1) / 2 for n, total in rows)
 
 
-def prefill_case(rows: list[tuple[int, int]]) -> Callable[[int], None]:
-    cache = Cache([total for _, total in rows], 1)
+def prefill_case(rows: list[tuple[int, int]], kv: str) -> Callable[[int], None]:
+    cache = Cache([total for _, total in rows], 1, kv)
     q_lens = [n for n, _ in rows]
     cu_seqlens_q = torch.tensor([0, *q_lens]).cumsum(0).to("cuda", torch.int32)
     q = torch.randn(sum(q_lens), Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -83,7 +92,7 @@ def prefill_case(rows: list[tuple[int, int]]) -> Callable[[int], None]:
     def call(i: int) -> None:
         paged_prefill(
             q, cache.k_pages, cache.v_pages, cache.page_table, cache.slots[0], cu_seqlens_q, cache.seq_lens,
-            max(q_lens), DIM**-0.5, out,
+            max(q_lens), DIM**-0.5, out, **cache.scales,
         )  # fmt: skip
 
     return call
@@ -117,9 +126,38 @@ def varlen_case(rows: list[tuple[int, int]]) -> Callable[[int], object] | None:
     return lambda i: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
 
 
-def run_decode(results: dict[str, dict[str, float | str]], details: dict[str, object]) -> None:
+def write_case(num_tokens: int, decode: bool, kv: str) -> tuple[Callable[[int], None], float]:
+    """`rope_write_kv` and its floor: in decode at rising positions of pages that are half full."""
+    cache = Cache([PAGE] * num_tokens if decode else [num_tokens], 1, kv)
+    qkv = torch.randn(num_tokens, (Q_HEADS + 2 * KV_HEADS) * DIM, dtype=torch.bfloat16, device="cuda")
+    q_out = torch.empty(num_tokens, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    angles, norm = torch.rand(max(num_tokens, PAGE), DIM, device="cuda"), qkv[0, :DIM].contiguous()
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+    slots, zeros = (tokens, torch.zeros_like(tokens)) if decode else (torch.zeros_like(tokens), tokens)
+    positions = [zeros + (PAGE // 2 + i) if decode else zeros for i in range(PAGE // 2)]
+
+    def call(i: int) -> None:
+        rope_write_kv(
+            qkv, Q_HEADS, KV_HEADS, DIM, angles, angles, positions[i % len(positions)], slots, cache.page_table,
+            cache.k_pages, cache.v_pages, q_out, q_norm=norm, k_norm=norm, **cache.scales,
+        )  # fmt: skip
+
+    kept = 2 * KV_HEADS * DIM
+    return call, common.floor_us(num_tokens * (4 * Q_HEADS * DIM + 2 * kept + kept * cache.k_pages.element_size()))
+
+
+def run_write(results: dict[str, dict[str, float | str]], details: dict[str, object], kv: str) -> None:
+    for name, (num_tokens, decode) in WRITE.items():
+        call, floor = write_case(num_tokens, decode, kv)
+        times = common.measure_us(call, calls=32)
+        median = statistics.median(times)
+        results[name] = {"us": median, "floor": floor, "of floor": floor / median}
+        details[name] = {"median": median, "all": times, "floor": floor, "num_tokens": num_tokens}
+
+
+def run_decode(results: dict[str, dict[str, float | str]], details: dict[str, object], kv: str) -> None:
     for name, seq_lens in DECODE.items():
-        call, floor, num_sets = decode_case(seq_lens)
+        call, floor, num_sets = decode_case(seq_lens, kv)
         times = common.measure_us(call, calls=max(8, min(32, num_sets)))
         median = statistics.median(times)
         results[f"decode {name}"] = {"us": median, "floor": floor, "of floor": floor / median}
@@ -127,12 +165,12 @@ def run_decode(results: dict[str, dict[str, float | str]], details: dict[str, ob
         torch.cuda.empty_cache()
 
 
-def run_prefill(results: dict[str, dict[str, float | str]], details: dict[str, object]) -> None:
+def run_prefill(results: dict[str, dict[str, float | str]], details: dict[str, object], kv: str) -> None:
     for name, rows in PREFILL.items():
         flops = prefill_flops(rows)
         floor = common.floor_us(0, flops)
         candidates = {
-            "": prefill_case(rows),
+            "": prefill_case(rows, kv),
             " (cuDNN, dense)": dense_case(rows, SDPBackend.CUDNN_ATTENTION),
             " (flash, dense)": dense_case(rows, SDPBackend.FLASH_ATTENTION),
             " (varlen, dense)": varlen_case(rows),
@@ -154,20 +192,21 @@ def run_prefill(results: dict[str, dict[str, float | str]], details: dict[str, o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["decode", "prefill"])
+    parser.add_argument("--only", choices=["decode", "prefill", "write"])
+    parser.add_argument("--kv", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.manual_seed(0)
-    results: dict[str, dict[str, float | str]] = {}
     details: dict[str, object] = {}
-    if options.only != "prefill":
-        run_decode(results, details)
-        common.print_table(results)
-    if options.only != "decode":
-        prefill: dict[str, dict[str, float | str]] = {}
-        run_prefill(prefill, details)
-        common.print_table(prefill)
-    shape = {"num_q_heads": Q_HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "page_size": PAGE, "dtype": "bf16"}
+    for part, measure in (("write", run_write), ("decode", run_decode), ("prefill", run_prefill)):
+        if options.only in (None, part):
+            results: dict[str, dict[str, float | str]] = {}
+            measure(results, details, options.kv)
+            common.print_table(results)
+    shape = {
+        "num_q_heads": Q_HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "page_size": PAGE, "dtype": "bf16",
+        "KV cache": options.kv,
+    }  # fmt: skip
     common.write(options.out, unit="us", shapes=shape, repeats=15, cases=details)
 
 
