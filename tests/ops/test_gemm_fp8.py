@@ -1,0 +1,280 @@
+"""FP8 products against float64 of the dequantised operands; `gpu` runs real shapes in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gossamer.ops.gemm_fp8 import fp8_linear, fp8_moe_mlp, quantize_activation, quantize_weight
+from gossamer.ops.moe import interleave_gate_up
+
+pytest.importorskip("triton")
+
+from gossamer.ops.gemm_fp8 import triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3 = torch.float8_e4m3fn
+# With bf16 results their rounding alone is 1.7e-3.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 2e-3}
+gpu = pytest.mark.gpu
+Config = kernels.Config
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh tensors hold NaN (floats) or a large number (ints): whatever is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.isfinite().all()
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def activation64(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    groups = scales.double() if scales.shape[1] == 1 else scales.double().repeat_interleave(128, 1)[:, : q.shape[1]]
+    return q.double() * groups
+
+
+def weight64(q: torch.Tensor, scales: torch.Tensor, kind: str = "block") -> torch.Tensor:
+    if kind == "block":
+        scales = scales.repeat_interleave(128, 0)[: q.shape[0]].repeat_interleave(128, 1)[:, : q.shape[1]]
+    return q.double() * scales.double()
+
+
+def operands(m: int, n: int, k: int, kind: str, form: torch.dtype = E4M3) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(m, k, device=DEVICE) * torch.rand(m, 1, device=DEVICE)
+    w = torch.randn(n, k, device=DEVICE) * torch.exp(torch.randn(n, 1, device=DEVICE))
+    return *quantize_activation(x, per_token=kind != "block", dtype=form), *quantize_weight(w, kind=kind, dtype=form)
+
+
+SMALL = [
+    (1, 21, 272, None),
+    (2, 34, 144, None),
+    (5, 200, 400, None),
+    (150, 300, 272, None),
+    (5, 200, 400, Config(16, 64, 2, 4, 2, True, 3)),
+    (40, 300, 272, Config(16, 64, 2, 4, 2, False)),
+    (40, 200, 272, Config(16, 128, 1, 4, 2, False, 2)),
+]
+REAL = [
+    pytest.param(m, n, k, None, marks=gpu)
+    for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1000, 2064))
+    for m in (1, 2, 3, 17, 64, 128, 129, 500, 4096)
+]
+
+
+@pytest.mark.parametrize("kind", ["block", "channel", "tensor"])
+@pytest.mark.parametrize(("m", "n", "k", "config"), SMALL + REAL)
+def test_fp8_linear(m: int, n: int, k: int, config: Config | None, kind: str) -> None:
+    q, scales, w, w_scales = operands(m, n, k, kind)
+    expected = activation64(q, scales) @ weight64(w, w_scales, kind).T
+    bias = torch.randn(n, device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16):
+        y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=dtype, kind=kind, config=config)
+        assert y.dtype == dtype
+        assert rel_rms(y, expected) < TOLERANCE[dtype]
+    for backend in ("triton", "reference"):
+        y = fp8_linear(q, scales, w, w_scales, bias, out_dtype=torch.float32, kind=kind, backend=backend)
+        assert rel_rms(y, expected + bias.double()) < 1e-5
+
+
+def test_e5m2_and_activations_in_groups_against_channels() -> None:
+    q, scales, w, w_scales = operands(5, 130, 272, "block", torch.float8_e5m2)
+    y = fp8_linear(q, scales, w, w_scales, out_dtype=torch.float32, backend="triton")
+    assert rel_rms(y, activation64(q, scales) @ weight64(w, w_scales).T) < 1e-5
+    q, scales = operands(5, 130, 272, "block")[:2]
+    w, w_scales = operands(5, 130, 272, "channel")[2:]
+    for backend in ("triton", "reference"):
+        y = fp8_linear(q, scales, w, w_scales, out_dtype=torch.float32, kind="channel", backend=backend)
+        assert rel_rms(y, activation64(q, scales) @ weight64(w, w_scales, "channel").T) < 1e-5
+
+
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+    x = torch.randn(20, 272, device=DEVICE)
+    x[3, 7], x[4, 200] = float("nan"), float("inf")
+    w, w_scales = quantize_weight(torch.randn(64, 272, device=DEVICE))
+    operands = (*quantize_activation(x), w, w_scales)
+    y = fp8_linear(*operands, out_dtype=torch.float32, backend="triton")
+    # The interpreter multiplies FP8's NaN as a number.
+    broken = y if DEVICE == "cuda" else fp8_linear(*operands, out_dtype=torch.float32, backend="reference")
+    assert broken[[3, 4]].isnan().all()
+    rest = [i for i in range(20) if i not in (3, 4)]
+    clean = fp8_linear(*quantize_activation(x[rest]), w, w_scales, out_dtype=torch.float32, backend="triton")
+    assert rel_rms(y[rest], clean.double()) < 1e-6
+
+
+def positive(m: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    """All-positive operands whose groups all have scale 1."""
+    x, w = (torch.rand(rows, k, device=DEVICE) * 400 + 40 for rows in (m, n))
+    x[:, ::128] = w[:, ::128] = 448.0
+    return *quantize_activation(x), *quantize_weight(w)
+
+
+def sum_of_14_bits(q: torch.Tensor, w: torch.Tensor, every: int) -> torch.Tensor:
+    """The product as Hopper's FP8 tensor cores add it: sums of 32 products, 14 bits kept; in fp32 after `every`."""
+    total = torch.zeros(q.shape[0], w.shape[0], dtype=torch.float64, device=q.device)
+    for start in range(0, q.shape[1], every):
+        acc = torch.zeros_like(total)
+        for k in range(start, start + every, 32):
+            mantissa, exponent = torch.frexp(acc + q[:, k : k + 32].double() @ w[:, k : k + 32].double().T)
+            acc = torch.ldexp((mantissa * 2.0**14).floor(), exponent - 14)
+        total += acc
+    return total
+
+
+# On the device the sums of 128 keep 14 bits themselves; that is what FP8 products cost on this hardware.
+PROMOTED = 1e-5 if DEVICE == "cpu" else 2e-3
+
+
+@pytest.mark.parametrize("m", [16, pytest.param(300, marks=gpu)])
+def test_long_positive_sums_are_promoted(m: int) -> None:
+    q, scales, w, w_scales = positive(m, 64, 16384)
+    expected = q.double() @ w.double().T
+    assert scales.eq(1).all()
+    config = None if DEVICE == "cuda" else Config(16, 64, 1, 4, 2, True)
+    y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=torch.float32, kind="block", config=config)
+    assert rel_rms(y, expected) < PROMOTED
+
+
+def test_without_promotion_long_positive_sums_drift() -> None:
+    """The test of the test: an accumulator of 14 bits alone fails what promotion every 128 passes."""
+    q, _, w, _ = positive(8, 16, 16384)
+    expected = q.double() @ w.double().T
+    assert rel_rms(sum_of_14_bits(q, w, 128), expected) < 2e-3
+    assert rel_rms(sum_of_14_bits(q, w, 16384), expected) > 4e-3
+
+
+@gpu
+def test_the_kernel_without_promotion_fails() -> None:
+    q, scales, w, w_scales = positive(300, 64, 16384)
+    expected = q.double() @ w.double().T
+    y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=torch.float32, kind="block", promote=False)
+    assert rel_rms(y, expected) > PROMOTED
+
+
+def test_the_variant_without_promotion_is_the_same_product() -> None:
+    q, scales, w, w_scales = positive(20, 64, 512)
+    config = Config(16, 64, 1, 4, 2, True)
+    y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=torch.float32, kind="block", config=config, promote=False)
+    assert rel_rms(y, q.double() @ w.double().T) < 1e-3
+
+
+def experts(num_experts: int, hidden: int, inter: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], ...]:
+    shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
+    return tuple(
+        [quantize_weight(torch.randn(*shape, device=DEVICE) / shape[1] ** 0.5) for _ in range(num_experts)]
+        for shape in shapes
+    )
+
+
+def stacked(gate, up, down) -> tuple[torch.Tensor, ...]:
+    def values(part) -> torch.Tensor:
+        return torch.stack([q.view(torch.uint8) for q, _ in part])
+
+    return (
+        interleave_gate_up(values(gate), values(up)).view(E4M3),
+        torch.stack([torch.stack((g[1], u[1])) for g, u in zip(gate, up, strict=True)]),
+        values(down).view(E4M3),
+        torch.stack([scales for _, scales in down]),
+    )
+
+
+def oracle(x, topk_weights, topk_ids, gate, up, down) -> torch.Tensor:
+    """A float64 loop over dequantised operands; between the products it quantises as the definition says."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    rows = activation64(*quantize_activation(x, backend="reference"))
+    for t, k in (topk_ids >= 0).nonzero().tolist():
+        e = int(topk_ids[t, k])
+        act = torch.nn.functional.silu(weight64(*gate[e]) @ rows[t]) * (weight64(*up[e]) @ rows[t])
+        act = activation64(*quantize_activation(act[None].float(), backend="reference"))[0]
+        out[t] += float(topk_weights[t, k]) * (weight64(*down[e]) @ act)
+    return out
+
+
+def spread(num_tokens: int, num_experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.rand(num_tokens, num_experts, device=DEVICE).argsort(-1)[:, :top_k].int().contiguous()
+    return torch.rand(num_tokens, top_k, device=DEVICE), ids
+
+
+GROUPED = {
+    "chosen": None,
+    "quantises itself": (Config(16, 128, 2, 4, 2, True), Config(16, 64, 2, 4, 2, True)),
+    "many rows": (Config(16, 128, 2, 8, 2, False, 1, True), Config(16, 128, 2, 8, 2, False, 1, True)),
+}
+
+
+@pytest.mark.parametrize("grouped", GROUPED)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 21])
+def test_fp8_moe_mlp(monkeypatch: pytest.MonkeyPatch, num_tokens: int, grouped: str) -> None:
+    if GROUPED[grouped] is not None:
+        if num_tokens < 3:
+            return
+        monkeypatch.setattr(kernels, "choose_grouped", lambda *_: GROUPED[grouped])
+    parts = experts(5, 160, 144)
+    x, (weights, ids) = torch.randn(num_tokens, 160, device=DEVICE), spread(num_tokens, 5, 3)
+    for variant in ("spread", "one expert", "padded rows") if num_tokens > 2 else ("padded rows",):
+        if variant == "one expert":
+            ids[:, 0] = 4
+            ids[:, 1:] = -1
+        if variant == "padded rows":
+            ids[1::2] = -1
+            weights[1::2] = float("nan")
+        # A number on the edge between two FP8 values may fall to either side.
+        expected = oracle(x, weights, ids, *parts)
+        assert rel_rms(fp8_moe_mlp(x, weights, ids, *stacked(*parts), backend="triton"), expected) < 1e-3
+    quantized = quantize_activation(x)
+    y = fp8_moe_mlp(x, weights, ids, *stacked(*parts), quantized=quantized, backend="triton")
+    assert rel_rms(y, expected) < 1e-3
+    assert rel_rms(fp8_moe_mlp(x, weights, ids, *stacked(*parts), backend="reference"), expected) < 1e-3
+
+
+def test_unsupported_input_is_refused() -> None:
+    q, scales, w, w_scales = operands(3, 40, 144, "block")
+    options = {"out_dtype": torch.float32, "backend": "triton"}
+    assert fp8_linear(q[:0], scales[:0], w, w_scales, **options).shape == (0, 40)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        fp8_linear(*operands(3, 40, 100, "block"), **options)
+    with pytest.raises(ValueError, match="do not fit"):
+        fp8_linear(q, scales, w, w_scales, kind="channel", **options)
+    with pytest.raises(ValueError, match="do not fit"):
+        fp8_linear(q, scales[:2].contiguous(), w, w_scales, **options)
+    with pytest.raises(ValueError, match="FP8 values"):
+        fp8_linear(q.float(), scales, w, w_scales, **options)
+    with pytest.raises(ValueError, match="contiguous"):
+        fp8_linear(q, scales.T.contiguous().T, w, w_scales, **options)
+    x, (weights, ids), tensors = torch.randn(3, 160, device=DEVICE), spread(3, 5, 3), stacked(*experts(5, 160, 144))
+    with pytest.raises(ValueError, match="int32"):
+        fp8_moe_mlp(x, weights, ids.long(), *tensors, backend="triton")
+    with pytest.raises(ValueError, match="do not fit"):
+        fp8_moe_mlp(x[:, :144].contiguous(), weights, ids, *tensors, backend="triton")
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 16, 33, 64, 128, 200, 513, 1500, 4096])
+def test_fp8_moe_mlp_at_real_shapes(num_tokens: int) -> None:
+    parts = experts(128, 2048, 768)
+    tensors = stacked(*parts)
+    x = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16()
+    weights, ids = spread(num_tokens, 128, 8)
+    ids[-1] = -1
+    y = fp8_moe_mlp(x, weights, ids, *tensors)
+    picked = sorted({0, num_tokens // 2, max(0, num_tokens - 2)})
+    assert rel_rms(y[picked], oracle(x[picked], weights[picked], ids[picked], *parts)) < 5e-3
+    assert y.isfinite().all()
+    assert y[-1].eq(0).all()
+    assert torch.equal(y, fp8_moe_mlp(x, weights, ids, *tensors)), "sums have a fixed order"
+    quantized = quantize_activation(x)
+    torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp8_moe_mlp(x, weights, ids, *tensors, quantized=quantized)
+    for _ in range(5):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, y)
