@@ -85,6 +85,11 @@ def test_a_page_holds_its_tokens_within_half_a_step_however_they_came(
             2 * ABSOLUTE
         )
         assert ((found - expected.double()).abs() <= bound).all()
+        # But for those, numbers are what they would be had all tokens come at once.
+        scale = scales.repeat_interleave(PAGE, 0)[: len(found), ..., None].expand_as(found)
+        direct = (expected.double() / scale).float().to(E4M3).double() * scale
+        normal = expected.double().abs() >= scale * 2.0**-6
+        assert found[normal].equal(direct[normal])
     touched = torch.cat([cache.table[1, : -(-total // PAGE)], cache.table[2, : -(-len(chunks) // PAGE)]]).long()
     rest = torch.ones(len(cache.scales[0]), dtype=torch.bool, device=DEVICE).index_fill_(0, touched, False)
     for old, now in zip(before, cache.state(), strict=True):
