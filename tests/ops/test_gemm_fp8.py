@@ -129,7 +129,7 @@ def sum_of_14_bits(q: torch.Tensor, w: torch.Tensor, every: int) -> torch.Tensor
 
 
 # On the device the sums of 128 keep 14 bits themselves; that is what FP8 products cost on this hardware.
-PROMOTED = 1e-5 if DEVICE == "cpu" else 2e-3
+PROMOTED = 1e-5 if DEVICE == "cpu" else 5e-4
 
 
 @pytest.mark.parametrize("m", [16, pytest.param(300, marks=gpu)])
@@ -146,8 +146,8 @@ def test_without_promotion_long_positive_sums_drift() -> None:
     """The test of the test: an accumulator of 14 bits alone fails what promotion every 128 passes."""
     q, _, w, _ = positive(8, 16, 16384)
     expected = q.double() @ w.double().T
-    assert rel_rms(sum_of_14_bits(q, w, 128), expected) < 2e-3
-    assert rel_rms(sum_of_14_bits(q, w, 16384), expected) > 4e-3
+    assert rel_rms(sum_of_14_bits(q, w, 128), expected) < 5e-4
+    assert rel_rms(sum_of_14_bits(q, w, 16384), expected) > 5e-3
 
 
 @gpu

@@ -1,0 +1,245 @@
+"""FP8 products against their floors and the library's: `python benchmarks/ops/bench_fp8.py [--sweep] [--out FILE]`.
+
+Dense: DeepSeek-V3's shapes, 1x128 by 128x128 scales; the library's is torch's scaled_mm with the same scales. Experts:
+Qwen3-30B-A3B's block, routing at random, layers in turns; the library's is torch._scaled_grouped_mm, a scale per row.
+`--sweep` times the tiles that `choose` and `choose_grouped` pick from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import common
+
+from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation, quantize_weight
+from gossamer.ops.gemm_fp8 import triton as kernels
+from gossamer.ops.moe import route_topk
+from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8
+
+E4M3 = torch.float8_e4m3fn
+SHAPES = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+ROWS = (1, 16, 64, 128, 4096)
+TOKENS = (1, 2, 8, 32, 128, 256, 1024, 16384)
+HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 2048, 768, 128, 8, 3
+Config = kernels.Config
+FEW_ROWS = [
+    Config(16, n, parts, warps, stages, True, split)
+    for n, parts, warps, stages in ((64, 1, 4, 4), (64, 1, 4, 6), (64, 2, 4, 4), (128, 1, 4, 4), (128, 1, 8, 6))
+    for split in (1, 2, 4, 8)
+]
+MANY_ROWS = [
+    *(Config(128, 128, 2, 8, stages, False, 1, persistent) for stages in (3, 4) for persistent in (True, False)),
+    *(Config(128, 128, 1, 8, stages, False, 1, persistent) for stages in (3, 4, 6) for persistent in (True, False)),
+    *(Config(64, 128, 2, 8, 4, False, 1, persistent) for persistent in (True, False)),
+    *(Config(64, 128, 1, 4, stages, False, 1, False) for stages in (3, 4)),
+]
+GROUPED = [
+    *(Config(16, 64, 2, 4, stages, True) for stages in (3, 4, 5, 6)),
+    *(Config(m, 128, 2, warps, stages, True) for m in (16, 32, 64) for warps in (4, 8) for stages in (3, 4, 5)),
+    *(Config(m, 128, 2, 8, stages, False, 1, p) for m in (64, 128) for stages in (3, 4) for p in (True, False)),
+]
+Timed = dict[str, list[float]]
+
+
+def tried(fn: Callable[[], list[float]]) -> list[float]:
+    """Times, or none where torch or the device has no such product."""
+    try:
+        return fn()
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        print("skipped:", str(error).splitlines()[0][:160], flush=True)
+        return []
+
+
+class Dense:
+    def __init__(self, num_rows: int, num_out: int, width: int) -> None:
+        self.bytes = num_out * width
+        weights = range(common.rotations(self.bytes, 16))
+        self.x = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
+        self.a = quantize_activation(self.x)
+        self.weights = [quantize_weight(torch.randn(num_out, width, device="cuda") * 0.02) for _ in weights]
+        self.calls = max(4, len(self.weights))
+        self.column_scales = self.a[1].t().contiguous().t()
+
+    def product(self, config: Config | None, i: int) -> torch.Tensor:
+        w = self.weights[i % len(self.weights)]
+        return kernels.fp8_linear(*self.a, *w, out_dtype=torch.bfloat16, kind="block", config=config)
+
+    def library(self, i: int) -> torch.Tensor:
+        q, scales = self.weights[i % len(self.weights)]
+        recipe = F.ScalingType
+        return F.scaled_mm(
+            self.a[0], q.t(), self.column_scales, recipe.BlockWise1x128, scales.t(), recipe.BlockWise128x128
+        )
+
+    def time(self, fn: Callable[[int], object]) -> list[float]:
+        return common.measure_us(fn, calls=self.calls, repeats=9)
+
+
+class Experts:
+    def __init__(self, num_tokens: int, layers: list[tuple[torch.Tensor, ...]]) -> None:
+        self.layers = layers
+        self.x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.quantized = quantize_activation(self.x)
+        draws = [torch.rand(num_tokens, EXPERTS, device="cuda") for _ in range(16 if num_tokens <= 64 else 4)]
+        self.routes = [route_topk(scores, TOP_K, renormalize=True) for scores in draws]
+        self.touched = statistics.mean(len(ids.unique()) for _, ids in self.routes)
+        self.bytes = self.touched * 3 * INTER * HIDDEN
+        self.flops = 6.0 * num_tokens * TOP_K * INTER * HIDDEN
+        self.calls = 16 if num_tokens <= 64 else 8 if num_tokens <= 1024 else 3
+
+    def block(self, i: int) -> torch.Tensor:
+        return fp8_moe_mlp(self.x, *self.routes[i % len(self.routes)], *self.layers[i % LAYERS])
+
+    def products(self, i: int) -> torch.Tensor:
+        routes = self.routes[i % len(self.routes)]
+        return fp8_moe_mlp(self.x, *routes, *self.layers[i % LAYERS], quantized=self.quantized)
+
+    def library(self, i: int) -> torch.Tensor:
+        ids, (w_gate_up, _, w_down, _) = self.routes[i % len(self.routes)][1], self.layers[i % LAYERS]
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        ends = (flat[:, None] == torch.arange(EXPERTS, device="cuda")).sum(0).cumsum(0).int()
+        ones = torch.ones(EXPERTS, 2 * INTER, device="cuda")
+        q, scales = quantize_activation(self.x, per_token=True)
+        rows = order // TOP_K
+        up = torch._scaled_grouped_mm(
+            q[rows], w_gate_up.transpose(1, 2), scales[rows, 0], ones, offs=ends, out_dtype=torch.bfloat16
+        )
+        gate, up = up.chunk(2, -1)
+        q, scales = quantize_activation(F.silu(gate) * up, per_token=True)
+        ones = torch.ones(EXPERTS, HIDDEN, device="cuda")
+        return torch._scaled_grouped_mm(
+            q, w_down.transpose(1, 2), scales[:, 0], ones, offs=ends, out_dtype=torch.bfloat16
+        )
+
+    def time(self, fn: Callable[[int], object]) -> list[float]:
+        return common.measure_us(fn, calls=self.calls, repeats=9)
+
+
+def make_layer() -> tuple[torch.Tensor, ...]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.cat(
+            [torch.randn(1, *shape[1:], device="cuda").to(E4M3).view(torch.uint8) for _ in range(shape[0])]
+        )
+
+    scales = (2, INTER // 128, HIDDEN // 128), (HIDDEN // 128, INTER // 128)
+    gate_up, down = (torch.rand(EXPERTS, *shape, device="cuda") * 0.02 for shape in scales)
+    return (
+        random(EXPERTS, 2 * INTER, HIDDEN).view(E4M3), gate_up, random(EXPERTS, HIDDEN, INTER).view(E4M3), down,
+    )  # fmt: skip
+
+
+def best(results: list[tuple[float, Config]]) -> str:
+    return "  ".join(f"{us:.1f} {tuple(config)}" for us, config in sorted(results)[:6])
+
+
+def sweep_dense(data: Dense) -> str:
+    num_rows = data.x.shape[0]
+    block_m = max(16, 1 << (num_rows - 1).bit_length())
+    configs = [c._replace(block_m=block_m) for c in FEW_ROWS] if num_rows <= 128 else MANY_ROWS
+    times = ((tried(functools.partial(data.time, functools.partial(data.product, c))), c) for c in configs)
+    return best([(statistics.median(us), config) for us, config in times if us])
+
+
+def sweep_experts(data: Experts) -> str:
+    """First the gate-up product's tile is varied, then the down product's, the other one as chosen."""
+    chosen, lines = kernels.choose_grouped, []
+    picked = chosen(data.x.shape[0] * TOP_K, EXPERTS)
+    try:
+        for place in (0, 1):
+            results = []
+            for config in (c for c in GROUPED if c.block_m == picked[0].block_m):
+                pair = (config, picked[1]) if place == 0 else (picked[0], config)
+                kernels.choose_grouped = lambda *_, pair=pair: pair  # type: ignore[assignment]
+                us = tried(lambda: data.time(data.products))
+                results += [(statistics.median(us), config)] if us else []
+            lines.append(("gate-up: ", "down: ")[place] + best(results))
+    finally:
+        kernels.choose_grouped = chosen
+    return "\n".join(lines)
+
+
+def row(times: Timed, num_bytes: float, flops: float) -> dict[str, float | str]:
+    floor = common.floor_us(num_bytes, flops, flops_per_us=common.FP8_FLOPS_PER_US)
+    median = {name: statistics.median(us) if us else float("nan") for name, us in times.items()}
+    own = median["gossamer"]
+    return {
+        "us": own,
+        "TB/s": num_bytes / own / 1e6,
+        "TFLOP/s": flops / own / 1e6,
+        "floor": floor,
+        "ratio": floor / own,
+        **{f"{name} us": us for name, us in median.items() if name != "gossamer"},
+    }
+
+
+def dense(rows: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dict[str, dict[str, float | str]]]:
+    times: dict[str, Timed] = {}
+    table = {}
+    for num_out, width in SHAPES:
+        for num_rows in rows:
+            data, name = Dense(num_rows, num_out, width), f"M={num_rows} N={num_out} K={width}"
+            norm, residual = torch.ones(width, device="cuda", dtype=torch.bfloat16), data.x.clone()
+            fused, plain = functools.partial(add_rms_norm_fp8, eps=1e-6), functools.partial(add_rms_norm, eps=1e-6)
+            times[name] = {
+                "gossamer": data.time(functools.partial(data.product, None)),
+                "library": tried(lambda data=data: data.time(data.library)),
+                "quantise": data.time(lambda _, x=data.x: quantize_activation(x)),
+                "norm fp8": data.time(lambda _, x=data.x, r=residual, w=norm, f=fused: f(x, r, w)),
+                "norm": data.time(lambda _, x=data.x, r=residual, w=norm, f=plain: f(x, r, w)),
+            }
+            written = num_rows * (width + 2 * num_out)
+            table[name] = row(times[name], data.bytes + written, 2.0 * num_rows * num_out * width)
+            if sweep:
+                print(name, sweep_dense(data), flush=True)
+    return times, table
+
+
+def experts(tokens: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dict[str, dict[str, float | str]]]:
+    layers, times, table = [make_layer() for _ in range(LAYERS)], {}, {}
+    for num_tokens in tokens:
+        data, name = Experts(num_tokens, layers), f"T={num_tokens}"
+        times[name] = {
+            "gossamer": data.time(data.block),
+            "products": data.time(data.products),
+            "library": tried(lambda data=data: data.time(data.library)),
+        }
+        table[name] = {"experts": data.touched, **row(times[name], data.bytes, data.flops)}
+        if sweep and num_tokens > kernels.GEMV_TOKENS:
+            print(name, sweep_experts(data), flush=True)
+    return times, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name())
+    times: dict[str, Timed] = {}
+    tables: dict[str, dict[str, float | str]] = {}
+    for part, sizes in ((dense, args.rows), (experts, args.tokens)):
+        if sizes:
+            measured, table = part(tuple(sizes), args.sweep)
+            common.print_table(table)
+            times |= measured
+            tables |= table
+    shapes = {"dense": SHAPES, "hidden": HIDDEN, "inter": INTER, "experts": EXPERTS, "top_k": TOP_K, "dtype": "e4m3"}
+    medians = {name: {what: statistics.median(us) for what, us in by.items() if us} for name, by in times.items()}
+    floors = {name: by["floor"] for name, by in tables.items()}
+    common.write(args.out, unit="us", shapes=shapes, repeats=9, median=medians, all=times, floor=floors, table=tables)
+
+
+if __name__ == "__main__":
+    main()
