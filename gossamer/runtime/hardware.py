@@ -56,9 +56,7 @@ def _cuda_obstacle() -> str | None:
 def require_fp8(hardware: Hardware, instead: str = "--quantization none") -> None:
     """Raises StartupError on a GPU without FP8 products; on a CPU torch computes them."""
     if hardware.device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        raise StartupError(
-            f"{hardware.name} has no FP8 products (compute capability 8.9 or newer has); use {instead}."
-        )
+        raise StartupError(f"{hardware.name} has no FP8 products (compute capability 8.9 or newer has); use {instead}.")
 
 
 def available_memory() -> int:
