@@ -21,6 +21,8 @@ ALL_PYTHON = SOURCES + [
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 MAX_PACKAGE_LINES = 15_000
+MAX_RAW_LINES = 18_954
+"""Blank lines, comments and docstrings included. The design wants 15,000 of these too: lower it, never raise it."""
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 150
@@ -79,6 +81,7 @@ def attribute_chains(tree: ast.AST) -> Iterator[str]:
 def test_package_stays_small_enough_to_read():
     total = sum(num_code_lines(path) for path in SOURCES)
     assert total < MAX_PACKAGE_LINES
+    assert sum(num_lines(path) for path in SOURCES) <= MAX_RAW_LINES
 
 
 def test_no_file_is_too_long():

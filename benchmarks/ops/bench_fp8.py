@@ -73,7 +73,7 @@ class Dense:
         w = self.weights[i % len(self.weights)]
         return kernels.fp8_linear(*self.a, *w, out_dtype=torch.bfloat16, kind="block", config=config)
 
-    def library(self, i: int) -> torch.Tensor:
+    def peer(self, i: int) -> torch.Tensor:
         q, scales = self.weights[i % len(self.weights)]
         recipe = F.ScalingType
         return F.scaled_mm(
@@ -103,7 +103,7 @@ class Experts:
         routes = self.routes[i % len(self.routes)]
         return fp8_moe_mlp(self.x, *routes, *self.layers[i % LAYERS], quantized=self.quantized)
 
-    def library(self, i: int) -> torch.Tensor:
+    def peer(self, i: int) -> torch.Tensor:
         ids, (w_gate_up, _, w_down, _) = self.routes[i % len(self.routes)][1], self.layers[i % LAYERS]
         flat = ids.flatten()
         order = flat.argsort(stable=True)
@@ -192,7 +192,7 @@ def dense(rows: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dict[st
             fused, plain = functools.partial(add_rms_norm_fp8, eps=1e-6), functools.partial(add_rms_norm, eps=1e-6)
             times[name] = {
                 "gossamer": data.time(functools.partial(data.product, None)),
-                "library": tried(lambda data=data: data.time(data.library)),
+                "library": tried(lambda data=data: data.time(data.peer)),
                 "quantise": data.time(lambda _, x=data.x: quantize_activation(x)),
                 "norm fp8": data.time(lambda _, x=data.x, r=residual, w=norm, f=fused: f(x, r, w)),
                 "norm": data.time(lambda _, x=data.x, r=residual, w=norm, f=plain: f(x, r, w)),
@@ -211,7 +211,7 @@ def experts(tokens: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dic
         times[name] = {
             "gossamer": data.time(data.block),
             "products": data.time(data.products),
-            "library": tried(lambda data=data: data.time(data.library)),
+            "library": tried(lambda data=data: data.time(data.peer)),
         }
         table[name] = {"experts": data.touched, **row(times[name], data.bytes, data.flops)}
         if sweep and num_tokens > kernels.GEMV_TOKENS:

@@ -51,7 +51,7 @@ class Inputs:
         w_gate_up, w_down, _ = self.layers[i % LAYERS]
         return moe_mlp(self.x, weights, ids, w_gate_up, w_down)
 
-    def library(self, i: int) -> torch.Tensor:
+    def peer(self, i: int) -> torch.Tensor:
         weights, ids = self.routes[i % len(self.routes)]
         w_gate_up, w_down, _ = self.layers[i % LAYERS]
         flat = ids.flatten()
@@ -104,7 +104,7 @@ def main() -> None:
         data, name = Inputs(num_tokens, layers), f"T={num_tokens}"
         times[name] = {
             "block": data.time(data.block),
-            "library": data.time(data.library),
+            "library": data.time(data.peer),
             "router": data.time(functools.partial(data.router, arrivals)),
         }
         floors[name] = common.floor_us(data.weight_bytes, data.flops)

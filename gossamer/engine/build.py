@@ -119,7 +119,7 @@ def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource)
         quantization = source.quantization if hardware.device == "cpu" else "none"
     elif quantization == "fp8" and kernels:
         raise StartupError(
-            "--quantization fp8: this version has FP8 products for CPUs only.\n"
+            "--quantization fp8: the FP8 products have not been proved on a GPU yet, so they run on CPUs only.\n"
             "Use --quantization none: FP8 checkpoints are dequantised, weights stay in --dtype."
         )
     dtype = getattr(torch, config.load.dtype)

@@ -1,4 +1,4 @@
-"""The executor that runs the model: per-slot state, one forward per batch, sampling on the device."""
+"""The executor of a CPU: per-slot state, one forward per batch, sampling."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepRe
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.models.decoder import Decoder
+from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 
 
 class ModelRunner:
-    """Runs batches in order on one device.
+    """Runs batches in order, each before `submit` returns. A GPU has `cuda_runner`.
 
     The token a slot sampled last stays in `last_token`, so a decode row's input never waits for the host.
     """
@@ -64,9 +65,9 @@ class ModelRunner:
                 logprobs = [None] * len(batch.rows)
                 for i, entry in zip(sampling, sampled_logprobs, strict=True):
                     logprobs[i] = entry
-        prompt_logprobs = self._prompt_logprobs(hidden, batch.rows)
+        prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         seconds = time.monotonic() - start_time
-        return StepResult(batch.step_id, token_ids, logprobs, prompt_logprobs, seconds, start_time)
+        return StepResult(batch.step_id, token_ids, logprobs, prompt, seconds, start_time)
 
     def _update_slots(self, batch: ScheduledBatch) -> None:
         for seq in batch.admitted:
@@ -111,28 +112,3 @@ class ModelRunner:
             self.last_token[rows[0].slot] = sampled[0]
         else:
             self.last_token.index_copy_(0, torch.tensor([row.slot for row in rows], device=self.device), sampled)
-
-    def _prompt_logprobs(
-        self, hidden: torch.Tensor, rows: list[ScheduledRow]
-    ) -> list[list[TokenLogprobs] | None] | None:
-        """For rows whose request wants them: the log-probability of each prompt token after a computed position."""
-        result: list[list[TokenLogprobs] | None] | None = None
-        start = 0
-        for i, row in enumerate(rows):
-            first, start = start, start + row.num_tokens
-            seq = self._sequences[row.slot]
-            if row.is_decode or seq is None or seq.params.prompt_logprobs is None:
-                continue
-            following = seq.prompt_token_ids[row.start_pos + 1 : row.start_pos + row.num_tokens + 1]
-            if result is None:
-                result = [None] * len(rows)
-            result[i] = self._row_prompt_logprobs(hidden[first:], following, seq.params.prompt_logprobs)
-        return result
-
-    def _row_prompt_logprobs(self, hidden: torch.Tensor, following: list[int], k: int) -> list[TokenLogprobs]:
-        entries: list[TokenLogprobs] = []
-        for low in range(0, len(following), 64):  # bounds the [rows, vocab_size] temporaries
-            part = following[low : low + 64]
-            logits = self.decoder.logits(hidden[low : low + len(part)])
-            entries += self.sampler.prompt_logprobs(logits, torch.tensor(part, device=self.device), k)
-        return entries
