@@ -169,7 +169,14 @@ def test_graphs_of_a_pool_start_anew_after_the_first_one_failed() -> None:
 def test_the_engine_keeps_within_its_share_of_memory(folder: Path) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    engine = build(folder, gpu_memory_utilization=0.4, kv_cache_memory_bytes=None, max_model_len=128, max_num_seqs=256)
+    engine = build(
+        folder,
+        gpu_memory_utilization=0.4,
+        kv_cache_memory_bytes=None,
+        max_model_len=128,
+        max_num_seqs=256,
+        max_num_batched_tokens=256,
+    )
     for every in (0, 1):
         drain(engine, every=every)
     torch.cuda.synchronize()
