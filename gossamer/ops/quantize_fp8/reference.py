@@ -19,7 +19,8 @@ def _quantize(
     amax = known.amax(dims, keepdim=True) if x.numel() else x.new_zeros([1 if d in dims else n for d, n in _dims(x)])
     # A power of two keeps tiny groups away from denormals and from infinite reciprocals.
     lift = torch.where(amax < 2.0**-100, 2.0**100, 1.0)
-    scale = amax * lift / limit
+    # By a tensor: on a GPU torch divides by a number as a product with its reciprocal, which rounds twice.
+    scale = amax * lift / amax.new_full((), limit)
     if ue8m0:
         scale = ((scale.view(torch.int32) + (_EXPONENT ^ 0x7FFFFFFF)) & _EXPONENT).view(torch.float32)
     scale = scale.where(amax > 0, 1.0)
