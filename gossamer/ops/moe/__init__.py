@@ -31,9 +31,9 @@ def route_topk(
         return reference.route_topk(
             router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
         )
-    from gossamer.ops.moe import triton
+    from gossamer.ops.moe import triton_router
 
-    return triton.route_topk(
+    return triton_router.route_topk(
         router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
     )
 
@@ -60,9 +60,9 @@ def router(
             x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
         )
     _check_contiguous("router", x=x, weight=weight)
-    from gossamer.ops.moe import triton
+    from gossamer.ops.moe import triton_router
 
-    return triton.router(
+    return triton_router.router(
         x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots, arrivals=arrivals
     )
 
