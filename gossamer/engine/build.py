@@ -24,7 +24,7 @@ from gossamer.ops.gemm.packed import packing_supported
 from gossamer.runtime import ceilings, cuda_memory
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.executor import Executor
-from gossamer.runtime.hardware import detect, require_fp8
+from gossamer.runtime.hardware import detect, has_fp8, require_fp8
 from gossamer.runtime.model_runner import ModelRunner
 
 # A dense copy beside int4/int8 weights doubles prefill speed on a CPU; it is kept while it takes at most this share
@@ -112,16 +112,13 @@ def _count_experts(decoder: Decoder) -> list[ExpertUse]:
 
 
 def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource) -> WeightFormat:
-    """How weights are held: `auto` is, on a CPU, that of an FP8 checkpoint or a quantised GGUF file, else none."""
+    """How weights are held: `auto` is that of an FP8 checkpoint or, on a CPU, of a quantised GGUF file, else none."""
     quantization = config.load.quantization
     kernels = hardware.device == "cuda" and config.ops_backend != "reference"
     if quantization == "auto":
-        quantization = source.quantization if hardware.device == "cpu" else "none"
-    elif quantization == "fp8" and kernels:
-        raise StartupError(
-            "--quantization fp8: the FP8 products have not been proved on a GPU yet, so they run on CPUs only.\n"
-            "Use --quantization none: FP8 checkpoints are dequantised, weights stay in --dtype."
-        )
+        quantization = source.quantization
+        if hardware.device != "cpu" and not (quantization == "fp8" and has_fp8(hardware)):
+            quantization = "none"
     dtype = getattr(torch, config.load.dtype)
     as_stored = source.fp8 is not None
     fmt = WeightFormat(dtype, torch.device(hardware.device), quantization, kernels=kernels, as_stored=as_stored)

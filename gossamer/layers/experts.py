@@ -13,6 +13,7 @@ from gossamer.core import StartupError
 from gossamer.layers.linear import Part, WeightFormat, dense, to_fp8
 from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, quantize_weight
 from gossamer.ops.moe import moe_mlp
+from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.weights import Fp8Tensor
 
 _LOGGER = logging.getLogger(__name__)
@@ -77,7 +78,18 @@ class StackedExperts:
         held = (self.w_gate_up, self.w_down, self.gate_up_scales, self.down_scales)
         return [t for t in held if t is not None]
 
-    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    @property
+    def is_fp8(self) -> bool:
+        return self.gate_up_scales is not None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        quantized: Quantized | None = None,
+    ) -> torch.Tensor:
+        """quantized: x as 1 x 128 groups, of which FP8 experts take it."""
         if self.w_gate_up is None or self.w_down is None:
             raise RuntimeError(f"{self.names[0]} used before it was loaded")
         if self.gate_up_scales is None or self.down_scales is None:
@@ -90,6 +102,7 @@ class StackedExperts:
             self.gate_up_scales,
             self.w_down,
             self.down_scales,
+            quantized=quantized,
             backend=self._backend,
         )
 

@@ -151,8 +151,13 @@ class Fp8Weight:
     ue8m0: bool = False
     backend: str = "auto"
 
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's activations share one scale."""
+        return self.kind != "block"
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        q, scales = quantize_activation(x, per_token=self.kind != "block", ue8m0=self.ue8m0, backend=self.backend)
+        q, scales = quantize_activation(x, per_token=self.per_token, ue8m0=self.ue8m0, backend=self.backend)
         return self.quantized(q, scales, x.dtype)
 
     def quantized(self, q: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

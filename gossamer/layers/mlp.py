@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.layers.linear import Linear
-from gossamer.ops.activation import silu_mul
+from gossamer.layers.linear import Fp8Weight, Linear
+from gossamer.layers.residual import ResidualStream
+from gossamer.ops.activation import silu_mul, silu_mul_fp8
 
 
 class GatedMLP:
@@ -18,4 +19,15 @@ class GatedMLP:
         self._backend = backend
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x), backend=self._backend))
+        return self._down(self.gate_up(x))
+
+    def of_stream(self, stream: ResidualStream, norm: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """The MLP of the normed residual stream."""
+        return self._down(stream.product(norm, self.gate_up))
+
+    def _down(self, gate_up: torch.Tensor) -> torch.Tensor:
+        down, backend = self.down.weight, self._backend
+        if isinstance(down, Fp8Weight):
+            q, scales = silu_mul_fp8(gate_up, per_token=down.per_token, ue8m0=down.ue8m0, backend=backend)
+            return down.quantized(q, scales, gate_up.dtype)
+        return down(silu_mul(gate_up, backend=backend))

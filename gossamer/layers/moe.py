@@ -8,7 +8,9 @@ from gossamer.config import MoEConfig
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import Linear
 from gossamer.layers.mlp import GatedMLP
+from gossamer.layers.residual import ResidualStream
 from gossamer.ops.moe import grouped_mlp, router
+from gossamer.ops.quantize_fp8 import Quantized
 
 
 class ExpertUse:
@@ -50,8 +52,21 @@ class MoELayer:
         self._config = config
         self._backend = backend
 
-    def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
-        """x [num_tokens, hidden]; int32 token_slots [num_tokens], -1 for padding, which then reads no expert."""
+    def of_stream(self, stream: ResidualStream, norm: torch.Tensor, token_slots: torch.Tensor) -> torch.Tensor:
+        """The layer of the normed residual stream: the router sees what the norm gives, FP8 experts its FP8 form."""
+        if self.stacked is None or not self.stacked.is_fp8:
+            return self(stream.normed(norm), token_slots)
+        q, scales, x = stream.normed_fp8(norm)
+        if x is None:
+            raise RuntimeError("the router needs the normed rows")
+        return self(x, token_slots, (q, scales))
+
+    def __call__(
+        self, x: torch.Tensor, token_slots: torch.Tensor | None = None, quantized: Quantized | None = None
+    ) -> torch.Tensor:
+        """x [num_tokens, hidden] and, for FP8 experts, its quantised form if there is one; int32 token_slots
+        [num_tokens], -1 for padding, which then reads no expert.
+        """
         if self.router is None:
             raise RuntimeError(f"{self.router_name} used before it was loaded")
         config = self._config
@@ -70,5 +85,5 @@ class MoELayer:
         if self.use is not None:
             self.use.add(ids)
         if self.stacked is not None:
-            return self.stacked(x, weights, ids)
+            return self.stacked(x, weights, ids, quantized)
         return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)

@@ -193,8 +193,7 @@ class Decoder:
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
             yield partial(_attend, block.attention, q, planes, attended)
             stream.add(block.attention.output(attended))
-            h = stream.normed(_loaded(block.mlp_norm))
-            stream.add(block.mlp(h, plan.token_slots) if isinstance(block.mlp, MoELayer) else block.mlp(h))
+            stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
         result.append(stream.normed(_loaded(self.final_norm)))
 
     def forward_paged(

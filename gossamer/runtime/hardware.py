@@ -53,9 +53,14 @@ def _cuda_obstacle() -> str | None:
     return None
 
 
+def has_fp8(hardware: Hardware) -> bool:
+    """Whether the device has FP8 products; on a CPU torch computes them."""
+    return hardware.device != "cuda" or torch.cuda.get_device_capability() >= FP8_CAPABILITY
+
+
 def require_fp8(hardware: Hardware, instead: str = "--quantization none") -> None:
-    """Raises StartupError on a GPU without FP8 products; on a CPU torch computes them."""
-    if hardware.device == "cuda" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    """Raises StartupError on a GPU without FP8 products."""
+    if not has_fp8(hardware):
         raise StartupError(f"{hardware.name} has no FP8 products (compute capability 8.9 or newer has); use {instead}.")
 
 
