@@ -58,11 +58,19 @@ def _merge_partials(
 
 
 @triton.jit
-def _page_scales(k_scales, v_scales, page, head, measure, inside, NUM_KV_HEADS: tl.constexpr):
-    """A page's scales of keys and values, and what brings a sum in units of `measure` to units of the latter."""
+def _page_scales(k_scales, v_scales, page, head, inside, NUM_KV_HEADS: tl.constexpr):
+    """A page's scales of keys and values. Loaded a page ahead and not looked at before it: nothing waits for them."""
     at = page.to(tl.int64) * NUM_KV_HEADS + head
-    v_scale = tl.load(v_scales + at, mask=inside, other=1.0)
-    return tl.load(k_scales + at, mask=inside, other=1.0), v_scale, measure / v_scale
+    return tl.load(k_scales + at, mask=inside, other=1.0), tl.load(v_scales + at, mask=inside, other=1.0)
+
+
+@triton.jit
+def _unpack(pairs, dtype: tl.constexpr):
+    """int16 pairs of E4M3 numbers -> the even and the odd columns. Bytes cannot be transposed on the way out of shared
+    memory, pairs can."""
+    even = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    odd = ((pairs >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return even.to(dtype), odd.to(dtype)
 
 
 @triton.jit
@@ -111,6 +119,7 @@ def _decode_kernel(
     g = tl.arange(0, BLOCK_G)
     n = tl.arange(0, PAGE)
     d = tl.arange(0, HEAD_DIM)
+    pair = tl.arange(0, HEAD_DIM // 2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -134,7 +143,6 @@ def _decode_kernel(
                 sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
                 peak = tl.where(unit == row_begin, tl.maximum(sink * 1.4426950408889634, _LOW), peak)
                 weight = tl.where(unit == row_begin, 1.0, weight)
-            total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
             table = page_table + slot.to(tl.int64) * table_stride
             page = tl.load(table + low)
             to_log2 = scale_log2
@@ -142,14 +150,23 @@ def _decode_kernel(
                 if queries.dtype == tl.bfloat16:
                     queries, q_scale = _half(queries)
                     to_log2 *= q_scale
-                k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, 1.0, True, NUM_KV_HEADS)
+                k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, True, NUM_KV_HEADS)
+                measure = v_scale
+                even = tl.zeros([BLOCK_G, HEAD_DIM // 2], tl.float32)
+                odd = tl.zeros([BLOCK_G, HEAD_DIM // 2], tl.float32)
+            else:
+                total = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
             for p in range(low, high):
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
                 visible = (token >= first_token) & (token < seq_len)
                 # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
                 k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
-                v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
+                if SCALED:
+                    v_at = base // 2 + n[:, None] * (HEAD_DIM // 2) + pair[None, :]
+                    pairs = tl.load(v_pages + v_at, mask=visible[:, None], other=0)
+                else:
+                    v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=visible[:, None], other=0.0)
                 scores = tl.dot(queries, k.to(queries.dtype), input_precision=_PRECISION)
                 if SCALED:
                     scores *= to_log2 * k_scale
@@ -163,16 +180,22 @@ def _decode_kernel(
                 fade = tl.exp2(peak - highest)
                 weights = tl.exp2(scores - highest[:, None])
                 weight = weight * fade + tl.sum(weights, 1)
-                if SCALED:
-                    fade *= carry
-                v = v.to(queries.dtype)
-                total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision=_PRECISION)
+                weights = weights.to(queries.dtype)
                 peak = highest
+                if SCALED:
+                    fade *= measure / v_scale
+                    measure = v_scale
+                    v, v_odd = _unpack(pairs, queries.dtype)
+                    even = tl.dot(weights, v, even * fade[:, None], input_precision=_PRECISION)
+                    odd = tl.dot(weights, v_odd, odd * fade[:, None], input_precision=_PRECISION)
+                else:
+                    v = v.to(queries.dtype)
+                    total = tl.dot(weights, v, total * fade[:, None], input_precision=_PRECISION)
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
                 if SCALED:
-                    k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, v_scale, True, NUM_KV_HEADS)
+                    k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, True, NUM_KV_HEADS)
             if SCALED:
-                total *= v_scale
+                total = tl.reshape(tl.join(even, odd), [BLOCK_G, HEAD_DIM]) * measure
 
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
@@ -219,7 +242,7 @@ def _attend_pages(
     page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
     some = low < high
     if SCALED:
-        k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, measure, some, NUM_KV_HEADS)
+        k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, some, NUM_KV_HEADS)
     for p in range(low, high):
         base = (page * NUM_KV_HEADS + head) * PAGE
         k = k_desc.load([base, 0])
@@ -241,7 +264,8 @@ def _attend_pages(
         weights = tl.exp2(scores * to_log2 - highest[:, None])
         weight = weight * fade + tl.sum(weights, 1)
         if SCALED:
-            fade *= carry
+            fade *= measure / v_scale
+            measure = v_scale
         v = v_desc.load([base, 0])
         if SCALED and queries.dtype == tl.bfloat16:
             # As in decode; keys stay bf16, for queries that are computed would come from registers in every product.
@@ -255,9 +279,7 @@ def _attend_pages(
         peak = highest
         page = tl.load(table + tl.minimum(p + 1, high - 1))
         if SCALED:
-            k_scale, v_scale, carry = _page_scales(k_scales, v_scales, page, head, v_scale, some, NUM_KV_HEADS)
-    if SCALED:
-        measure = tl.where(some, v_scale, measure)
+            k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, some, NUM_KV_HEADS)
     return peak, weight, total, measure
 
 
@@ -373,14 +395,17 @@ def _check(
             raise ValueError(f"{name} must be int32 and contiguous in its last dimension")
 
 
-def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int) -> tuple[int, int]:
-    """Programs of a KV head, and pipeline stages, for pages of K and V of `page_bytes` together.
+def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int, scaled: bool) -> tuple[int, int, int]:
+    """Programs of a KV head, pipeline stages and registers a thread (0: any), for K and V pages of `page_bytes` in all.
 
-    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge.
+    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge. FP8 pages take
+    a program as long as others twice as large, so that twice as many programs are wanted.
     """
-    if 2 * num_rows <= workspace.num_programs:
-        return max(1, workspace.num_programs // 2), 1 + min(4, 163840 // page_bytes)
-    return workspace.num_programs, 1 + min(2, 98304 // page_bytes)
+    if scaled:
+        return workspace.num_programs, 1 + min(2, 49152 // page_bytes), 128 if page_bytes <= 16384 else 0
+    if 4 * num_rows <= workspace.num_programs:
+        return max(1, workspace.num_programs // 4), 1 + min(4, 163840 // page_bytes), 0
+    return max(1, workspace.num_programs // 2), 1 + min(2, 98304 // page_bytes), 0
 
 
 def _prefill_cut(q: torch.Tensor, group: int, max_q_len: int) -> tuple[int, int, int]:
@@ -434,18 +459,21 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
-    max_programs, num_stages = _decode_cut(num_rows, workspace, 2 * page_size * head_dim * k_pages.element_size())
+    page_bytes, scaled = 2 * page_size * head_dim * k_pages.element_size(), k_scales is not None
+    max_programs, num_stages, registers = _decode_cut(num_rows, workspace, page_bytes, scaled)
     # Programs without a share leave at once; their number never changes the others' shares.
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     merge_g = triton.next_power_of_2(group)
     _decode_kernel[(num_programs * num_kv_heads,)](
-        q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out,
+        q, k_pages, v_pages.view(torch.int16) if scaled else v_pages, k_scales, v_scales, page_table, slots, seq_lens,
+        sinks, out,
         workspace.partials, workspace.lse, workspace.arrivals,
         num_rows, page_table.stride(0), scale * _LOG2E, window or _NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=_row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        SCALED=k_scales is not None, num_warps=4, num_stages=num_stages, **overlap_options(q),
+        SCALED=scaled, num_warps=4, num_stages=num_stages, **({"maxnreg": registers} if registers else {}),
+        **overlap_options(q),
     )  # fmt: skip
 
 

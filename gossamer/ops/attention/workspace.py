@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Programs that share a multiprocessor: what their shared memory allows at head_dim 128, and enough to hide latency.
-_PROGRAMS_PER_SM = 2
+# Programs that share a multiprocessor: with FP8 pages, what registers allow. Others take half as many.
+_PROGRAMS_PER_SM = 4
 
 
 @dataclass(slots=True, frozen=True)
