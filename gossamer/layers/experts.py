@@ -12,7 +12,7 @@ from gossamer.config import MoEConfig
 from gossamer.core import StartupError
 from gossamer.layers.linear import Part, WeightFormat, dense, to_fp8
 from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, quantize_weight
-from gossamer.ops.moe import moe_mlp
+from gossamer.ops.moe import moe_mlp, moe_mlp_add_rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.weights import Fp8Tensor
 
@@ -105,6 +105,21 @@ class StackedExperts:
             quantized=quantized,
             backend=self._backend,
         )
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """The norm of residual + what dense experts make of x; the residual becomes the sum."""
+        if self.w_gate_up is None or self.w_down is None:
+            raise RuntimeError(f"{self.names[0]} used before it was loaded")
+        experts = self.w_gate_up, self.w_down
+        return moe_mlp_add_rms_norm(x, topk_weights, topk_ids, *experts, residual, norm, eps, backend=self._backend)
 
 
 @functools.cache

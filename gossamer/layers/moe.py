@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from gossamer.config import MoEConfig
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import Linear
 from gossamer.layers.mlp import GatedMLP
-from gossamer.layers.residual import ResidualStream
+from gossamer.layers.residual import Pending, ResidualStream
 from gossamer.ops.moe import grouped_mlp, router
 from gossamer.ops.quantize_fp8 import Quantized
 
@@ -52,14 +55,21 @@ class MoELayer:
         self._config = config
         self._backend = backend
 
-    def of_stream(self, stream: ResidualStream, norm: torch.Tensor, token_slots: torch.Tensor) -> torch.Tensor:
+    def of_stream(
+        self, stream: ResidualStream, norm: torch.Tensor, token_slots: torch.Tensor
+    ) -> torch.Tensor | Pending:
         """The layer of the normed residual stream: the router sees what the norm gives, FP8 experts its FP8 form."""
-        if self.stacked is None or not self.stacked.is_fp8:
-            return self(stream.normed(norm), token_slots)
-        q, scales, x = stream.normed_fp8(norm)
-        if x is None:
-            raise RuntimeError("the router needs the normed rows")
-        return self(x, token_slots, (q, scales))
+        if self.stacked is not None and self.stacked.is_fp8:
+            q, scales, x = stream.normed_fp8(norm)
+            if x is None:
+                raise RuntimeError("the router needs the normed rows")
+            return self(x, token_slots, (q, scales))
+        weights, ids, x = stream.routed(norm, *self._router(), **self._options(norm.device), token_slots=token_slots)
+        if self.use is not None:
+            self.use.add(ids)
+        if self.stacked is None:
+            return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
+        return Pending(partial(self.stacked, x, weights, ids), partial(self.stacked.add_rms_norm, x, weights, ids))
 
     def __call__(
         self, x: torch.Tensor, token_slots: torch.Tensor | None = None, quantized: Quantized | None = None
@@ -67,23 +77,21 @@ class MoELayer:
         """x [num_tokens, hidden] and, for FP8 experts, its quantised form if there is one; int32 token_slots
         [num_tokens], -1 for padding, which then reads no expert.
         """
-        if self.router is None:
-            raise RuntimeError(f"{self.router_name} used before it was loaded")
-        config = self._config
-        if self._arrivals is None:
-            self._arrivals = torch.zeros(16, dtype=torch.int32, device=x.device)
-        weights, ids = router(
-            x,
-            self.router,
-            config.top_k,
-            renormalize=config.renormalize,
-            score_func=config.score_func,
-            token_slots=token_slots,
-            arrivals=self._arrivals,
-            backend=self._backend,
-        )
+        options = self._options(x.device)
+        weights, ids = router(x, *self._router(), **options, token_slots=token_slots, backend=self._backend)
         if self.use is not None:
             self.use.add(ids)
         if self.stacked is not None:
             return self.stacked(x, weights, ids, quantized)
         return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
+
+    def _router(self) -> tuple[torch.Tensor, int]:
+        if self.router is None:
+            raise RuntimeError(f"{self.router_name} used before it was loaded")
+        return self.router, self._config.top_k
+
+    def _options(self, device: torch.device) -> dict[str, Any]:
+        if self._arrivals is None:
+            self._arrivals = torch.zeros(16, dtype=torch.int32, device=device)
+        config = self._config
+        return {"renormalize": config.renormalize, "score_func": config.score_func, "arrivals": self._arrivals}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 
 from gossamer.layers.linear import DenseWeight, Fp8Weight, Linear
 from gossamer.ops.gemm import add_rms_norm_linear, use_fused_norm
+from gossamer.ops.moe import add_rms_norm_router, router
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8, rms_norm
+
+
+class Pending(NamedTuple):
+    """What a sublayer adds, not computed yet: by itself, or together with the sum and the norm that follow it."""
+
+    alone: Callable[[], torch.Tensor]
+    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """Of residual (changed in place), norm weight and epsilon: the normed rows."""
 
 
 class ResidualStream:
@@ -14,16 +26,23 @@ class ResidualStream:
 
     def __init__(self, x: torch.Tensor, eps: float, backend: str) -> None:
         self._x = x
-        self._added: torch.Tensor | None = None
+        self._added: torch.Tensor | Pending | None = None
         self._eps = eps
         self._backend = backend
 
-    def add(self, delta: torch.Tensor) -> None:
+    def add(self, delta: torch.Tensor | Pending) -> None:
         self._added = delta
+
+    def _take(self) -> torch.Tensor | None:
+        added, self._added = self._added, None
+        return added.alone() if isinstance(added, Pending) else added
 
     def normed(self, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm of the stream."""
-        added, self._added = self._added, None
+        if isinstance(self._added, Pending):
+            pending, self._added = self._added, None
+            return pending.add_rms_norm(self._x, weight, self._eps)
+        added = self._take()
         if added is None:
             return rms_norm(self._x, weight, self._eps, backend=self._backend)
         return add_rms_norm(added, self._x, weight, self._eps, backend=self._backend)
@@ -32,7 +51,7 @@ class ResidualStream:
         self, weight: torch.Tensor, *, keep_normed: bool = True, per_token: bool = False, ue8m0: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """RMSNorm of the stream as `ops.norm.add_rms_norm_fp8` returns it."""
-        added, self._added = self._added, None
+        added = self._take()
         return add_rms_norm_fp8(
             self._x if added is None else added,
             None if added is None else self._x,
@@ -52,7 +71,7 @@ class ResidualStream:
             return dense.quantized(q, scales, self._x.dtype)
         if not (isinstance(dense, DenseWeight) and dense.kernels and use_fused_norm(*self._x.shape)):
             return linear(self.normed(weight))
-        added, self._added = self._added, None
+        added = self._take()
         result, self._x, _ = add_rms_norm_linear(
             self._x if added is None else added,
             None if added is None else self._x,
@@ -63,3 +82,16 @@ class ResidualStream:
             backend=self._backend,
         )
         return result
+
+    def routed(
+        self, weight: torch.Tensor, router_weight: torch.Tensor, top_k: int, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`ops.moe.router` of the normed stream with its `options`, and the normed rows."""
+        added = self._take()
+        if added is None:
+            normed = self.normed(weight)
+            return *router(normed, router_weight, top_k, backend=self._backend, **options), normed
+        weights, ids, self._x, normed = add_rms_norm_router(
+            added, self._x, weight, self._eps, router_weight, top_k, backend=self._backend, **options
+        )
+        return weights, ids, normed

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from gossamer.ops.dispatch import require_reference, use_kernel
 from gossamer.ops.moe import reference
+from gossamer.ops.norm import add_rms_norm
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
 
@@ -67,6 +69,39 @@ def router(
     )
 
 
+def add_rms_norm_router(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    score_func: str = "softmax",
+    token_slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.norm.add_rms_norm` and `router` of what it returns, for few tokens in one launch.
+
+    x, residual [num_tokens, hidden]; norm_weight [hidden]; else as `router`. Returns the router's weights and ids, the
+    new residual stream x + residual and its normed rows. `residual` itself may hold either stream afterwards.
+    """
+    _check_choice(weight.shape[0], top_k, score_func)
+    options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
+    if not use_kernel(x, backend):
+        normed = add_rms_norm(x, residual, norm_weight, eps, backend="reference")
+        weights, ids = reference.router(normed, weight, top_k, **options)
+        return weights, ids, residual, normed
+    _check_contiguous("add_rms_norm_router", x=x, residual=residual, norm_weight=norm_weight, weight=weight)
+    if x.shape != residual.shape or norm_weight.shape != x.shape[1:] or weight.shape[1:] != x.shape[1:]:
+        raise ValueError(f"add_rms_norm_router: x {x.shape}, residual {residual.shape}, router {weight.shape} differ")
+    from gossamer.ops.moe import triton_router
+
+    return triton_router.add_rms_norm_router(x, residual, norm_weight, eps, weight, top_k, arrivals=arrivals, **options)
+
+
 def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate, up [..., inter, hidden] -> [..., 2 * inter, hidden] as `moe_mlp` wants it: gate 0, up 0, gate 1, ...
 
@@ -93,22 +128,38 @@ def moe_mlp(
     """
     if not use_kernel(x, backend):
         return reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
-    _check_contiguous("moe_mlp", x=x, topk_weights=topk_weights, topk_ids=topk_ids, w_gate_up=w_gate_up, w_down=w_down)
-    num_experts, hidden, inter = w_down.shape
-    if w_gate_up.shape != (num_experts, 2 * inter, hidden) or x.shape[1] != hidden:
-        raise ValueError(f"moe_mlp: x {x.shape}, w_gate_up {w_gate_up.shape}, w_down {w_down.shape} do not fit")
-    if topk_ids.dtype != torch.int32 or topk_weights.dtype != torch.float32:
-        raise ValueError(f"moe_mlp: ids are {topk_ids.dtype} and weights {topk_weights.dtype}, not int32 and float32")
-    if not x.dtype == w_gate_up.dtype == w_down.dtype:
-        raise ValueError(f"moe_mlp: x is {x.dtype}, the experts {w_gate_up.dtype} and {w_down.dtype}")
-    if hidden % 16 or inter % 16 or num_experts > MAX_EXPERTS or topk_ids.shape[1] > MAX_TOP_K:
-        raise ValueError(
-            f"moe_mlp: hidden {hidden} and inter {inter} must be multiples of 16, experts {num_experts} at most "
-            f"{MAX_EXPERTS}, top-k {topk_ids.shape[1]} at most {MAX_TOP_K}"
-        )
+    _check_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
     from gossamer.ops.moe import triton
 
     return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+
+
+def moe_mlp_add_rms_norm(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`moe_mlp` and `ops.norm.add_rms_norm` of its result: residual [num_tokens, hidden] += it in place, then the norm.
+
+    norm_weight [hidden]; bit for bit what the two ops give. Returns the normed rows [num_tokens, hidden].
+    """
+    if not use_kernel(x, backend):
+        y = reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+        return add_rms_norm(y, residual, norm_weight, eps, backend="reference")
+    _check_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+    _check_contiguous("moe_mlp_add_rms_norm", residual=residual, norm_weight=norm_weight)
+    if residual.shape != x.shape or norm_weight.shape != x.shape[1:]:
+        raise ValueError(f"moe_mlp_add_rms_norm: residual {residual.shape} or norm {norm_weight.shape} for x {x.shape}")
+    from gossamer.ops.moe import triton
+
+    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, residual, norm_weight, eps)
 
 
 def grouped_mlp(
@@ -133,6 +184,24 @@ def _check_choice(num_experts: int, top_k: int, score_func: str) -> None:
     if not 1 <= top_k <= min(num_experts, MAX_TOP_K) or num_experts > MAX_EXPERTS:
         raise ValueError(
             f"top-{top_k} of {num_experts} experts: top-k up to {MAX_TOP_K}, experts up to {MAX_EXPERTS} are supported"
+        )
+
+
+def _check_mlp(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
+) -> None:
+    _check_contiguous("moe_mlp", x=x, topk_weights=topk_weights, topk_ids=topk_ids, w_gate_up=w_gate_up, w_down=w_down)
+    num_experts, hidden, inter = w_down.shape
+    if w_gate_up.shape != (num_experts, 2 * inter, hidden) or x.shape[1] != hidden:
+        raise ValueError(f"moe_mlp: x {x.shape}, w_gate_up {w_gate_up.shape}, w_down {w_down.shape} do not fit")
+    if topk_ids.dtype != torch.int32 or topk_weights.dtype != torch.float32:
+        raise ValueError(f"moe_mlp: ids are {topk_ids.dtype} and weights {topk_weights.dtype}, not int32 and float32")
+    if not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise ValueError(f"moe_mlp: x is {x.dtype}, the experts {w_gate_up.dtype} and {w_down.dtype}")
+    if hidden % 16 or inter % 16 or num_experts > MAX_EXPERTS or topk_ids.shape[1] > MAX_TOP_K:
+        raise ValueError(
+            f"moe_mlp: hidden {hidden} and inter {inter} must be multiples of 16, experts {num_experts} at most "
+            f"{MAX_EXPERTS}, top-k {topk_ids.shape[1]} at most {MAX_TOP_K}"
         )
 
 

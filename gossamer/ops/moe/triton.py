@@ -15,9 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.norm.triton import add_rms_norm
 
 GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens share an expert
 SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
+RANKED = 512  # assignments of a program of the sort above
 
 
 @triton.jit
@@ -107,26 +109,38 @@ def _sort_kernel(
 
 
 @triton.jit
-def _count_kernel(
-    ids_ptr, counts_ptr, num_assignments, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr
-):
-    offsets = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+def _rank_kernel(
+    ids_ptr, counts_ptr, ranks_ptr, num_assignments,
+    BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Counts the assignments of each expert, and gives each one its place among those of its expert."""
+    start = tl.program_id(0) * BLOCK_A
+    experts = tl.arange(0, BLOCK_E)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    offsets = start + tl.arange(0, BLOCK_A)
     ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
     counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
-    tl.atomic_add(counts_ptr + tl.arange(0, BLOCK_E), counts, mask=counts > 0, sem="relaxed")
+    # One addition for each expert and program reserves the places of all its assignments here.
+    before = tl.atomic_add(counts_ptr + experts, counts, mask=counts > 0, sem="relaxed")
+    for part in range(0, BLOCK_A, CHUNK):
+        offsets = start + part + tl.arange(0, CHUNK)
+        ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
+        own = ids[:, None] == experts[None, :]
+        places = tl.cumsum(own.to(tl.int32), 0) + before[None, :] - 1
+        tl.store(ranks_ptr + offsets, tl.sum(tl.where(own, places, 0), 1), mask=offsets < num_assignments)
+        before += tl.sum(own.to(tl.int32), 0)
 
 
 @triton.jit
 def _place_kernel(
-    ids_ptr, counts_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, num_experts,
+    ids_ptr, counts_ptr, ranks_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, num_experts,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What `_sort_kernel` writes, for many assignments: their order within an expert is open (no result depends on it).
 
-    counts_ptr: rows per expert, then as many zeros, the cursors of the experts.
+    counts_ptr: rows per expert; ranks_ptr: an assignment's place among those of its expert.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
@@ -138,9 +152,8 @@ def _place_kernel(
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.cumsum(blocks, 0) - blocks
     ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
-    known = tl.maximum(ids, 0)
-    rank = tl.atomic_add(counts_ptr + BLOCK_E + known, 1, mask=ids >= 0, sem="relaxed")
-    tl.store(rows_ptr + tl.gather(first, known, 0) * BLOCK_M + rank, offsets, mask=ids >= 0)
+    rank = tl.load(ranks_ptr + offsets, mask=ids >= 0, other=0)
+    tl.store(rows_ptr + tl.gather(first, tl.maximum(ids, 0), 0) * BLOCK_M + rank, offsets, mask=ids >= 0)
     for expert in range(program, num_experts, tl.num_programs(0)):
         own = experts == expert
         start, count = tl.sum(tl.where(own, first, 0)), tl.sum(tl.where(own, counts, 0))
@@ -200,20 +213,34 @@ def _grouped_kernel(
 
 @triton.jit
 def _combine_kernel(
-    y_ptr, weights_ptr, ids_ptr, out_ptr, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    token = tl.program_id(0)
+    y_ptr, weights_ptr, ids_ptr, residual_ptr, norm_ptr, out_ptr, hidden, eps,
+    TOP_K: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A token's weighted sum. NORM: added to the residual, in place, whose norm is stored; BLOCK is a whole row."""
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < hidden
+    if NORM:
+        scale = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if NORM:
+        residual = tl.load(residual_ptr + token * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        assignment = token.to(tl.int64) * TOP_K + slot
+        assignment = token * TOP_K + slot
         present = tl.load(ids_ptr + assignment) >= 0
         y = tl.load(y_ptr + assignment * hidden + columns, mask=columns < tl.where(present, hidden, 0), other=0.0)
         acc += y.to(tl.float32) * tl.where(present, tl.load(weights_ptr + assignment), 0.0)
-    tl.store(out_ptr + token.to(tl.int64) * hidden + columns, acc.to(out_ptr.dtype.element_ty), mask=columns < hidden)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if NORM:
+        # As the sum and the norm are by themselves: each rounded where it would be stored.
+        total = (residual + out.to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + token * hidden + columns, total, mask=inside)
+        full = total.to(tl.float32)
+        out = (full * tl.rsqrt(tl.sum(full * full) / hidden + eps) * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * hidden + columns, out, mask=inside)
 
 
 class GroupedConfig(NamedTuple):
@@ -265,12 +292,16 @@ def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Ex
             num_warps=4 if block_a <= 1024 else 16, **options,
         )  # fmt: skip
         return order
-    counts = torch.zeros(2 * block_e, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(num_assignments, 1024),)
-    _count_kernel[grid](topk_ids, counts, num_assignments, BLOCK_A=1024, num_warps=4, **options)
-    _place_kernel[grid](
-        topk_ids, counts, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=1024, num_warps=4, **options
+    counts = torch.zeros(block_e, dtype=torch.int32, device=device)
+    ranks = torch.empty_like(topk_ids)
+    grid, chunk = (triton.cdiv(num_assignments, RANKED),), max(16, 8192 // block_e)
+    _rank_kernel[grid](
+        topk_ids, counts, ranks, num_assignments, BLOCK_A=RANKED, CHUNK=min(chunk, RANKED), num_warps=4, **options
     )
+    _place_kernel[grid](
+        topk_ids, counts, ranks, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=RANKED, num_warps=4,
+        **options,
+    )  # fmt: skip
     return order
 
 
@@ -292,20 +323,30 @@ def _grouped_product(
     )  # fmt: skip
 
 
-def combine(y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out[t] = the sum over k of weights[t, k] * y[t * top_k + k]; assignments with id -1 are left out."""
-    block = min(1024, triton.next_power_of_2(out.shape[1]))
+def combine(
+    y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, eps: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """out[t] = the sum over k of weights[t, k] * y[t * top_k + k]; assignments with id -1 are left out.
+
+    With a residual, the sum is added to that, in place, and out is its RMSNorm.
+    """
+    fused = residual is not None
+    block = triton.next_power_of_2(out.shape[1])
+    block = block if fused else min(1024, block)
     _combine_kernel[(out.shape[0], triton.cdiv(out.shape[1], block))](
-        y, weights, ids, out, out.shape[1], TOP_K=ids.shape[1], BLOCK=block, num_warps=4, **overlap_options(out)
-    )
+        y, weights, ids, residual, norm_weight, out, out.shape[1], eps, TOP_K=ids.shape[1], NORM=fused, BLOCK=block,
+        num_warps=min(16, max(4, block // 512)), **overlap_options(out),
+    )  # fmt: skip
     return out
 
 
 def _moe_gemv(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
-    act, out = x.new_empty(ids.numel(), inter), torch.empty_like(x)
+    act = x.new_empty(ids.numel(), inter)
     slots, options = triton.next_power_of_2(top_k), overlap_options(x)
     _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
         x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
@@ -314,21 +355,31 @@ def _moe_gemv(
         act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=4, BLOCK_K=1024 // slots,
         STAGES=3, num_warps=8, **options,
     )  # fmt: skip
-    return out
 
 
-def moe_mlp(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
+def _expert_products(
+    x: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
 ) -> torch.Tensor:
+    """[num_tokens * top_k, hidden]: what each assignment's expert makes of its token."""
     num_experts, hidden, inter = w_down.shape
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
-    if x.shape[0] <= GEMV_TOKENS:
-        return _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down)
     gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     act = x.new_empty(order.rows.numel(), inter)
     _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True)
     y = x.new_empty(topk_ids.numel(), hidden)
     _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
-    return combine(y, topk_weights, topk_ids, torch.empty_like(x))
+    return y
+
+
+def moe_mlp(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    out = torch.empty_like(x)
+    if x.shape[0] == 0:
+        return out
+    if x.shape[0] <= GEMV_TOKENS:
+        _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down, out)
+        return out if residual is None or norm_weight is None else add_rms_norm(out, residual, norm_weight, eps)
+    y = _expert_products(x, topk_ids, w_gate_up, w_down)
+    return combine(y, topk_weights, topk_ids, out, residual, norm_weight, eps)

@@ -10,23 +10,45 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.norm.triton import add_rms_norm
 
 ROUTER_ROWS = 4  # a warp chooses for one token
-ROUTER_TOKENS = 64  # up to here one kernel computes the logits and chooses
+ROUTER_TOKENS = 64  # up to here each expert has programs of its own, the last of which chooses
+FUSED_NORM_TOKENS = 8  # up to here every expert's program may as well repeat the norm
+MAX_WHOLE_EXPERTS = 256  # logits of that many experts fit the registers of one program
+
+
+@triton.jit
+def _best(left, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The TOP_K largest of each row in order, and where they lie; the lower place wins."""
+    places = tl.arange(0, BLOCK_E)
+    slots = tl.arange(0, SLOTS)
+    if left.shape[0] == 1 and BLOCK_E <= 256:
+        # One row, latency is all: a number's rank is how many beat it, all at once.
+        row = tl.reshape(left, [BLOCK_E])
+        mine, other = row[:, None], row[None, :]
+        beats = (other > mine) | ((other == mine) & (places[None, :] < places[:, None]))
+        taken = tl.sum(beats.to(tl.int32), 1)[None, :] == slots[:, None]
+        best = tl.sum(tl.where(taken, row[None, :], 0.0), 1)[None, :]
+        return best, tl.sum(tl.where(taken, places[None, :], 0), 1)[None, :]
+    best = tl.zeros([left.shape[0], SLOTS], tl.float32)
+    ids = tl.zeros([left.shape[0], SLOTS], tl.int32)
+    for slot in tl.static_range(TOP_K):
+        value, place = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.where(slots[None, :] == slot, value[:, None], best)
+        ids = tl.where(slots[None, :] == slot, place[:, None], ids)
+        left = tl.where(places[None, :] == place[:, None], -float("inf"), left)
+    return best, ids
 
 
 @triton.jit
 def _choose(
-    logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
+    logits, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The best TOP_K experts of each row; of equal logits the lower id wins."""
+    """The best TOP_K experts of each row of logits [rows, BLOCK_E]; of equal logits the lower id wins."""
     experts = tl.arange(0, BLOCK_E)[None, :]
     inside = rows < num_tokens
-    logits = tl.load(
-        logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts,
-        mask=inside[:, None] & (experts < num_experts), other=0.0, cache_modifier=".cg",
-    ).to(tl.float32)  # fmt: skip
     # A row with NaN has NaN weights, but its ids stay distinct and in range: no number ranks below padding.
     is_nan = (logits != logits) & (experts < num_experts)
     broken = tl.max(is_nan.to(tl.int32), 1)[:, None] > 0
@@ -35,13 +57,7 @@ def _choose(
     top = tl.max(left, 1)[:, None]
     total = tl.sum(tl.exp(left - top), 1)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
-    best = tl.zeros([rows.shape[0], SLOTS], tl.float32)
-    ids = tl.zeros([rows.shape[0], SLOTS], tl.int32)
-    for slot in tl.static_range(TOP_K):
-        value, expert = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
-        best = tl.where(slots == slot, value[:, None], best)
-        ids = tl.where(slots == slot, expert[:, None], ids)
-        left = tl.where(experts == expert[:, None], -float("inf"), left)
+    best, ids = _best(left, TOP_K, SLOTS, BLOCK_E)
     weights = 1.0 / (1.0 + tl.exp(-best)) if SIGMOID else tl.exp(best - top) / total
     weights = tl.where(slots < TOP_K, tl.where(broken, float("nan"), weights), 0.0)
     if RENORMALIZE:
@@ -56,27 +72,40 @@ def _choose(
 
 
 @triton.jit
+def _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E: tl.constexpr):
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    mask = (rows < num_tokens)[:, None] & (experts < num_experts)
+    at = rows[:, None].to(tl.int64) * num_experts + experts
+    return tl.load(logits_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
 def _route_kernel(
     logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     _choose(
-        logits_ptr, slots_ptr, weights_ptr, ids_ptr, tl.program_id(0) * ROWS + tl.arange(0, ROWS), num_tokens,
-        num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+        _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr, rows,
+        num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
     )  # fmt: skip
 
 
 @triton.jit
 def _router_kernel(
-    x_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
+    x_ptr, residual_ptr, norm_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr,
+    weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One expert's logits of ROWS tokens; the last expert to arrive chooses for these tokens."""
+    """One expert's logits of ROWS tokens; the last expert to arrive chooses for these tokens.
+
+    NORM: of x + residual, by every program for itself; the first one keeps the sum and the normed rows.
+    """
     expert = tl.program_id(0)
     tile = tl.program_id(1)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -84,28 +113,45 @@ def _router_kernel(
     columns = tl.arange(0, BLOCK_H)
     # The weights never change: they are on their way while the kernel before still runs.
     weight = tl.load(weight_ptr + expert * hidden + columns, mask=columns < hidden, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.load(norm_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     mask = inside[:, None] & (columns < hidden)[None, :]
-    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * hidden + columns[None, :], mask=mask, other=0.0)
+    at = rows[:, None].to(tl.int64) * hidden + columns[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    if NORM:
+        # What is normalised is what is kept: the sum rounded to the residual's dtype.
+        total = x.to(tl.float32) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total = total.to(sum_ptr.dtype.element_ty)
+        full = total.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(full * full, 1) / hidden + eps)
+        x = (full * inverse[:, None] * scale[None, :]).to(normed_ptr.dtype.element_ty)
+        if expert == 0:
+            tl.store(sum_ptr + at, total, mask=mask)
+            tl.store(normed_ptr + at, x, mask=mask)
     logit = tl.sum(x.to(tl.float32) * weight[None, :], 1)
     tl.store(logits_ptr + rows * num_experts + expert, logit, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
         _choose(
-            logits_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
-            TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+            _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr, rows,
+            num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
 
 
 @triton.jit
 def _logits_kernel(
-    x_ptr, weight_ptr, logits_ptr, num_tokens, num_experts, hidden,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts."""
+    """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts.
+
+    WHOLE: BLOCK_E covers all experts, and the program chooses at once; else the logits are stored.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     columns = tl.arange(0, BLOCK_K)
@@ -129,28 +175,48 @@ def _logits_kernel(
                 part = rest.to(x.dtype)
                 acc = tl.dot(x, part.T, acc)
                 acc = tl.dot(x, (rest - part.to(tl.float32)).to(x.dtype).T, acc)
-    mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
-    tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
+    if WHOLE:
+        _choose(
+            acc, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
+            TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+        )  # fmt: skip
+    else:
+        mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
+        tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
 
 
-def _choose_parameters(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
+def _choice(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
     return {
         "TOP_K": top_k, "SLOTS": triton.next_power_of_2(top_k), "BLOCK_E": triton.next_power_of_2(num_experts),
-        "RENORMALIZE": renormalize, "SIGMOID": score_func == "sigmoid", "ROWS": ROUTER_ROWS,
+        "RENORMALIZE": renormalize, "SIGMOID": score_func == "sigmoid",
     }  # fmt: skip
+
+
+def _results(num_tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    return weights, torch.empty_like(weights, dtype=torch.int32)
 
 
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = router_logits.shape
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=router_logits.device)
-    ids = torch.empty_like(weights, dtype=torch.int32)
+    weights, ids = _results(num_tokens, top_k, router_logits.device)
     _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
         router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts,
-        **_choose_parameters(num_experts, top_k, renormalize, score_func), num_warps=4, **overlap_options(weights),
+        **_choice(num_experts, top_k, renormalize, score_func), ROWS=ROUTER_ROWS, num_warps=4,
+        **overlap_options(weights),
     )  # fmt: skip
     return weights, ids
+
+
+def logits_config(num_tokens: int, itemsize: int) -> dict[str, int]:
+    """The tile of `_logits_kernel` where it chooses at once, by the size of a weight (measured on an H100)."""
+    if num_tokens <= 2048:
+        return {"BLOCK_M": 16, "BLOCK_K": 256 // itemsize, "num_warps": 4, "num_stages": 4 if itemsize == 2 else 3}
+    if num_tokens <= 8192:
+        return {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
 def router(
@@ -158,22 +224,55 @@ def router(
     token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     (num_tokens, hidden), num_experts, options = x.shape, weight.shape[0], overlap_options(x)
-    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    if num_tokens > ROUTER_TOKENS:
-        rows, columns, depth, stages = (16, 32, 128, 4) if num_tokens <= 1024 else (128, 64, 64, 3)
-        _logits_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns))](
-            x, weight, logits, num_tokens, num_experts, hidden, BLOCK_M=rows, BLOCK_E=columns, BLOCK_K=depth,
-            num_warps=4, num_stages=stages, **options,
+    choice = _choice(num_experts, top_k, renormalize, score_func)
+    if num_tokens <= ROUTER_TOKENS:
+        return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals)[:2]
+    weights, ids = _results(num_tokens, top_k, x.device)
+    if num_experts <= MAX_WHOLE_EXPERTS:
+        config = logits_config(num_tokens, weight.element_size())
+        _logits_kernel[(triton.cdiv(num_tokens, config["BLOCK_M"]), 1)](
+            x, weight, x, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice, WHOLE=True,
+            **config, **options,
         )  # fmt: skip
-        return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
-    tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
+        return weights, ids
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    rows, columns, depth, stages = (16, 32, 128, 4) if num_tokens <= 1024 else (128, 64, 64, 3)
+    _logits_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns))](
+        x, weight, logits, token_slots, weights, ids, num_tokens, num_experts, hidden, **{**choice, "BLOCK_E": columns},
+        WHOLE=False, BLOCK_M=rows, BLOCK_K=depth, num_warps=4, num_stages=stages, **options,
+    )  # fmt: skip
+    return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
+
+
+def add_rms_norm_router(
+    x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int,
+    *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    if x.shape[0] > FUSED_NORM_TOKENS:
+        options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
+        normed = add_rms_norm(x, residual, norm_weight, eps)
+        return *router(normed, weight, top_k, arrivals=arrivals, **options), residual, normed
+    choice = _choice(weight.shape[0], top_k, renormalize, score_func)
+    return _route_few(x, residual, norm_weight, eps, weight, choice, token_slots, arrivals)
+
+
+def _route_few(
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float, weight: torch.Tensor,
+    choice: dict[str, Any], token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The choice, and with a norm the new residual and the normed rows; what is absent is compiled out."""
+    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    rows = ROUTER_ROWS if num_tokens > 1 else 1
+    tiles = triton.cdiv(num_tokens, rows)
     if arrivals is None:
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
-    ids = torch.empty_like(weights, dtype=torch.int32)
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    weights, ids = _results(num_tokens, choice["TOP_K"], x.device)
+    summed, normed = (x, x) if residual is None else (torch.empty_like(residual), torch.empty_like(x))
     _router_kernel[(num_experts, tiles)](
-        x, weight, token_slots, logits, arrivals, weights, ids, num_tokens, num_experts, hidden,
-        **_choose_parameters(num_experts, top_k, renormalize, score_func), BLOCK_H=triton.next_power_of_2(hidden),
-        num_warps=4 if hidden <= 4096 else 8, **options,
+        x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, token_slots,
+        logits, arrivals, summed, normed, weights, ids, num_tokens, num_experts, hidden, eps, **choice, ROWS=rows,
+        BLOCK_H=triton.next_power_of_2(hidden), NORM=residual is not None, num_warps=4 if hidden <= 4096 else 8,
+        **overlap_options(x),
     )  # fmt: skip
-    return weights, ids
+    return weights, ids, summed, normed
