@@ -119,15 +119,15 @@ def _rank_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    offsets = start + tl.arange(0, BLOCK_A)
-    ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
+    every = start + tl.arange(0, BLOCK_A)
+    ids = tl.load(ids_ptr + every, mask=every < num_assignments, other=-1)
     counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
     # One addition for each expert and program reserves the places of all its assignments here.
     before = tl.atomic_add(counts_ptr + experts, counts, mask=counts > 0, sem="relaxed")
     for part in range(0, BLOCK_A, CHUNK):
         offsets = start + part + tl.arange(0, CHUNK)
-        ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
-        own = ids[:, None] == experts[None, :]
+        part_ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
+        own = part_ids[:, None] == experts[None, :]
         places = tl.cumsum(own.to(tl.int32), 0) + before[None, :] - 1
         tl.store(ranks_ptr + offsets, tl.sum(tl.where(own, places, 0), 1), mask=offsets < num_assignments)
         before += tl.sum(own.to(tl.int32), 0)
