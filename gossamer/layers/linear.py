@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.ops import gemm_weight_only as wo
-from gossamer.ops.gemm import few_row_linear, use_few_row
+from gossamer.ops.gemm import few_row_linear, use_few_row, use_fused_norm
 from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
 from gossamer.ops.gemm_fp8 import FP8_BLOCK, Fp8Kind, fp8_linear, quantize_activation, quantize_weight
 from gossamer.ops.weights import Fp8Tensor, QuantizedTensor
@@ -156,7 +156,13 @@ class Fp8Weight:
         """Whether a token's activations share one scale."""
         return self.kind != "block"
 
+    def folds(self, num_rows: int, width: int) -> bool:
+        """Whether the product of few rows quantises them within."""
+        return self.kind == "block" and self.backend != "reference" and use_fused_norm(num_rows, width)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.folds(*x.shape):
+            return few_row_linear(x, self.weight, self.bias, fp8=(self.scale, self.ue8m0), backend=self.backend)
         q, scales = quantize_activation(x, per_token=self.per_token, ue8m0=self.ue8m0, backend=self.backend)
         return self.quantized(q, scales, x.dtype)
 

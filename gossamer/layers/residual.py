@@ -65,20 +65,32 @@ class ResidualStream:
 
     def product(self, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
         """`linear` of the normed stream."""
-        dense = linear.weight
-        if isinstance(dense, Fp8Weight):
-            q, scales, _ = self.normed_fp8(weight, keep_normed=False, per_token=dense.per_token, ue8m0=dense.ue8m0)
-            return dense.quantized(q, scales, self._x.dtype)
-        if not (isinstance(dense, DenseWeight) and dense.kernels and use_fused_norm(*self._x.shape)):
-            return linear(self.normed(weight))
+        held = linear.weight
+        if isinstance(held, Fp8Weight) and held.folds(*self._x.shape):
+            return self._folded(weight, held.weight, held.bias, (held.scale, held.ue8m0))
+        if isinstance(held, Fp8Weight):
+            q, scales, _ = self.normed_fp8(weight, keep_normed=False, per_token=held.per_token, ue8m0=held.ue8m0)
+            return held.quantized(q, scales, self._x.dtype)
+        if isinstance(held, DenseWeight) and held.kernels and use_fused_norm(*self._x.shape):
+            return self._folded(weight, held.weight, held.bias)
+        return linear(self.normed(weight))
+
+    def _folded(
+        self,
+        norm: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        fp8: tuple[torch.Tensor, bool] | None = None,
+    ) -> torch.Tensor:
         added = self._take()
         result, self._x, _ = add_rms_norm_linear(
             self._x if added is None else added,
             None if added is None else self._x,
-            weight,
+            norm,
             self._eps,
-            dense.weight,
-            dense.bias,
+            weight,
+            bias,
+            fp8=fp8,
             backend=self._backend,
         )
         return result

@@ -14,19 +14,22 @@ def few_row_linear(
     bias: torch.Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    fp8: tuple[torch.Tensor, bool] | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N] in `out_dtype` (x's unless given), accumulated in fp32.
 
     M is at most 64 on a device. The weight may have another dtype than x (a float32 router). Where `use_few_row` is
     false, the library's product is faster.
+    fp8: of an FP8 weight the fp32 scales [ceil(N / 128), ceil(K / 128)] of its blocks, and whether those of x are
+    powers of two: x is quantised 1 x 128 within. M is at most 2 then: see `use_fused_norm`.
     """
     out_dtype = out_dtype or x.dtype
     if use_kernel(x, backend, "few_row_linear"):
         from gossamer.ops.gemm import triton
 
-        return triton.few_row_linear(x, weight, bias, out_dtype)
-    return reference.few_row_linear(x, weight, bias, out_dtype)
+        return triton.few_row_linear(x, weight, bias, out_dtype, fp8=fp8)
+    return reference.few_row_linear(x, weight, bias, out_dtype, fp8)
 
 
 def add_rms_norm_linear(
@@ -39,20 +42,21 @@ def add_rms_norm_linear(
     *,
     out_dtype: torch.dtype | None = None,
     keep_normed: bool = False,
+    fp8: tuple[torch.Tensor, bool] | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`add_rms_norm` and `few_row_linear` in one launch.
 
     x, residual: [M, K]; norm_weight: [K]; weight: [N, K]; bias: [N]. Returns the product [M, N], the new residual
     stream x + residual (a new tensor, for other programs still read the old one; x itself without a residual), and,
-    with `keep_normed`, the normed rows [M, K]. On a device M is at most 2: see `use_fused_norm`.
+    with `keep_normed`, the normed rows [M, K]. On a device M is at most 2: see `use_fused_norm`. fp8: as there.
     """
     out_dtype = out_dtype or x.dtype
     if use_kernel(x, backend, "add_rms_norm_linear"):
         from gossamer.ops.gemm import triton
 
-        return triton.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed)
-    return reference.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed)
+        return triton.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed, fp8=fp8)
+    return reference.add_rms_norm_linear(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed, fp8)
 
 
 def use_few_row(num_rows: int, num_out: int, width: int) -> bool:

@@ -1,7 +1,8 @@
 """Products of few rows on the device, bound by reading the weight once.
 
 `_rows` holds whole weight rows in registers and multiplies on the CUDA cores: one or two rows of x, the RMSNorm before
-them folded in. `_tiles` streams weight tiles through shared memory to the tensor cores.
+them and, for FP8 weights, the quantisation of x folded in. `_tiles` streams weight tiles through shared memory to the
+tensor cores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 MOST_ROWS = 64
 MOST_FUSED_ROWS = 2
@@ -40,10 +43,12 @@ def _sum_rows(x, residual, at, mask, ADD: tl.constexpr):
 
 @triton.jit
 def _rows(
-    x, residual, norm_weight, weight, bias, out, new_residual, normed, num_out, width, eps,
+    x, residual, norm_weight, weight, weight_scales, bias, out, new_residual, normed, num_out, width, groups, eps,
     M: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, NORMED: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, UE8M0: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """GROUP: 0, or how many numbers of x, and of a row of FP8 weights, share a scale."""
     pid = tl.program_id(0)
     n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -53,6 +58,9 @@ def _rows(
         weight + n[:, None].to(tl.int64) * width + k[None, :], (n < num_out)[:, None] & inside[None, :], 0.0,
         eviction_policy="evict_first",
     )  # fmt: skip
+    if GROUP:
+        group = tl.arange(0, BLOCK_K // GROUP)
+        w_scale = tl.load(weight_scales + pid * BLOCK_N // GROUP * groups + group, group < groups, 0.0)
     if NORM:
         scale = tl.load(norm_weight + k, inside, 0.0).to(tl.float32)
     if BIAS:
@@ -75,7 +83,12 @@ def _rows(
                 if NORMED:
                     g = tl.load(norm_weight + part, mine, 0.0).to(tl.float32)
                     tl.store(normed + m * width + part, (h.to(tl.float32) * inverse * g).to(x.dtype.element_ty), mine)
-        y = tl.sum(w.to(tl.float32) * row.to(tl.float32)[None, :], 1)
+        factor = row.to(tl.float32)
+        if GROUP:
+            grouped = tl.reshape(factor, [BLOCK_K // GROUP, GROUP])
+            code, code_scale = quantize_rows(grouped, UE8M0, weight.dtype.element_ty)
+            factor = tl.reshape(code.to(tl.float32) * (code_scale * w_scale)[:, None], [BLOCK_K])
+        y = tl.sum(w.to(tl.float32) * factor[None, :], 1)
         if BIAS:
             y += shift
         tl.store(out + m * num_out + n, y.to(out.dtype.element_ty), n < num_out)
@@ -128,6 +141,8 @@ def _tiles(
 
 def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bool = False) -> Config:
     """The cut that measured fastest (`benchmarks/ops/bench_linear.py --sweep` times them all)."""
+    if itemsize == 1:
+        return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
     if fused and num_out >= 1024:
         # Every program repeats the norm, which wants few of them: as many rows of weight as registers hold.
         return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
@@ -161,12 +176,13 @@ def few_row_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     config: Config | None = None,
+    fp8: tuple[torch.Tensor, bool] | None = None,
 ) -> torch.Tensor:
-    _check(x, weight, MOST_ROWS, bias)
+    _check(x, weight, MOST_ROWS if fp8 is None else MOST_FUSED_ROWS, bias)
     (num_rows, width), num_out = x.shape, weight.shape[0]
     config = config or choose(num_rows, num_out, width, weight.element_size())
     if not config.block_k:
-        return _launch_rows(x, None, None, 0.0, weight, bias, out_dtype, False, config)[0]
+        return _launch_rows(x, None, None, 0.0, weight, bias, out_dtype, False, fp8, config)[0]
     out = x.new_empty(num_rows, num_out, dtype=out_dtype)
     if not out.numel():
         return out
@@ -194,10 +210,11 @@ def add_rms_norm_linear(
     out_dtype: torch.dtype,
     keep_normed: bool,
     config: Config | None = None,
+    fp8: tuple[torch.Tensor, bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     _check(x, weight, MOST_FUSED_ROWS, bias, residual, norm_weight)
-    config = config or choose(x.shape[0], weight.shape[0], x.shape[1], fused=True)
-    return _launch_rows(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed, config)
+    config = config or choose(x.shape[0], weight.shape[0], x.shape[1], weight.element_size(), fused=True)
+    return _launch_rows(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed, fp8, config)
 
 
 def _launch_rows(
@@ -209,6 +226,7 @@ def _launch_rows(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     keep_normed: bool,
+    fp8: tuple[torch.Tensor, bool] | None,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     (num_rows, width), num_out = x.shape, weight.shape[0]
@@ -218,11 +236,13 @@ def _launch_rows(
     if out.numel():
         programs = triton.cdiv(num_out, config.block_n)
         # What is absent is compiled out; x stands in for it.
-        inputs = (x if t is None else t for t in (residual, norm_weight, weight, bias))
+        weight_scales, ue8m0 = fp8 or (x, False)
+        inputs = (x if t is None else t for t in (residual, norm_weight, weight, weight_scales, bias))
         _rows[(programs,)](
-            x, *inputs, out, summed, x if normed is None else normed, num_out, width, eps,
-            M=num_rows, NORM=norm_weight is not None, ADD=residual is not None, NORMED=keep_normed,
-            BIAS=bias is not None, BLOCK_N=config.block_n, BLOCK_K=triton.next_power_of_2(width),
+            x, *inputs, out, summed, x if normed is None else normed, num_out, width, triton.cdiv(width, FP8_BLOCK),
+            eps, M=num_rows, NORM=norm_weight is not None, ADD=residual is not None, NORMED=keep_normed,
+            BIAS=bias is not None, GROUP=FP8_BLOCK if fp8 else 0, UE8M0=ue8m0, BLOCK_N=config.block_n,
+            BLOCK_K=max(FP8_BLOCK if fp8 else 1, triton.next_power_of_2(width)),
             CHUNK=triton.next_power_of_2(triton.cdiv(width, programs)), num_warps=config.num_warps,
             **overlap_options(x),
         )  # fmt: skip
