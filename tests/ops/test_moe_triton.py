@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gossamer.ops.moe import interleave_gate_up, moe_mlp, route_topk, router
+from gossamer.ops.moe import (
+    add_rms_norm_router,
+    interleave_gate_up,
+    moe_mlp,
+    moe_mlp_add_rms_norm,
+    route_topk,
+    router,
+)
+from gossamer.ops.norm import add_rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,6 +89,62 @@ def test_router_equals_the_reference(num_tokens: int, num_experts: int, hidden: 
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_one_token_and_several_break_ties_and_survive_nan_alike(num_tokens: int) -> None:
+    """A single token's experts are chosen by rank, those of several one after the other."""
+    x = torch.randn(num_tokens, 16, device=DEVICE)
+    weight = torch.randn(4, 16, device=DEVICE).repeat(5, 1)  # of five equal logits each the lowest ids win
+    _, expected = router(x, weight, 8, renormalize=True, backend="reference")
+    _, ids = router(x, weight, 8, renormalize=True, backend="triton")
+    assert torch.equal(ids, expected)
+    weights, ids = router(torch.full_like(x, float("nan")), weight, 8, renormalize=True, backend="triton")
+    assert weights.isnan().all()
+    assert ids.tolist() == [list(range(8))] * num_tokens
+
+
+def test_many_tokens_and_too_many_experts_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.ops.moe import triton_router
+
+    monkeypatch.setattr(triton_router, "MAX_WHOLE_EXPERTS", 8)
+    x, weight = torch.randn(70, 32, device=DEVICE), torch.randn(40, 32, device=DEVICE)
+    expected_weights, expected_ids = router(x, weight, 3, renormalize=False, backend="reference")
+    weights, ids = router(x, weight, 3, renormalize=False, backend="triton")
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 11])
+def test_add_norm_and_router_in_one(num_tokens: int) -> None:
+    x, residual = torch.randn(2, num_tokens, 48, device=DEVICE)
+    norm, weight = torch.rand(48, device=DEVICE), torch.randn(10, 48, device=DEVICE)
+    slots = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) - int(num_tokens > 1)
+    arrivals = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    options = {"renormalize": True, "token_slots": slots}
+    expected_normed = add_rms_norm(x, expected_residual := residual.clone(), norm, 1e-6, backend="reference")
+    expected = router(expected_normed, weight, 3, backend="reference", **options)
+    for backend in ("triton", "triton", "reference"):  # the second call finds the counter as the first left it
+        found = add_rms_norm_router(
+            x, residual.clone(), norm, 1e-6, weight, 3, arrivals=arrivals, backend=backend, **options
+        )
+        torch.testing.assert_close(found, (*expected, expected_residual, expected_normed), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 12])
+def test_sum_norm_and_experts_in_one(num_tokens: int) -> None:
+    gate, up, down = experts(5, 48, 32, torch.float32)
+    x, residual = torch.randn(2, num_tokens, 48, device=DEVICE)
+    norm, (weights, ids) = torch.rand(48, device=DEVICE), spread(num_tokens, 5, 3)
+    ids[1::3] = -1
+    total = residual.double() + oracle(x, weights, ids, gate, up, down)
+    expected = total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm
+    for backend in ("triton", "reference"):
+        kept = residual.clone()
+        w = interleave_gate_up(gate, up)
+        normed = moe_mlp_add_rms_norm(x, weights, ids, w, down, kept, norm, 1e-6, backend=backend)
+        assert rel_rms(kept, total) < 1e-6
+        assert rel_rms(normed, expected) < 1e-6
+
+
 def test_nan_logits_give_nan_weights_and_distinct_ids_in_range() -> None:
     logits = torch.randn(3, 6, device=DEVICE)
     logits[1] = float("nan")
@@ -114,6 +178,7 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
 
     config = triton.GroupedConfig(16, 16, 16, 4, 2, persistent=True)
     monkeypatch.setattr(triton, "SMALL_SORT", 4)
+    monkeypatch.setattr(triton, "RANKED", 32)
     monkeypatch.setattr(triton, "grouped_configs", lambda *_: (config, config))
     gate, up, down = experts(4, 32, 16, torch.float32)
     x = torch.randn(40, 32, device=DEVICE)
@@ -181,19 +246,45 @@ def test_router_is_exact_at_real_shapes(num_tokens: int, tolerance: float) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 64, 500, 5000])
+def test_fused_ops_equal_the_ops_they_fuse(num_tokens: int) -> None:
+    gate, up, down = experts(128, 2048, 768, torch.bfloat16)
+    w, weight = interleave_gate_up(gate, up), (torch.randn(128, 2048, device=DEVICE) * 0.02).bfloat16()
+    x, residual = torch.randn(2, num_tokens, 2048, device=DEVICE).bfloat16()
+    norm = torch.rand(2048, device=DEVICE).bfloat16() + 0.5
+    slots = torch.arange(num_tokens, dtype=torch.int32, device=DEVICE) - int(num_tokens > 1)
+    expected = residual.clone()
+    normed = add_rms_norm(x, expected, norm, 1e-6)
+    options = {"renormalize": True, "token_slots": slots}
+    weights, ids, stream, rows = add_rms_norm_router(x, residual.clone(), norm, 1e-6, weight, 8, **options)
+    assert torch.equal(stream, expected)
+    assert rel_rms(rows, normed.double()) < 1e-3
+    expected_weights, expected_ids = router(rows, weight, 8, **options)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+    after = add_rms_norm(moe_mlp(rows, weights, ids, w, down), expected, norm, 1e-6)
+    assert torch.equal(moe_mlp_add_rms_norm(rows, weights, ids, w, down, stream, norm, 1e-6), after)
+    assert torch.equal(stream, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 300, 2000])
 def test_a_graph_replays_what_eager_gives(num_tokens: int) -> None:
     """Kernels of a graph overlap (programmatic dependent launch): none may read what is not yet written."""
     gate, up, down = experts(128, 2048, 768, torch.bfloat16)
     w_gate_up, weight = interleave_gate_up(gate, up), torch.randn(128, 2048, device=DEVICE) * 0.02
+    norm = torch.ones(2048, device=DEVICE).bfloat16()
     x = torch.randn(num_tokens, 2048, device=DEVICE).bfloat16()
     arrivals = torch.zeros(16, dtype=torch.int32, device=DEVICE)
     torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
 
     def block() -> torch.Tensor:
-        y = x
+        y, stream = x, torch.zeros_like(x)
         for _ in range(3):
-            y = y + moe_mlp(y, *router(y, weight, 8, renormalize=True, arrivals=arrivals), w_gate_up, down)
+            weights, ids, stream, y = add_rms_norm_router(
+                y, stream, norm, 1e-6, weight, 8, renormalize=True, arrivals=arrivals
+            )
+            y = moe_mlp_add_rms_norm(y, weights, ids, w_gate_up, down, stream, norm, 1e-6)
         return y
 
     block()
