@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
-from gossamer.ops.moe import moe_mlp, route_topk, router
+from gossamer.ops.moe import add_rms_norm_router, moe_mlp, moe_mlp_add_rms_norm, route_topk, router
 from gossamer.ops.moe import triton as kernels
 
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 2048, 768, 128, 8, 3
@@ -38,7 +38,8 @@ class Inputs:
 
     def __init__(self, num_tokens: int, layers: list[tuple[torch.Tensor, ...]]) -> None:
         self.layers, self.num_tokens = layers, num_tokens
-        self.x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.x, self.residual = torch.randn(2, num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         draws = [torch.rand(num_tokens, EXPERTS, device="cuda") for _ in range(16 if num_tokens <= 64 else 4)]
         self.routes = [route_topk(scores, TOP_K, renormalize=True) for scores in draws]
         self.touched = statistics.mean(len(ids.unique()) for _, ids in self.routes)
@@ -50,6 +51,12 @@ class Inputs:
         weights, ids = self.routes[i % len(self.routes)]
         w_gate_up, w_down, _ = self.layers[i % LAYERS]
         return moe_mlp(self.x, weights, ids, w_gate_up, w_down)
+
+    def block_norm(self, i: int) -> torch.Tensor:
+        """The block, with the residual add and the norm that follow."""
+        weights, ids = self.routes[i % len(self.routes)]
+        w_gate_up, w_down, _ = self.layers[i % LAYERS]
+        return moe_mlp_add_rms_norm(self.x, weights, ids, w_gate_up, w_down, self.residual, self.norm, 1e-6)
 
     def peer(self, i: int) -> torch.Tensor:
         weights, ids = self.routes[i % len(self.routes)]
@@ -64,6 +71,13 @@ class Inputs:
 
     def router(self, arrivals: torch.Tensor, i: int) -> object:
         return router(self.x, self.layers[i % LAYERS][2], TOP_K, renormalize=True, arrivals=arrivals)
+
+    def norm_router(self, arrivals: torch.Tensor, i: int) -> object:
+        """The router, with the residual add and the norm before it."""
+        weight = self.layers[i % LAYERS][2]
+        return add_rms_norm_router(
+            self.x, self.residual, self.norm, 1e-6, weight, TOP_K, renormalize=True, arrivals=arrivals
+        )
 
     def time(self, fn: Callable[[int], object]) -> list[float]:
         return common.measure_us(fn, calls=self.calls, repeats=9)
@@ -92,7 +106,7 @@ def main() -> None:
         (
             torch.randn(EXPERTS, 2 * INTER, HIDDEN, device="cuda", dtype=torch.bfloat16) / HIDDEN**0.5,
             torch.randn(EXPERTS, HIDDEN, INTER, device="cuda", dtype=torch.bfloat16) / INTER**0.5,
-            torch.randn(EXPERTS, HIDDEN, device="cuda") * 0.02,
+            (torch.randn(EXPERTS, HIDDEN, device="cuda") * 0.02).bfloat16(),
         )
         for _ in range(LAYERS)
     ]
@@ -106,6 +120,8 @@ def main() -> None:
             "block": data.time(data.block),
             "library": data.time(data.peer),
             "router": data.time(functools.partial(data.router, arrivals)),
+            "norm, router": data.time(functools.partial(data.norm_router, arrivals)),
+            "block, norm": data.time(data.block_norm),
         }
         floors[name] = common.floor_us(data.weight_bytes, data.flops)
         median = {what: statistics.median(values) for what, values in times[name].items()}
@@ -118,6 +134,8 @@ def main() -> None:
             "ratio": floors[name] / median["block"],
             "library us": median["library"],
             "router us": median["router"],
+            "norm, router us": median["norm, router"],
+            "block, norm us": median["block, norm"],
             "chosen": "gossamer" if median["block"] <= median["library"] else "LIBRARY",
         }
         if args.sweep and num_tokens > kernels.GEMV_TOKENS:
