@@ -13,7 +13,6 @@ from gossamer.layers.linear import Linear
 from gossamer.layers.mlp import GatedMLP
 from gossamer.layers.residual import Pending, ResidualStream
 from gossamer.ops.moe import grouped_mlp, router
-from gossamer.ops.quantize_fp8 import Quantized
 
 
 class ExpertUse:
@@ -59,30 +58,27 @@ class MoELayer:
         self, stream: ResidualStream, norm: torch.Tensor, token_slots: torch.Tensor
     ) -> torch.Tensor | Pending:
         """The layer of the normed residual stream: the router sees what the norm gives, FP8 experts its FP8 form."""
-        if self.stacked is not None and self.stacked.is_fp8:
-            q, scales, x = stream.normed_fp8(norm)
-            if x is None:
-                raise RuntimeError("the router needs the normed rows")
-            return self(x, token_slots, (q, scales))
-        weights, ids, x = stream.routed(norm, *self._router(), **self._options(norm.device), token_slots=token_slots)
+        stacked, options = self.stacked, self._options(norm.device)
+        fp8 = stacked is not None and stacked.is_fp8
+        weights, ids, x, quantized = stream.routed(
+            norm, *self._router(), **options, token_slots=token_slots, quantize=fp8
+        )
         if self.use is not None:
             self.use.add(ids)
-        if self.stacked is None:
+        if stacked is None:
             return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
-        return Pending(partial(self.stacked, x, weights, ids), partial(self.stacked.add_rms_norm, x, weights, ids))
+        if fp8:
+            return stacked(x, weights, ids, quantized)
+        return Pending(partial(stacked, x, weights, ids), partial(stacked.add_rms_norm, x, weights, ids))
 
-    def __call__(
-        self, x: torch.Tensor, token_slots: torch.Tensor | None = None, quantized: Quantized | None = None
-    ) -> torch.Tensor:
-        """x [num_tokens, hidden] and, for FP8 experts, its quantised form if there is one; int32 token_slots
-        [num_tokens], -1 for padding, which then reads no expert.
-        """
+    def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
+        """x [num_tokens, hidden]; int32 token_slots [num_tokens], -1 for padding, which then reads no expert."""
         options = self._options(x.device)
         weights, ids = router(x, *self._router(), **options, token_slots=token_slots, backend=self._backend)
         if self.use is not None:
             self.use.add(ids)
         if self.stacked is not None:
-            return self.stacked(x, weights, ids, quantized)
+            return self.stacked(x, weights, ids)
         return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
 
     def _router(self) -> tuple[torch.Tensor, int]:

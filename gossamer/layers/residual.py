@@ -11,6 +11,7 @@ from gossamer.layers.linear import DenseWeight, Fp8Weight, Linear
 from gossamer.ops.gemm import add_rms_norm_linear, use_fused_norm
 from gossamer.ops.moe import add_rms_norm_router, router
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8, rms_norm
+from gossamer.ops.quantize_fp8 import Quantized, quantize_activation
 
 
 class Pending(NamedTuple):
@@ -47,29 +48,22 @@ class ResidualStream:
             return rms_norm(self._x, weight, self._eps, backend=self._backend)
         return add_rms_norm(added, self._x, weight, self._eps, backend=self._backend)
 
-    def normed_fp8(
-        self, weight: torch.Tensor, *, keep_normed: bool = True, per_token: bool = False, ue8m0: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """RMSNorm of the stream as `ops.norm.add_rms_norm_fp8` returns it."""
-        added = self._take()
-        return add_rms_norm_fp8(
-            self._x if added is None else added,
-            None if added is None else self._x,
-            weight,
-            self._eps,
-            keep_normed=keep_normed,
-            per_token=per_token,
-            ue8m0=ue8m0,
-            backend=self._backend,
-        )
-
     def product(self, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
         """`linear` of the normed stream."""
         held = linear.weight
         if isinstance(held, Fp8Weight) and held.folds(*self._x.shape):
             return self._folded(weight, held.weight, held.bias, (held.scale, held.ue8m0))
         if isinstance(held, Fp8Weight):
-            q, scales, _ = self.normed_fp8(weight, keep_normed=False, per_token=held.per_token, ue8m0=held.ue8m0)
+            added = self._take()
+            q, scales, _ = add_rms_norm_fp8(
+                self._x if added is None else added,
+                None if added is None else self._x,
+                weight,
+                self._eps,
+                per_token=held.per_token,
+                ue8m0=held.ue8m0,
+                backend=self._backend,
+            )
             return held.quantized(q, scales, self._x.dtype)
         if isinstance(held, DenseWeight) and held.kernels and use_fused_norm(*self._x.shape):
             return self._folded(weight, held.weight, held.bias)
@@ -96,14 +90,15 @@ class ResidualStream:
         return result
 
     def routed(
-        self, weight: torch.Tensor, router_weight: torch.Tensor, top_k: int, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`ops.moe.router` of the normed stream with its `options`, and the normed rows."""
-        added = self._take()
+        self, weight: torch.Tensor, router_weight: torch.Tensor, top_k: int, *, quantize: bool, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:
+        """`ops.moe.router` of the normed stream with its `options`, the normed rows, and their FP8 form."""
+        added, backend = self._take(), self._backend
         if added is None:
             normed = self.normed(weight)
-            return *router(normed, router_weight, top_k, backend=self._backend, **options), normed
-        weights, ids, self._x, normed = add_rms_norm_router(
-            added, self._x, weight, self._eps, router_weight, top_k, backend=self._backend, **options
+            quantized = quantize_activation(normed, backend=backend) if quantize else None
+            return *router(normed, router_weight, top_k, backend=backend, **options), normed, quantized
+        weights, ids, self._x, normed, quantized = add_rms_norm_router(
+            added, self._x, weight, self._eps, router_weight, top_k, quantize=quantize, backend=backend, **options
         )
-        return weights, ids, normed
+        return weights, ids, normed, quantized

@@ -16,6 +16,7 @@ from gossamer.ops.moe import (
     router,
 )
 from gossamer.ops.norm import add_rms_norm
+from gossamer.ops.quantize_fp8 import quantize_activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -123,10 +124,13 @@ def test_add_norm_and_router_in_one(num_tokens: int) -> None:
     expected_normed = add_rms_norm(x, expected_residual := residual.clone(), norm, 1e-6, backend="reference")
     expected = router(expected_normed, weight, 3, backend="reference", **options)
     for backend in ("triton", "triton", "reference"):  # the second call finds the counter as the first left it
-        found = add_rms_norm_router(
-            x, residual.clone(), norm, 1e-6, weight, 3, arrivals=arrivals, backend=backend, **options
+        *found, quantized = add_rms_norm_router(
+            x, residual.clone(), norm, 1e-6, weight, 3, arrivals=arrivals, quantize=True, backend=backend, **options
         )
-        torch.testing.assert_close(found, (*expected, expected_residual, expected_normed), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, [*expected, expected_residual, expected_normed], rtol=1e-5, atol=1e-5)
+        of_kernel = quantize_activation(found[3], backend="reference")
+        assert torch.equal(quantized[1], of_kernel[1])
+        assert torch.equal(quantized[0].view(torch.uint8), of_kernel[0].view(torch.uint8))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 12])
@@ -256,7 +260,7 @@ def test_fused_ops_equal_the_ops_they_fuse(num_tokens: int) -> None:
     expected = residual.clone()
     normed = add_rms_norm(x, expected, norm, 1e-6)
     options = {"renormalize": True, "token_slots": slots}
-    weights, ids, stream, rows = add_rms_norm_router(x, residual.clone(), norm, 1e-6, weight, 8, **options)
+    weights, ids, stream, rows, _ = add_rms_norm_router(x, residual.clone(), norm, 1e-6, weight, 8, **options)
     assert torch.equal(stream, expected)
     assert rel_rms(rows, normed.double()) < 1e-3
     expected_weights, expected_ids = router(rows, weight, 8, **options)
@@ -281,7 +285,7 @@ def test_a_graph_replays_what_eager_gives(num_tokens: int) -> None:
     def block() -> torch.Tensor:
         y, stream = x, torch.zeros_like(x)
         for _ in range(3):
-            weights, ids, stream, y = add_rms_norm_router(
+            weights, ids, stream, y, _ = add_rms_norm_router(
                 y, stream, norm, 1e-6, weight, 8, renormalize=True, arrivals=arrivals
             )
             y = moe_mlp_add_rms_norm(y, weights, ids, w_gate_up, down, stream, norm, 1e-6)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
-from gossamer.ops.quantize_fp8.triton import quantize_rows
+from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 
 @triton.jit
@@ -59,9 +59,8 @@ def _check(gate_up: torch.Tensor) -> None:
 def silu_mul_fp8(gate_up: torch.Tensor, *, per_token: bool, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     _check(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    groups = 1 if per_token else triton.cdiv(width, FP8_BLOCK)
-    q = gate_up.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
-    scales = gate_up.new_empty(num_rows, groups, dtype=torch.float32)
+    q, scales = fp8_like(gate_up[:, :width], per_token)
+    groups = scales.shape[1]
     if q.numel():
         group = triton.next_power_of_2(width) if per_token else FP8_BLOCK
         rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))

@@ -10,6 +10,7 @@ import torch
 from gossamer.ops.dispatch import require_reference, use_kernel
 from gossamer.ops.moe import reference
 from gossamer.ops.norm import add_rms_norm
+from gossamer.ops.quantize_fp8 import Quantized, quantize_activation
 
 MAX_EXPERTS, MAX_TOP_K = 512, 16
 
@@ -81,25 +82,30 @@ def add_rms_norm_router(
     score_func: str = "softmax",
     token_slots: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
+    quantize: bool = False,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:
     """`ops.norm.add_rms_norm` and `router` of what it returns, for few tokens in one launch.
 
     x, residual [num_tokens, hidden]; norm_weight [hidden]; else as `router`. Returns the router's weights and ids, the
-    new residual stream x + residual and its normed rows. `residual` itself may hold either stream afterwards.
+    new residual stream x + residual, its normed rows and, to `quantize`, their FP8 form (`quantize_activation`).
+    `residual` itself may hold either stream afterwards.
     """
     _check_choice(weight.shape[0], top_k, score_func)
     options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
     if not use_kernel(x, backend):
         normed = add_rms_norm(x, residual, norm_weight, eps, backend="reference")
         weights, ids = reference.router(normed, weight, top_k, **options)
-        return weights, ids, residual, normed
+        quantized = quantize_activation(normed, backend="reference") if quantize else None
+        return weights, ids, residual, normed, quantized
     _check_contiguous("add_rms_norm_router", x=x, residual=residual, norm_weight=norm_weight, weight=weight)
     if x.shape != residual.shape or norm_weight.shape != x.shape[1:] or weight.shape[1:] != x.shape[1:]:
         raise ValueError(f"add_rms_norm_router: x {x.shape}, residual {residual.shape}, router {weight.shape} differ")
     from gossamer.ops.moe import triton_router
 
-    return triton_router.add_rms_norm_router(x, residual, norm_weight, eps, weight, top_k, arrivals=arrivals, **options)
+    return triton_router.add_rms_norm_router(
+        x, residual, norm_weight, eps, weight, top_k, arrivals=arrivals, quantize=quantize, **options
+    )
 
 
 def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

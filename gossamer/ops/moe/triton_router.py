@@ -10,7 +10,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.norm.triton import add_rms_norm
+from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
+from gossamer.ops.quantize_fp8 import Quantized
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 ROUTER_ROWS = 4  # a warp chooses for one token
 ROUTER_TOKENS = 64  # up to here each expert has programs of its own, the last of which chooses
@@ -97,14 +100,15 @@ def _route_kernel(
 
 @triton.jit
 def _router_kernel(
-    x_ptr, residual_ptr, norm_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr,
-    weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
+    x_ptr, residual_ptr, norm_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr, q_ptr,
+    scales_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One expert's logits of ROWS tokens; the last expert to arrive chooses for these tokens.
 
-    NORM: of x + residual, by every program for itself; the first one keeps the sum and the normed rows.
+    NORM: of x + residual, by every program for itself; the first one keeps the sum and the normed rows, the last one
+    their FP8 form. QUANTIZE: 0, or how many numbers share its scales.
     """
     expert = tl.program_id(0)
     tile = tl.program_id(1)
@@ -131,6 +135,16 @@ def _router_kernel(
         if expert == 0:
             tl.store(sum_ptr + at, total, mask=mask)
             tl.store(normed_ptr + at, x, mask=mask)
+        if QUANTIZE:  # noqa: SIM102
+            if expert == num_experts - 1:
+                grouped = tl.reshape(x.to(tl.float32), [ROWS * BLOCK_H // QUANTIZE, QUANTIZE])
+                code, code_scale = quantize_rows(grouped, False, q_ptr.dtype.element_ty)
+                tl.store(q_ptr + at, tl.reshape(code, [ROWS, BLOCK_H]), mask=mask)
+                group = tl.arange(0, BLOCK_H // QUANTIZE)[None, :]
+                groups = tl.cdiv(hidden, QUANTIZE)
+                scale_at = rows[:, None].to(tl.int64) * groups + group
+                code_scale = tl.reshape(code_scale, [ROWS, BLOCK_H // QUANTIZE])
+                tl.store(scales_ptr + scale_at, code_scale, mask=inside[:, None] & (group < groups))
     logit = tl.sum(x.to(tl.float32) * weight[None, :], 1)
     tl.store(logits_ptr + rows * num_experts + expert, logit, mask=inside)
     tl.debug_barrier()
@@ -226,7 +240,7 @@ def router(
     (num_tokens, hidden), num_experts, options = x.shape, weight.shape[0], overlap_options(x)
     choice = _choice(num_experts, top_k, renormalize, score_func)
     if num_tokens <= ROUTER_TOKENS:
-        return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals)[:2]
+        return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals, False)[:2]
     weights, ids = _results(num_tokens, top_k, x.device)
     if num_experts <= MAX_WHOLE_EXPERTS:
         config = logits_config(num_tokens, weight.element_size())
@@ -247,20 +261,25 @@ def router(
 def add_rms_norm_router(
     x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int,
     *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    quantize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     if x.shape[0] > FUSED_NORM_TOKENS:
         options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
-        normed = add_rms_norm(x, residual, norm_weight, eps)
-        return *router(normed, weight, top_k, arrivals=arrivals, **options), residual, normed
+        normed, quantized = torch.empty_like(x), None
+        if quantize:
+            quantized = add_rms_norm_fp8(x, residual, norm_weight, eps, normed=normed)
+        else:
+            add_rms_norm(x, residual, norm_weight, eps, normed)
+        return *router(normed, weight, top_k, arrivals=arrivals, **options), residual, normed, quantized
     choice = _choice(weight.shape[0], top_k, renormalize, score_func)
-    return _route_few(x, residual, norm_weight, eps, weight, choice, token_slots, arrivals)
+    return _route_few(x, residual, norm_weight, eps, weight, choice, token_slots, arrivals, quantize)
 
 
 def _route_few(
     x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float, weight: torch.Tensor,
-    choice: dict[str, Any], token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The choice, and with a norm the new residual and the normed rows; what is absent is compiled out."""
+    choice: dict[str, Any], token_slots: torch.Tensor | None, arrivals: torch.Tensor | None, quantize: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
+    """The choice, and with a norm the new residual, normed rows and their FP8 form; what is absent is compiled out."""
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
     rows = ROUTER_ROWS if num_tokens > 1 else 1
     tiles = triton.cdiv(num_tokens, rows)
@@ -269,10 +288,13 @@ def _route_few(
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     weights, ids = _results(num_tokens, choice["TOP_K"], x.device)
     summed, normed = (x, x) if residual is None else (torch.empty_like(residual), torch.empty_like(x))
+    quantized = fp8_like(x) if quantize else None
+    q, scales = quantized or (x, x)
     _router_kernel[(num_experts, tiles)](
         x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, token_slots,
-        logits, arrivals, summed, normed, weights, ids, num_tokens, num_experts, hidden, eps, **choice, ROWS=rows,
-        BLOCK_H=triton.next_power_of_2(hidden), NORM=residual is not None, num_warps=4 if hidden <= 4096 else 8,
+        logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps, **choice,
+        ROWS=rows, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
+        NORM=residual is not None, QUANTIZE=FP8_BLOCK if quantize else 0, num_warps=4 if hidden <= 4096 else 8,
         **overlap_options(x),
     )  # fmt: skip
-    return weights, ids, summed, normed
+    return weights, ids, summed, normed, quantized

@@ -52,9 +52,8 @@ def add_rms_norm_fp8(
     if use_kernel(x, backend, "add_rms_norm_fp8"):
         from gossamer.ops.norm import triton
 
-        return triton.add_rms_norm_fp8(
-            x, residual, weight, eps, keep_normed=keep_normed, per_token=per_token, ue8m0=ue8m0
-        )
+        out = torch.empty_like(x) if keep_normed else None
+        return *triton.add_rms_norm_fp8(x, residual, weight, eps, normed=out, per_token=per_token, ue8m0=ue8m0), out
     normed = (
         reference.rms_norm(x, weight, eps) if residual is None else reference.add_rms_norm(x, residual, weight, eps)
     )

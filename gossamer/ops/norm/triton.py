@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
-from gossamer.ops.quantize_fp8.triton import quantize_rows
+from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 
 @triton.jit
@@ -75,19 +75,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty_like(x)
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    out = torch.empty_like(x) if out is None else out
     _launch(x, residual, weight, eps, out)
     return out
 
 
 def add_rms_norm_fp8(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, keep_normed: bool,
-    per_token: bool, ue8m0: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    rows, width = x.shape
-    q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = x.new_empty(rows, 1 if per_token else triton.cdiv(width, FP8_BLOCK), dtype=torch.float32)
-    out = torch.empty_like(x) if keep_normed else None
-    _launch(x, residual, weight, eps, out, (q, scales), ue8m0)
-    return q, scales, out
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *,
+    normed: torch.Tensor | None = None, per_token: bool = False, ue8m0: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The FP8 form of the normed rows; they themselves go to `normed` if that is given."""
+    q, scales = fp8_like(x, per_token)
+    _launch(x, residual, weight, eps, normed, (q, scales), ue8m0)
+    return q, scales

@@ -85,6 +85,15 @@ def _quantize_kernel(
     tl.store(scales + row.to(tl.int64) * groups + group, scale, row < end)
 
 
+def fp8_like(
+    x: torch.Tensor, per_token: bool = False, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the FP8 form of x [M, K] goes: q [M, K], and scales of 1 x 128 groups or of rows."""
+    num_rows, width = x.shape
+    groups = 1 if per_token else triton.cdiv(width, BLOCK)
+    return x.new_empty(num_rows, width, dtype=dtype), x.new_empty(num_rows, groups, dtype=torch.float32)
+
+
 def quantize_activation(
     x: torch.Tensor,
     *,
@@ -97,9 +106,8 @@ def quantize_activation(
     """`live_blocks` int32 [1]: only that many blocks of `block_rows` rows are quantised, the others not written."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"quantize_activation needs a contiguous matrix, not {tuple(x.shape)}")
-    num_rows, width = x.shape
-    groups = 1 if per_token else triton.cdiv(width, BLOCK)
-    q, scales = torch.empty_like(x, dtype=dtype), x.new_empty(num_rows, groups, dtype=torch.float32)
+    (num_rows, width), (q, scales) = x.shape, fp8_like(x, per_token, dtype)
+    groups = scales.shape[1]
     if q.numel():
         group = triton.next_power_of_2(width) if per_token else BLOCK
         rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))
