@@ -36,6 +36,11 @@ def test_small_suite(tmp_path: Path) -> None:
     assert set(summary) == rates | {"start.warm_s", "start.cold_s", "idle_fraction", "experts_touched.b2"}
     assert {entry["file"] for entry in summary.values()} == {"standard_bf16.json"}
     assert 4 < summary["experts_touched.b2"]["value"] < 8
+    command += ["--prefix", "fp8", "--engine", "quantization=fp8"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    added = set(json.loads((out / "summary.json").read_text())) - set(summary)
+    assert added == {"fp8.decode.b1", "fp8.decode.b2", "fp8.decode.b4", "fp8.prefill"}
 
 
 def test_small_figures_never_land_among_the_results(tmp_path: Path) -> None:

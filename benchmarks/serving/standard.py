@@ -1,11 +1,14 @@
 """The standard suite: start-up, decode, prefill, idle time, experts touched, each beside its floor. JSON out.
 
-    python benchmarks/serving/standard.py [--repeats 3] [--engine quantization=fp8 --prefix fp8]
+    python benchmarks/serving/standard.py [--repeats 3]
+    python benchmarks/serving/standard.py --prefix fp8 --engine quantization=fp8
+    python benchmarks/serving/standard.py --prefix fp8kv --engine quantization=fp8 --engine kv_cache_dtype=fp8
 
 Weights are random (`--load-format dummy --seed 0`), prompts distinct and random, temperature 1. A decode rate is the
 difference of a long and a short output, so that neither prefill nor start-up is in it. Each engine is a process of its
 own: the first starts with an empty kernel cache (start.cold_s), the second with the first one's (start.warm_s) and
-measures, the third counts experts. Results go to benchmarks/results/<device>/<name>.json and summary.json beside it.
+measures, the third counts experts. Other suites than bf16 measure rates alone, in one process. Results go to
+benchmarks/results/<device>/<name>.json and summary.json beside it.
 """
 
 from __future__ import annotations
@@ -27,10 +30,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 READY, RESULT = "READY ", "RESULT "
 
 
-def sizes(small: bool) -> dict[str, Any]:
+BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256]}
+"""Of the suites that have batches of their own; with an FP8 KV cache prefill is not measured."""
+
+
+def sizes(prefix: str, small: bool) -> dict[str, Any]:
     if small:
         return {"batches": [1, 2, 4], "prompt": 24, "outputs": [2, 10], "prefill": 4, "max_model_len": 128}
-    return {"batches": [1, 32, 64], "prompt": 1024, "outputs": [8, 128], "prefill": 256, "max_model_len": 2048}
+    size = {"batches": [1, 32, 64], "prompt": 1024, "outputs": [8, 128], "prefill": 256, "max_model_len": 2048}
+    return size | {"batches": BATCHES.get(prefix, size["batches"]), "prefill": 0 if prefix == "fp8kv" else 256}
 
 
 # --- in the engine's process -----------------------------------------------------------------------------------------
@@ -40,7 +48,7 @@ class Suite:
     def __init__(self, args: argparse.Namespace) -> None:
         from gossamer import LLM, SamplingParams
 
-        self.args, self.sizes = args, sizes(args.small)
+        self.args, self.sizes = args, sizes(args.prefix, args.small)
         options = dict(option.split("=", 1) for option in args.engine)
         options = {name: int(text) if text.isdigit() else text for name, text in options.items()}
         self.llm = LLM(
@@ -124,7 +132,8 @@ def floors(suite: Suite, ceilings: dict[str, Any]) -> dict[str, float]:
         step = cost(batch, [context] * batch, [1] * batch, batch)
         found[f"decode.b{batch}"] = batch / (step.bytes / ceilings["read_bytes_per_second"])
     prompt = cost(0, [0], [size["prompt"]], 1)
-    peak = ceilings["flops_per_second"].get(config.load.dtype) or ceilings["flops_per_second"]["bfloat16"]
+    dtype = "float8_e4m3fn" if config.load.quantization == "fp8" else config.load.dtype
+    peak = ceilings["flops_per_second"].get(dtype) or ceilings["flops_per_second"]["bfloat16"]
     found["prefill"] = size["prompt"] / (prompt.flops / peak)
     return found
 
@@ -146,7 +155,8 @@ def worker(args: argparse.Namespace) -> None:
             measured = suite.decode(batch)
             results[f"decode.b{batch}"] = measured["rates"]
             results[f"idle_fraction.b{batch}"] = measured["idle"]
-        results["prefill"] = suite.prefill()
+        if suite.sizes["prefill"]:
+            results["prefill"] = suite.prefill()
         from gossamer.runtime import ceilings
         from gossamer.runtime.hardware import detect
 
@@ -158,13 +168,12 @@ def worker(args: argparse.Namespace) -> None:
 # --- the process that starts them ------------------------------------------------------------------------------------
 
 
-def run_worker(kind: str, kernel_cache: str) -> tuple[float, dict[str, Any]]:
+def run_worker(kind: str, kernel_cache: str | None = None) -> tuple[float, dict[str, Any]]:
     """Seconds from the start of the process to its first token, and what it measured."""
     command = [sys.executable, __file__, "--worker", kind, *sys.argv[1:]]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TRITON_CACHE_DIR": kernel_cache}
-    )
+    environ = os.environ | ({"TRITON_CACHE_DIR": kernel_cache} if kernel_cache else {})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
     seconds, found = 0.0, {}
     for line in process.stdout or ():
         if line.startswith(READY):
@@ -210,6 +219,9 @@ def main() -> None:
         return
     if args.small and not args.out:
         parser.error("--small needs --out: its figures are no results")
+    if args.prefix != "bf16":
+        write(args, run_worker("measure")[1])
+        return
     with tempfile.TemporaryDirectory() as kernel_cache:
         cold, _ = run_worker("start", kernel_cache)
         warm, report = run_worker("measure", kernel_cache)
@@ -221,7 +233,7 @@ def main() -> None:
 def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     from gossamer.server.bench.report import environment
 
-    device, size = report.pop("device"), sizes(args.small)
+    device, size = report.pop("device"), sizes(args.prefix, args.small)
     median = {name: statistics.median(values) for name, values in report["all"].items()}
     name = args.name or f"standard_{args.prefix}"
     folder = pathlib.Path(args.out or ROOT / "results" / slug(device))

@@ -14,6 +14,7 @@ import torch
 
 from gossamer.config import Hardware
 from gossamer.core import DeviceCeilings
+from gossamer.runtime.hardware import has_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ FILE_NAME = "ceilings.json"
 READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 DTYPES = ("bfloat16", "float32")
+FP8 = "float8_e4m3fn"
 REPEATS = 7
 
 
@@ -32,11 +34,12 @@ def measure(hardware: Hardware, num_threads: int | None = None) -> dict[str, Any
     device = torch.device(hardware.device)
     if device.type == "cpu":
         torch.set_num_threads(num_threads or hardware.num_cores)
+    dtypes = (*DTYPES, FP8) if device.type == "cuda" and has_fp8(hardware) else DTYPES
     read, copy = _memory_rates(min(READ_BYTES[device.type], hardware.memory_bytes // 4), device)
     return {
         "read_bytes_per_second": read,
         "copy_bytes_per_second": copy,
-        "flops_per_second": {dtype: _matmul_rate(MATRIX_SIZE[device.type], dtype, device) for dtype in DTYPES},
+        "flops_per_second": {dtype: _matmul_rate(MATRIX_SIZE[device.type], dtype, device) for dtype in dtypes},
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
@@ -90,6 +93,10 @@ def _memory_rates(size: int, device: torch.device) -> tuple[float, float]:
 
 def _matmul_rate(n: int, dtype: str, device: torch.device) -> float:
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    if dtype == FP8:
+        one = torch.ones((), device=device)
+        scales = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+        return 2 * n**3 / _best_seconds(lambda: torch._scaled_mm(a, b.t(), **scales), device)
     return 2 * n**3 / _best_seconds(lambda: a @ b, device)
 
 
