@@ -77,7 +77,9 @@ def test_routing_equals_the_reference(score_func, renormalize, num_tokens, num_e
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "hidden"), [(0, 4, 16), (1, 12, 48), (5, 20, 64), (70, 8, 32)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "hidden"), [(0, 4, 16), (1, 12, 48), (5, 20, 64), (20, 40, 32), (70, 8, 32)]
+)
 def test_router_equals_the_reference(num_tokens: int, num_experts: int, hidden: int) -> None:
     x = torch.randn(num_tokens, hidden, device=DEVICE)
     weight = torch.randn(num_experts, hidden, device=DEVICE)
@@ -106,12 +108,14 @@ def test_one_token_and_several_break_ties_and_survive_nan_alike(num_tokens: int)
 def test_many_tokens_and_too_many_experts_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.ops.moe import triton_router
 
-    monkeypatch.setattr(triton_router, "MAX_WHOLE_EXPERTS", 8)
-    x, weight = torch.randn(70, 32, device=DEVICE), torch.randn(40, 32, device=DEVICE)
+    monkeypatch.setattr(triton_router, "SPLIT_TOKENS", 8)
+    x, weight = torch.randn(40, 32, device=DEVICE), torch.randn(80, 32, device=DEVICE)
     expected_weights, expected_ids = router(x, weight, 3, renormalize=False, backend="reference")
-    weights, ids = router(x, weight, 3, renormalize=False, backend="triton")
-    assert torch.equal(ids, expected_ids)
-    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+    for most in (128, 8):
+        monkeypatch.setattr(triton_router, "MAX_WHOLE_EXPERTS", most)
+        weights, ids = router(x, weight, 3, renormalize=False, backend="triton")
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 11])

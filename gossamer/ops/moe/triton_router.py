@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,8 @@ from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
 from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 ROUTER_ROWS = 4  # a warp chooses for one token
-ROUTER_TOKENS = 64  # up to here each expert has programs of its own, the last of which chooses
-FUSED_NORM_TOKENS = 8  # up to here every expert's program may as well repeat the norm
+ROUTER_TOKENS = 8  # up to here each expert has programs of its own, which may as well repeat the norm
+SPLIT_TOKENS = 256  # up to here tiles have a few experts each; the last of a token's programs chooses
 MAX_WHOLE_EXPERTS = 256  # logits of that many experts fit the registers of one program
 
 
@@ -158,21 +158,22 @@ def _router_kernel(
 
 @triton.jit
 def _logits_kernel(
-    x_ptr, weight_ptr, logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, logits_ptr, arrivals_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts.
 
-    WHOLE: BLOCK_E covers all experts, and the program chooses at once; else the logits are stored.
+    A program that has all experts (BLOCK_N is BLOCK_E) chooses at once. Else, with `arrivals_ptr`, the last one of a
+    tile of tokens does; without it nobody.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    experts = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, hidden, BLOCK_K):
         inside = (columns < hidden - k)[None, :]
         x_ptrs = x_ptr + rows[:, None].to(tl.int64) * hidden + k + columns[None, :]
@@ -189,7 +190,7 @@ def _logits_kernel(
                 part = rest.to(x.dtype)
                 acc = tl.dot(x, part.T, acc)
                 acc = tl.dot(x, (rest - part.to(tl.float32)).to(x.dtype).T, acc)
-    if WHOLE:
+    if BLOCK_N == BLOCK_E:
         _choose(
             acc, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
             TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
@@ -197,6 +198,15 @@ def _logits_kernel(
     else:
         mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
+        if arrivals_ptr is not None:
+            tl.debug_barrier()
+            arrivals = arrivals_ptr + tl.program_id(0)
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+                _choose(
+                    _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr,
+                    rows, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+                )  # fmt: skip
+                tl.store(arrivals, 0)
 
 
 def _choice(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
@@ -224,37 +234,53 @@ def route_topk(
     return weights, ids
 
 
-def logits_config(num_tokens: int, itemsize: int) -> dict[str, int]:
-    """The tile of `_logits_kernel` where it chooses at once, by the size of a weight (measured on an H100)."""
+class LogitsConfig(NamedTuple):
+    """Tile of `_logits_kernel`: tokens, experts, columns."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsConfig:
+    """By the size of a router's weight (measured on an H100)."""
+    block_e, deep = triton.next_power_of_2(num_experts), 256 // itemsize
+    if num_tokens <= SPLIT_TOKENS:
+        return LogitsConfig(16, min(32, block_e), deep, 4, 4)
+    if num_experts > MAX_WHOLE_EXPERTS:
+        return LogitsConfig(128, 64, 64, 4, 3)
     if num_tokens <= 2048:
-        return {"BLOCK_M": 16, "BLOCK_K": 256 // itemsize, "num_warps": 4, "num_stages": 4 if itemsize == 2 else 3}
+        return LogitsConfig(16, block_e, deep, 4, 4 if itemsize == 2 else 3)
     if num_tokens <= 8192:
-        return {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+        return LogitsConfig(64, block_e, 64, 4, 4)
+    return LogitsConfig(128, block_e, 64, 8, 4)
 
 
 def router(
     x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
     token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    (num_tokens, hidden), num_experts, options = x.shape, weight.shape[0], overlap_options(x)
+    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
     choice = _choice(num_experts, top_k, renormalize, score_func)
     if num_tokens <= ROUTER_TOKENS:
         return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals, False)[:2]
     weights, ids = _results(num_tokens, top_k, x.device)
-    if num_experts <= MAX_WHOLE_EXPERTS:
-        config = logits_config(num_tokens, weight.element_size())
-        _logits_kernel[(triton.cdiv(num_tokens, config["BLOCK_M"]), 1)](
-            x, weight, x, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice, WHOLE=True,
-            **config, **options,
-        )  # fmt: skip
-        return weights, ids
-    logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    rows, columns, depth, stages = (16, 32, 128, 4) if num_tokens <= 1024 else (128, 64, 64, 3)
-    _logits_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns))](
-        x, weight, logits, token_slots, weights, ids, num_tokens, num_experts, hidden, **{**choice, "BLOCK_E": columns},
-        WHOLE=False, BLOCK_M=rows, BLOCK_K=depth, num_warps=4, num_stages=stages, **options,
+    config = logits_config(num_tokens, num_experts, weight.element_size())
+    tiles, parts = triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n)
+    logits, split = x, num_tokens <= SPLIT_TOKENS  # written only where no program has all experts
+    if config.block_n < choice["BLOCK_E"]:
+        logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    if split and arrivals is None:
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    _logits_kernel[(tiles, parts)](
+        x, weight, logits, arrivals if split else None, token_slots, weights, ids, num_tokens, num_experts, hidden,
+        **choice, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
+        num_stages=config.num_stages, **overlap_options(x),
     )  # fmt: skip
+    if split or config.block_n == choice["BLOCK_E"]:
+        return weights, ids
     return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
 
 
@@ -263,7 +289,7 @@ def add_rms_norm_router(
     *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
     quantize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
-    if x.shape[0] > FUSED_NORM_TOKENS:
+    if x.shape[0] > ROUTER_TOKENS:
         options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
         normed, quantized = torch.empty_like(x), None
         if quantize:
