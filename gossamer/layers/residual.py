@@ -13,6 +13,9 @@ from gossamer.ops.moe import add_rms_norm_router, router
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8, rms_norm
 from gossamer.ops.quantize_fp8 import Quantized, quantize_activation
 
+# The sum costs a product of this many rows less than it costs the norm that follows.
+ACCUMULATE_ROWS = 512
+
 
 class Pending(NamedTuple):
     """What a sublayer adds, not computed yet: by itself, or together with the sum and the norm that follow it."""
@@ -33,6 +36,14 @@ class ResidualStream:
 
     def add(self, delta: torch.Tensor | Pending) -> None:
         self._added = delta
+
+    def add_product(self, linear: Linear, x: torch.Tensor) -> None:
+        """Adds `linear` of x [num_tokens, in]; where rows are many the product itself adds to the stream."""
+        held = linear.weight
+        if isinstance(held, DenseWeight) and held.bias is None and x.shape[0] >= ACCUMULATE_ROWS:
+            self._x.addmm_(x, held.weight.t())
+        else:
+            self.add(linear(x))
 
     def _take(self) -> torch.Tensor | None:
         added, self._added = self._added, None

@@ -192,7 +192,7 @@ class Decoder:
         for block, planes in zip(self.blocks, pool.layers, strict=True):
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
             yield partial(_attend, block.attention, q, planes, attended)
-            stream.add(block.attention.output(attended))
+            block.attention.output(attended, stream)
             stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
         result.append(stream.normed(_loaded(self.final_norm)))
 

@@ -227,8 +227,8 @@ class GQALayer:
                 backend=self._backend,
             )
 
-    def output(self, attended: torch.Tensor) -> torch.Tensor:
-        return self.o(attended.flatten(1))
+    def output(self, attended: torch.Tensor, stream: ResidualStream) -> None:
+        stream.add_product(self.o, attended.flatten(1))
 
     def _normalise(self, qkv: torch.Tensor) -> None:
         """QK norm in place on the packed projection: per head, or over all heads at once."""
