@@ -65,6 +65,13 @@ def _page_scales(k_scales, v_scales, page, head, inside, NUM_KV_HEADS: tl.conste
 
 
 @triton.jit
+def _copy(scale):
+    """A positive number. Triton carries no two names of one value through a loop, and pipelines none that hands a value
+    from one name to the next: the copy must be the result of an operation."""
+    return tl.abs(scale)
+
+
+@triton.jit
 def _unpack(pairs, dtype: tl.constexpr):
     """int16 pairs of E4M3 numbers -> the even and the odd columns. Bytes cannot be transposed on the way out of shared
     memory, pairs can."""
@@ -151,7 +158,7 @@ def _decode_kernel(
                     queries, q_scale = _half(queries)
                     to_log2 *= q_scale
                 k_scale, v_scale = _page_scales(k_scales, v_scales, page, head, True, NUM_KV_HEADS)
-                measure = v_scale
+                measure = _copy(v_scale)
                 even = tl.zeros([BLOCK_G, HEAD_DIM // 2], tl.float32)
                 odd = tl.zeros([BLOCK_G, HEAD_DIM // 2], tl.float32)
             else:
@@ -184,7 +191,7 @@ def _decode_kernel(
                 peak = highest
                 if SCALED:
                     fade *= measure / v_scale
-                    measure = v_scale
+                    measure = _copy(v_scale)
                     v, v_odd = _unpack(pairs, queries.dtype)
                     even = tl.dot(weights, v, even * fade[:, None], input_precision=_PRECISION)
                     odd = tl.dot(weights, v_odd, odd * fade[:, None], input_precision=_PRECISION)
@@ -265,7 +272,7 @@ def _attend_pages(
         weight = weight * fade + tl.sum(weights, 1)
         if SCALED:
             fade *= measure / v_scale
-            measure = v_scale
+            measure = _copy(v_scale)
         v = v_desc.load([base, 0])
         if SCALED and queries.dtype == tl.bfloat16:
             # As in decode; keys stay bf16, for queries that are computed would come from registers in every product.
