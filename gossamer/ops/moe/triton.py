@@ -19,7 +19,7 @@ from gossamer.ops.norm.triton import add_rms_norm
 
 GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens share an expert
 SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
-RANKED = 512  # assignments of a program of the sort above
+RANKED = 256  # assignments of a program of the sort above
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 ROUTER_ROWS = 4  # a warp chooses for one token
 ROUTER_TOKENS = 8  # up to here each expert has programs of its own, which may as well repeat the norm
-SPLIT_TOKENS = 256  # up to here tiles have a few experts each; the last of a token's programs chooses
+SPLIT_TOKENS = 1024  # up to here tiles have a few experts each; the last of a token's programs chooses
 MAX_WHOLE_EXPERTS = 256  # logits of that many experts fit the registers of one program
 
 
@@ -26,14 +26,6 @@ def _best(left, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_E: tl.constexpr)
     """The TOP_K largest of each row in order, and where they lie; the lower place wins."""
     places = tl.arange(0, BLOCK_E)
     slots = tl.arange(0, SLOTS)
-    if left.shape[0] == 1 and BLOCK_E <= 256:
-        # One row, latency is all: a number's rank is how many beat it, all at once.
-        row = tl.reshape(left, [BLOCK_E])
-        mine, other = row[:, None], row[None, :]
-        beats = (other > mine) | ((other == mine) & (places[None, :] < places[:, None]))
-        taken = tl.sum(beats.to(tl.int32), 1)[None, :] == slots[:, None]
-        best = tl.sum(tl.where(taken, row[None, :], 0.0), 1)[None, :]
-        return best, tl.sum(tl.where(taken, places[None, :], 0), 1)[None, :]
     best = tl.zeros([left.shape[0], SLOTS], tl.float32)
     ids = tl.zeros([left.shape[0], SLOTS], tl.int32)
     for slot in tl.static_range(TOP_K):
@@ -221,6 +213,12 @@ def _results(num_tokens: int, top_k: int, device: torch.device) -> tuple[torch.T
     return weights, torch.empty_like(weights, dtype=torch.int32)
 
 
+def _arrivals(given: torch.Tensor | None, tiles: int, device: torch.device) -> torch.Tensor:
+    if given is not None and given.numel() < tiles:
+        raise ValueError(f"{given.numel()} arrivals are too few for {tiles} tiles of tokens")
+    return torch.zeros(tiles, dtype=torch.int32, device=device) if given is None else given
+
+
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,16 +244,12 @@ class LogitsConfig(NamedTuple):
 
 def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsConfig:
     """By the size of a router's weight (measured on an H100)."""
-    block_e, deep = triton.next_power_of_2(num_experts), 256 // itemsize
+    block_e = triton.next_power_of_2(num_experts)
     if num_tokens <= SPLIT_TOKENS:
-        return LogitsConfig(16, min(32, block_e), deep, 4, 4)
-    if num_experts > MAX_WHOLE_EXPERTS:
+        return LogitsConfig(16, min(32, block_e), 256 // itemsize, 4, 4)
+    if num_experts > MAX_WHOLE_EXPERTS or itemsize > 2:
         return LogitsConfig(128, 64, 64, 4, 3)
-    if num_tokens <= 2048:
-        return LogitsConfig(16, block_e, deep, 4, 4 if itemsize == 2 else 3)
-    if num_tokens <= 8192:
-        return LogitsConfig(64, block_e, 64, 4, 4)
-    return LogitsConfig(128, block_e, 64, 8, 4)
+    return LogitsConfig(32, block_e, 128, 4, 4) if num_tokens <= 4096 else LogitsConfig(64, block_e, 64, 4, 4)
 
 
 def router(
@@ -272,10 +266,9 @@ def router(
     logits, split = x, num_tokens <= SPLIT_TOKENS  # written only where no program has all experts
     if config.block_n < choice["BLOCK_E"]:
         logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    if split and arrivals is None:
-        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    arrivals = _arrivals(arrivals, tiles, x.device) if split else None
     _logits_kernel[(tiles, parts)](
-        x, weight, logits, arrivals if split else None, token_slots, weights, ids, num_tokens, num_experts, hidden,
+        x, weight, logits, arrivals, token_slots, weights, ids, num_tokens, num_experts, hidden,
         **choice, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
         num_stages=config.num_stages, **overlap_options(x),
     )  # fmt: skip
@@ -307,10 +300,8 @@ def _route_few(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """The choice, and with a norm the new residual, normed rows and their FP8 form; what is absent is compiled out."""
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
-    rows = ROUTER_ROWS if num_tokens > 1 else 1
-    tiles = triton.cdiv(num_tokens, rows)
-    if arrivals is None:
-        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
+    arrivals = _arrivals(arrivals, tiles, x.device)
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     weights, ids = _results(num_tokens, choice["TOP_K"], x.device)
     summed, normed = (x, x) if residual is None else (torch.empty_like(residual), torch.empty_like(x))
@@ -319,7 +310,7 @@ def _route_few(
     _router_kernel[(num_experts, tiles)](
         x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, token_slots,
         logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps, **choice,
-        ROWS=rows, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
+        ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
         NORM=residual is not None, QUANTIZE=FP8_BLOCK if quantize else 0, num_warps=4 if hidden <= 4096 else 8,
         **overlap_options(x),
     )  # fmt: skip
