@@ -89,6 +89,8 @@ def missing(name: str) -> str:
     command = f"python benchmarks/ops/bench_{stem}.py --out benchmarks/results/{name}.json"
     if stem == "standard_bf16":
         command = "python benchmarks/serving/standard.py"
+    if stem == "breakdown":
+        command = f"python benchmarks/serving/breakdown.py --out benchmarks/results/{name}.json"
     if stem == "attention_fp8":
         command = f"python benchmarks/ops/bench_attention.py --kv fp8 --out benchmarks/results/{name}.json"
     if not (ROOT / command.split()[1]).exists():

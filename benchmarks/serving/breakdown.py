@@ -139,9 +139,10 @@ def main() -> None:
         for name, batch, decode in (("B=1", 1, True), ("B=32", 32, True), ("B=64", 64, True), ("16k", 16, False)):
             found = steps(llm, batch, STEPS if decode else 1)
             cost = work(llm.info.model, batch * (1 if decode else PROMPT), batch, decode)
-            table |= rows_of(llm, name, found, cost)
-    for name, row in table.items():
-        print(f"{name:<22}", *(f"{value:>9.4g} {column}" for column, value in row.items()), flush=True)
+            rows = rows_of(llm, name, found, cost)
+            for part, row in rows.items():
+                print(f"{part:<22}", *(f"{value:>9.4g} {column}" for column, value in row.items()), flush=True)
+            table |= rows
     shapes = f"Qwen3-30B-A3B, decode steps of B rows and a prefill step of 16 prompts, {PROMPT} tokens each"
     common.write(args.out, unit="us, MB, TB/s, TFLOP/s", shapes=shapes, repeats=STEPS, table=table)
 
