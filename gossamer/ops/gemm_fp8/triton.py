@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.gemm_fp8 import triton_few
 from gossamer.ops.moe.triton import combine, sort_by_expert
 from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, quantize_activation, quantize_rows
 
@@ -182,77 +183,6 @@ def _rows_kernel(
         tl.store(out + m * num_out + n, y.to(out.dtype.element_ty), n < num_out)
 
 
-@triton.jit
-def _gate_up_gemv_kernel(
-    q_ptr, scales_ptr, w_ptr, w_scales_ptr, ids_ptr, act_ptr, hidden, inter,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """silu(gate) * up of one assignment for BLOCK_N columns, in fp32."""
-    assignment = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    part = tl.arange(0, 2)
-    group = tl.arange(0, GROUPS)
-    k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    expert = tl.load(ids_ptr + assignment).to(tl.int64)
-    if expert < 0:
-        return
-    token = assignment // TOP_K
-    groups = tl.cdiv(hidden, 128)
-    rows = (expert * inter + n)[:, None] * 2 + part[None, :]
-    w_ptrs = w_ptr + rows[:, :, None, None] * hidden + k[None, None, :, :]
-    w_scale_row = ((expert * 2 + part) * tl.cdiv(inter, 128) + first // 128) * groups
-    acc = tl.zeros([BLOCK_N, 2, GROUPS, 128], tl.float32)
-    for start in tl.range(0, groups, GROUPS, num_stages=STAGES):
-        inside = k < hidden - start * 128
-        w = tl.load(w_ptrs + start * 128, (n < inter)[:, None, None, None] & inside[None, None, :, :], 0.0)
-        x = tl.load(q_ptr + token * hidden + start * 128 + k, inside, 0.0).to(tl.float32)
-        known = start + group < groups
-        x *= tl.load(scales_ptr + token * groups + start + group, known, 0.0)[:, None]
-        w_scale = tl.load(w_scales_ptr + w_scale_row[:, None] + (start + group)[None, :], known[None, :], 0.0)
-        acc += w.to(tl.float32) * (x[None, :, :] * w_scale[:, :, None])[None, :, :, :]
-    gate, up = tl.split(tl.sum(tl.sum(acc, 3), 2))
-    tl.store(act_ptr + assignment * inter + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < inter)
-
-
-@triton.jit
-def _down_gemv_kernel(
-    act_ptr, w_ptr, w_scales_ptr, weights_ptr, ids_ptr, out_ptr, hidden, inter,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out[t, n] = the weighted sum over the token's experts, for BLOCK_N columns; quantises what it reads."""
-    token = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_N)
-    slots = tl.arange(0, SLOTS)
-    columns = tl.arange(0, 128)
-    groups = tl.cdiv(inter, 128)
-    # The gate-up kernel let this one start after it had waited for whatever wrote the ids: they are final already.
-    ids = tl.load(ids_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
-    w_rows = (ids[None, :] * hidden + rows[:, None])[:, :, None] * inter
-    w_scale_row = (ids * tl.cdiv(hidden, 128) + first // 128) * groups
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    weights = tl.load(weights_ptr + token * TOP_K + slots, mask=(slots < TOP_K) & (ids >= 0), other=0.0)
-    acc = tl.zeros([BLOCK_N, SLOTS, 128], tl.float32)
-    for group in tl.range(0, groups, num_stages=STAGES):
-        k = group * 128 + columns
-        inside = (ids >= 0)[:, None] & (k < inter)[None, :]
-        mask = (rows < hidden)[:, None, None] & inside[None, :, :]
-        w = tl.load(w_ptr + w_rows + k[None, None, :], mask=mask, other=0.0)
-        act = tl.load(act_ptr + (token * TOP_K + slots)[:, None] * inter + k[None, :], mask=inside, other=0.0)
-        q, scale = quantize_rows(act, False, DTYPE)
-        scale *= weights * tl.load(w_scales_ptr + w_scale_row + group, mask=ids >= 0, other=0.0)
-        acc += w.to(tl.float32) * (q.to(tl.float32) * scale[:, None])[None, :, :]
-    out = tl.sum(tl.sum(acc, 2), 1).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * hidden + rows, out, mask=rows < hidden)
-
-
 class Config(NamedTuple):
     """Tile of a product. `parts`: tiles of block_n weight rows that share one of x (gate and up always do); `swap`: the
     weight in front; `split_k`: programs that share a tile's K; `persistent`: one program per multiprocessor.
@@ -371,24 +301,6 @@ def fp8_linear(
     return out
 
 
-def _moe_gemv(
-    x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor,
-    w_gate_up: torch.Tensor, gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
-    act, out = x.new_empty(ids.numel(), inter, dtype=torch.float32), torch.empty_like(x)
-    options = overlap_options(x)
-    _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
-        q, scales, w_gate_up, gate_up_scales, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, GROUPS=4, STAGES=3,
-        num_warps=4, **options,
-    )  # fmt: skip
-    _down_gemv_kernel[(triton.cdiv(hidden, 4), num_tokens)](
-        act, w_down, down_scales, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-        BLOCK_N=4, STAGES=3, DTYPE=TRITON_DTYPE[q.dtype], num_warps=4, **options,
-    )  # fmt: skip
-    return out
-
-
 def fp8_moe_mlp(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -403,7 +315,9 @@ def fp8_moe_mlp(
         return torch.empty_like(x)
     q, scales = quantized or quantize_activation(x)
     if x.shape[0] <= GEMV_TOKENS:
-        return _moe_gemv(x, q, scales, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales)
+        return triton_few.moe_mlp(
+            x, q, scales, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales
+        )
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
     gate_up, down = choose_grouped(num_assignments, num_experts)
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
