@@ -141,8 +141,8 @@ def _tiles(
 
 def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bool = False) -> Config:
     """The cut that measured fastest (`benchmarks/ops/bench_linear.py --sweep` times them all)."""
-    if itemsize == 1:
-        return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
+    if itemsize == 1:  # every program repeats the quantisation: few and large ones
+        return Config(max(1, min(16, 32768 // triton.next_power_of_2(width))), 0, 8)
     if fused and num_out >= 1024:
         # Every program repeats the norm, which wants few of them: as many rows of weight as registers hold.
         return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
