@@ -34,6 +34,10 @@ class ResidualStream:
         self._eps = eps
         self._backend = backend
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._x.dtype
+
     def add(self, delta: torch.Tensor | Pending) -> None:
         self._added = delta
 

@@ -17,7 +17,7 @@ from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import Attend, AttentionBatch, AttentionLayer, PagedPlan
+from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import (
     DenseWeight,
@@ -35,6 +35,7 @@ from gossamer.layers.residual import ResidualStream
 from gossamer.layers.rotary import RotaryTable
 from gossamer.ops.embedding import embed_tokens
 from gossamer.ops.norm import rms_norm
+from gossamer.ops.quantize_fp8 import Quantized
 
 ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
 
@@ -187,10 +188,15 @@ class Decoder:
         cos, sin = self._rotary.table(plan.max_seq_len)
         shape = (input_ids.shape[0], config.num_q_heads, config.head_dim)
         x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=backend)
-        q, attended = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        q = torch.empty(shape, dtype=x.dtype, device=x.device)
+        buffers: dict[bool, Attended] = {}
         stream = ResidualStream(x, eps, backend)
         for block, planes in zip(self.blocks, pool.layers, strict=True):
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
+            fp8 = block.attention.gives_fp8(plan, shape[0])
+            if fp8 not in buffers:
+                buffers[fp8] = _empty_fp8(q) if fp8 else torch.empty_like(q)
+            attended = buffers[fp8]
             yield partial(_attend, block.attention, q, planes, attended)
             block.attention.output(attended, stream)
             stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
@@ -215,9 +221,13 @@ class Decoder:
 
 
 def _attend(
-    layer: AttentionLayer, q: torch.Tensor, planes: Sequence[torch.Tensor], out: torch.Tensor, plan: PagedPlan
+    layer: AttentionLayer, q: torch.Tensor, planes: Sequence[torch.Tensor], out: Attended, plan: PagedPlan
 ) -> None:
     layer.attend(q, plan, planes, out)
+
+
+def _empty_fp8(q: torch.Tensor) -> Quantized:
+    return torch.empty_like(q, dtype=torch.float8_e4m3fn), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

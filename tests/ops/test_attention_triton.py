@@ -9,6 +9,7 @@ import torch
 
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
 from gossamer.ops.kv_cache.reference import page_scale
+from gossamer.ops.quantize_fp8 import quantize_activation
 
 # rel-RMS against float64. Half precisions round the softmax weights before the product with V.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -98,10 +99,13 @@ class Batch:
             paged_prefill(*cache, self.cu_seqlens_q, self.seq_lens, self.max_q_len, self.scale, out, **options)  # type: ignore[arg-type]
         return out
 
-    def decode(self, sinks: torch.Tensor | None, num_programs: int | None, rows: slice = slice(None)) -> torch.Tensor:
+    def decode(
+        self, sinks: torch.Tensor | None, num_programs: int | None, rows: slice = slice(None),
+        out_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """`rows` are a batch of their own; a padded row keeps its line of q."""
         slots, lens, q = (x[rows].contiguous() for x in (self.slots, self.seq_lens, self.q))
-        out = torch.full_like(q, torch.nan)
+        out = torch.full_like(q, torch.nan, dtype=q.dtype if out_scales is None else torch.float8_e4m3fn)
         heads = (q.shape[1], self.k_pages.shape[1], q.shape[2])
         workspace = DecodeWorkspace.allocate(len(slots), *heads, DEVICE, num_programs)
         workspace.partials.fill_(torch.nan)
@@ -109,7 +113,8 @@ class Batch:
         for _ in range(2):
             paged_decode(
                 q, self.k_pages, self.v_pages, self.page_table, slots, lens, self.scale, out, window=self.window,
-                sinks=sinks, workspace=workspace, max_seq_len=self.max_seq_len, backend="triton", **self.scales,
+                out_scales=out_scales, sinks=sinks, workspace=workspace, max_seq_len=self.max_seq_len,
+                backend="triton", **self.scales,
             )  # fmt: skip
         assert not workspace.arrivals.any()
         return out
@@ -196,6 +201,21 @@ def test_fp8_pages_count_as_what_they_stand_for(
     batch = Batch([50, 17, 9, 70, 16], [50, 1, 0, 33, 16], heads, dtype, window=window, padding=13, fp8=True)
     check(batch.prefill(batch.sinks), batch.oracle(batch.sinks))
     check(batch.reference(batch.sinks, decode=False), batch.oracle(batch.sinks))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_an_output_in_fp8_is_the_output_quantised(dtype: torch.dtype, fp8: bool) -> None:
+    batch = decode_case([0, 1, 16, 71, 0, 90], (6, 2, 128), dtype, fp8=fp8)
+    for num_programs in (5, 1):
+        scales = torch.full(batch.q.shape[:2], torch.nan, device=DEVICE)
+        found = batch.decode(batch.sinks, num_programs, out_scales=scales)
+        dense = batch.decode(batch.sinks, num_programs)
+        expected, expected_scales = quantize_activation(dense.flatten(1), backend="reference")
+        assert torch.equal(scales, expected_scales)
+        assert torch.equal(found.flatten(1).view(torch.uint8), expected.view(torch.uint8))
+    with pytest.raises(ValueError, match="128"):
+        decode_case([3], (4, 2, 16), dtype).decode(None, 1, out_scales=torch.zeros(1, 4, device=DEVICE))
 
 
 def test_fp8_pages_and_bf16_queries() -> None:

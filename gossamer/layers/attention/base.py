@@ -13,6 +13,7 @@ from gossamer.core import KVLayout, OpCost
 from gossamer.layers.linear import Linear, Part, WeightFormat
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import DecodeWorkspace
+from gossamer.ops.quantize_fp8 import Quantized
 
 
 @dataclass(slots=True)
@@ -50,6 +51,9 @@ class PagedPlan:
     workspace: DecodeWorkspace | None
 
 
+Attended = torch.Tensor | Quantized
+"""What attention leaves, [num_tokens, heads, head_dim]; in FP8 with a scale for each token and head."""
+
 Attend = Callable[[PagedPlan], None]
 """The attention proper of one layer and step, its tensors bound: what stays outside piecewise graphs."""
 
@@ -80,9 +84,13 @@ class AttentionLayer(Protocol):
         q: torch.Tensor,
     ) -> None: ...
 
-    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
+    def gives_fp8(self, plan: PagedPlan, num_tokens: int) -> bool:
+        """Whether `attend` is to leave its result in FP8."""
+        ...
 
-    def output(self, attended: torch.Tensor, stream: ResidualStream) -> None: ...
+    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None: ...
+
+    def output(self, attended: Attended, stream: ResidualStream) -> None: ...
 
 
 class AttentionKind(Protocol):

@@ -9,8 +9,8 @@ import torch
 
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
-from gossamer.layers.attention.base import AttentionBatch, PagedPlan
-from gossamer.layers.linear import Linear, Part, WeightFormat, dense
+from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
+from gossamer.layers.linear import Fp8Weight, Linear, Part, WeightFormat, dense
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import (
     DecodeGroup,
@@ -22,6 +22,7 @@ from gossamer.ops.attention import (
     plan_prefill,
     prefill_attention,
 )
+from gossamer.ops.gemm_fp8 import FP8_BLOCK
 from gossamer.ops.kv_cache import write_kv
 from gossamer.ops.norm import rms_norm
 from gossamer.ops.rope import apply_rope, rope_write_kv
@@ -190,8 +191,16 @@ class GQALayer:
             backend=self._backend,
         )
 
-    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def gives_fp8(self, plan: PagedPlan, num_tokens: int) -> bool:
+        """Steps of decode alone, where the output projection takes groups of a head's size."""
+        o = self.o.weight
+        if not isinstance(o, Fp8Weight) or o.ue8m0 or o.per_token or self._config.head_dim != FP8_BLOCK:
+            return False
+        return plan.num_decode == num_tokens and not o.folds(num_tokens, o.weight.shape[1])
+
+    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window
+        dense, out_scales = (out, None) if isinstance(out, torch.Tensor) else out
         k_pages, v_pages, scales = _cache(planes)
         table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
         if n:
@@ -203,7 +212,8 @@ class GQALayer:
                 slots[:n],
                 lens[:n],
                 scale,
-                out[:n],
+                dense[:n],
+                out_scales=out_scales,
                 **scales,
                 window=window,
                 workspace=plan.workspace,
@@ -221,14 +231,17 @@ class GQALayer:
                 lens[n:],
                 plan.max_q_len,
                 scale,
-                out[n:],
+                dense[n:],
                 **scales,
                 window=window,
                 backend=self._backend,
             )
 
-    def output(self, attended: torch.Tensor, stream: ResidualStream) -> None:
-        stream.add_product(self.o, attended.flatten(1))
+    def output(self, attended: Attended, stream: ResidualStream) -> None:
+        if isinstance(attended, torch.Tensor):
+            stream.add_product(self.o, attended.flatten(1))
+        elif isinstance(self.o.weight, Fp8Weight):
+            stream.add(self.o.weight.quantized(attended[0].flatten(1), attended[1], stream.dtype))
 
     def _normalise(self, qkv: torch.Tensor) -> None:
         """QK norm in place on the packed projection: per head, or over all heads at once."""

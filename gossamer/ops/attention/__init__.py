@@ -80,6 +80,7 @@ def paged_decode(
     scale: float,
     out: torch.Tensor,
     *,
+    out_scales: torch.Tensor | None = None,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     k_scales: torch.Tensor | None = None,
@@ -93,19 +94,21 @@ def paged_decode(
     q, out [num_rows, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim];
     int32: page_table [num_slots, max_pages], slots and seq_lens [num_rows] (slot -1 or length 0: padding, out is 0).
     A token sees `window` tokens, itself included. sinks [num_q_heads]: a further logit of each head's softmax, without
-    a value. No seq_len exceeds `max_seq_len`, which bounds the launch. On a device the metadata must not come from a
-    kernel that lets its successor start early. The kernel needs a workspace; its results do not depend on the order
-    in which programs finish. Raises ValueError for shapes, dtypes or layouts it does not serve.
+    a value. out_scales: fp32 [num_rows, num_q_heads], given where out is to be E4M3: what `quantize_activation` makes
+    of the result in q's dtype; head_dim is 128. No seq_len exceeds `max_seq_len`, which bounds the launch. On a
+    device the metadata must not come from a kernel that lets its successor start early. The kernel needs a
+    workspace; its results do not depend on the order in which programs finish. Raises ValueError for shapes, dtypes
+    or layouts it does not serve.
     """
     require_scales(k_pages, v_pages, k_scales, v_scales)
     if not use_kernel(q, backend):
         implementation = reference.paged_decode
     else:
-        from gossamer.ops.attention import triton
+        from gossamer.ops.attention import triton_decode
 
-        implementation = triton.paged_decode
+        implementation = triton_decode.paged_decode
     implementation(
-        q, k_pages, v_pages, page_table, slots, seq_lens, scale, out,
+        q, k_pages, v_pages, page_table, slots, seq_lens, scale, out, out_scales=out_scales,
         window=window, sinks=sinks, k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.ops.attention.workspace import DecodeWorkspace
+from gossamer.ops.quantize_fp8.reference import quantize_activation
 
 _Plane = tuple[torch.Tensor, torch.Tensor | None]
 """Pages of keys or values, and their scales where they are FP8."""
@@ -309,6 +310,7 @@ def paged_decode(
     scale: float,
     out: torch.Tensor,
     *,
+    out_scales: torch.Tensor | None,
     window: int | None,
     sinks: torch.Tensor | None,
     k_scales: torch.Tensor | None,
@@ -319,7 +321,12 @@ def paged_decode(
     """Prefill of one token a row; rows of length 0 are padding."""
     present = torch.where(seq_lens > 0, slots, -1)
     cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+    dense = out if out_scales is None else torch.empty_like(q)
     paged_prefill(
-        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, out, window=window, sinks=sinks,
+        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, dense, window=window, sinks=sinks,
         k_scales=k_scales, v_scales=v_scales,
     )  # fmt: skip
+    if out_scales is not None:
+        quantized, scales = quantize_activation(dense.flatten(1))
+        out.copy_(quantized.view_as(out))
+        out_scales.copy_(scales)
