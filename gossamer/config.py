@@ -3,8 +3,6 @@
 `None` means auto. `resolve()` returns a new object in which nothing is auto any more; nothing mutates a config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re

@@ -3,8 +3,6 @@
 Torch-free and a few microseconds a step, for it runs in the engine's loop.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Builds an engine from a config: inspect the model, resolve what is automatic, load, divide memory, start the loop."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

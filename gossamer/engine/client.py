@@ -4,8 +4,6 @@ Nothing here waits: frames are read when the loop says that the socket is readab
 the order in which the engine sent them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

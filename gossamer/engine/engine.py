@@ -5,8 +5,6 @@
 With overlap two batches are in flight, without it one; tokens are the same. In-process and torch-free.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import time

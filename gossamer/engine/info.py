@@ -3,8 +3,6 @@
 Plain dataclasses: the wire format encodes them as they are, and the in-process engine needs no wire format.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ A frame is decoded into one of the types below or dropped; nothing in it can nam
 frame's size before they look inside.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Generic, TypeVar
 

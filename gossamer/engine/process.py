@@ -4,8 +4,6 @@ Its configuration is the first line of standard input, which then stays open: wh
 the engine leaves at once. Requests arrive and outputs leave through two sockets in a private directory.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """A timeline of the engine for Perfetto or chrome://tracing: what threads and device did when, how deep queues were."""
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

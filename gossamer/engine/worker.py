@@ -4,8 +4,6 @@ The worker is a thread, so that the engine schedules while the executor computes
 that lives on a virtual clock.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Who holds how many bytes: the plan made before anything is allocated, refused with arithmetic where it cannot fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

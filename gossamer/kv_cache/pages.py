@@ -3,8 +3,6 @@
 Host side only, no tensors. Runs matter because a sequence whose pages are consecutive can be read as one view.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The tensors of the paged KV cache."""
 
-from __future__ import annotations
-
 import math
 import mmap
 

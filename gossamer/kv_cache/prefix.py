@@ -1,7 +1,5 @@
 """Finds KV pages that were computed before: full pages under a hash of all tokens up to and including theirs."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b

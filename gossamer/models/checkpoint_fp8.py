@@ -3,8 +3,6 @@
 A tensor is FP8 if its header says so, whatever lists of exceptions a config carries; the config says how it is scaled.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Figures of use (MFU, MBU) and floors divide by these, so they count the work tha
 nothing that an implementation adds.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import prod

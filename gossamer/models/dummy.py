@@ -4,8 +4,6 @@ A weight depends on the seed, its own name and the kind of device it is drawn on
 draws the same. Activations keep their scale from layer to layer, so that tokens spread over the experts.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from statistics import NormalDist

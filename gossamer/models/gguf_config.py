@@ -3,8 +3,6 @@
 What GGUF cannot say (tied embeddings, biases) is read off its tensors; what no family implements is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

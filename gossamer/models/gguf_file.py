@@ -4,8 +4,6 @@ The tokenizer and the config need the header of a file within milliseconds and w
 and offset is checked against the file before it is used, so a damaged file ends in a StartupError, never a crash.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import struct

@@ -3,8 +3,6 @@
 Torch-free: a model is inspected, and refused, before torch is imported.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

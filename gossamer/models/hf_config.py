@@ -4,8 +4,6 @@ A key that changes the mathematics and is not implemented must be refused, never
 key, the value and what is supported. `source.py` adds the file's name.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import Any

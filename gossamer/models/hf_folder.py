@@ -3,8 +3,6 @@
 A folder comes from outside, so everything in it is checked before use; pickled weights are never opened.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Llama 2 and 3.x, and the models that keep its architecture (SmolLM2, TinyLlama, ...)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig

@@ -1,7 +1,5 @@
 """Streams a model's weights under canonical names, one tensor at a time, in the order of the decoder."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack

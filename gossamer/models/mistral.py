@@ -1,7 +1,5 @@
 """Mistral 7B and its successors of the same architecture: Llama with a sliding window and a free head size."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig

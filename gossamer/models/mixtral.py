@@ -1,7 +1,5 @@
 """Mixtral 8x7B and 8x22B: Mistral with routed experts in every layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig, MoEConfig

@@ -1,7 +1,5 @@
 """OLMoE 1B-7B: routed experts in every layer, one RMSNorm over all of q and one over all of k."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig, MoEConfig

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: biases on q, k and v, and a sliding window from some layer on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig

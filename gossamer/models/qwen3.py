@@ -1,7 +1,5 @@
 """Qwen3 (dense): an RMSNorm over each head of q and k instead of Qwen2's biases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig

@@ -1,7 +1,5 @@
 """Qwen3-MoE (30B-A3B, 235B-A22B): Qwen3's attention with routed experts in some or all layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gossamer.config import ModelConfig, MoEConfig

@@ -1,7 +1,5 @@
 """Which module implements which architecture: one line per family."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

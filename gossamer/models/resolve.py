@@ -1,7 +1,5 @@
 """Finds a model: a local folder or file, a model id in the Hugging Face cache, or the hub where it can be reached."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

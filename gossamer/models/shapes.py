@@ -3,8 +3,6 @@
 Torch-free, so that memory can be planned and a checkpoint refused before torch is imported or any data is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

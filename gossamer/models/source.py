@@ -1,7 +1,5 @@
 """Inspects a model without torch: finds it, reads its config, and checks its weights against it by headers alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

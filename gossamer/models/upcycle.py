@@ -4,8 +4,6 @@ The output equals the dense model's whatever the router does, so routing, permut
 proved with real weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 

@@ -4,8 +4,6 @@ A family (or a file format) maps every template of `shapes.py` to the places whe
 checkpoint's names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The one rule that picks an op's implementation: CPU tensors use the reference, CUDA tensors the kernel."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """What this machine's device can do at best, measured once and kept in a file: what MFU and MBU are fractions of."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import logging

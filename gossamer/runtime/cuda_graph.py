@@ -3,8 +3,6 @@
 Whole decode steps are one graph each; of a mixed step the pieces between its attention calls are.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

@@ -3,8 +3,6 @@
 The widest steps run once on padding, which also compiles every kernel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@
 thread, while the worker already enqueues the next. On CPU tensors, without streams and graphs, tests prove it.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from concurrent.futures import Future

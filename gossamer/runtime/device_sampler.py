@@ -3,8 +3,6 @@
 What needs a row of its own vocabulary on the host's say (masks, biases, penalties, log-probabilities) is the Sampler's.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -1,7 +1,5 @@
 """The executor contract: the one seam between the engine loop and whatever computes a step."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future
 from typing import Protocol
 

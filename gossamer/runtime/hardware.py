@@ -1,7 +1,5 @@
 """What this machine has, measured once at start."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

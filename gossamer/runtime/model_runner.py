@@ -1,7 +1,5 @@
 """The executor of a CPU: per-slot state, one forward per batch, sampling."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import Future
 

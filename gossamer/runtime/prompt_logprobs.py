@@ -1,7 +1,5 @@
 """Log-probabilities of prompt tokens, for the rows whose requests want them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

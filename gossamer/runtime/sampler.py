@@ -4,8 +4,6 @@ What most requests need lives in small host arrays; masks, biases and token coun
 for them. Randomness is a hash of (seed, output index), so a request's tokens depend on nothing but the request.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -4,8 +4,6 @@ The device side is static, so a captured graph reads the same addresses at every
 worker packs a step while earlier ones still run.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

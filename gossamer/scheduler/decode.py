@@ -1,7 +1,5 @@
 """Decode rows: every running sequence past its prompt advances by one token, the latest arrived makes room."""
 
-from __future__ import annotations
-
 from gossamer.core import Request, RequestStatus, ScheduledBatch, ScheduledRow
 from gossamer.scheduler.sequences import Sequences
 

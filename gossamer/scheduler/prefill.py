@@ -1,7 +1,5 @@
 """Prefill rows: who is admitted, and how the prompts being computed share what is left of the token budget."""
 
-from __future__ import annotations
-
 from gossamer.core import AdmittedSequence, Request, ScheduledBatch, ScheduledRow
 from gossamer.scheduler.sequences import Sequences
 

@@ -4,8 +4,6 @@ Each step decodes every running sequence and spends the rest of a token budget o
 scheduled before the results of the one before it are known.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Holds the state transitions (enqueue, admit, grow, preempt, finish) and no polic
 tokens is decided in prefill.py and decode.py.
 """
 
-from __future__ import annotations
-
 import heapq
 from bisect import bisect_left, insort
 

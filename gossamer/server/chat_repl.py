@@ -4,8 +4,6 @@ The loop knows neither: it asks a backend for the pieces of an answer. Ctrl-C cl
 answer and frees its pages; the conversation goes on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import http.client

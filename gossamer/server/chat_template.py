@@ -4,8 +4,6 @@ Message text that spells a special token must stay text. `Guard` marks such spel
 afterwards they can be told from the template's own.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -4,8 +4,6 @@ The flags are generated from the config dataclasses. This is the one module that
 imports nothing heavy until a command runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.util

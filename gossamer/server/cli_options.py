@@ -4,8 +4,6 @@ Apart from cli.py so that the flags can be built, listed and tested without runn
 library and the config are imported: `--help` must be instant.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Incremental detokenisation: text as tokens arrive, never half a character."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from gossamer.server.tokenizer import Tokenizer

@@ -1,7 +1,5 @@
 """Every error that leaves the server, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
-from __future__ import annotations
-
 import logging
 
 import msgspec

@@ -4,8 +4,6 @@ Two kinds exist: byte-level BPE (`gpt2`), whose pre-tokeniser the file only name
 whose merges follow from the scores of its pieces. Ids equal llama.cpp's; the tests compare them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What HTTP asks of a server of slow answers: bounded bodies, event streams, and noticing that a client has left."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What `gossamer info` reports: versions, hardware, and what a model would take here, without loading its weights."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from typing import Any

@@ -4,8 +4,6 @@ What the engine counts is read from its latest statistics when scraped; what a u
 here, where tokens leave.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

@@ -4,8 +4,6 @@ Every field of that API is known here. One that Gossamer does not implement is a
 so that nothing a client asks for is silently ignored.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from typing import Annotated, Any, Literal, TypeVar

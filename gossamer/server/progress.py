@@ -1,7 +1,5 @@
 """The bar that a person sees while a model loads."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

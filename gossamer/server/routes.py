@@ -1,7 +1,5 @@
 """The HTTP application: routes, authentication, and errors in one shape."""
 
-from __future__ import annotations
-
 import hmac
 import logging
 from collections.abc import Awaitable, Callable

@@ -3,8 +3,6 @@
 The models are tiny and random, in float32; the oracle is the plain torch path, one step after the other.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

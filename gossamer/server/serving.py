@@ -1,8 +1,6 @@
 """What every endpoint does the same way: which model, how text becomes tokens, how several prompts share a stream,
 how an answer goes out whole or as events."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -4,8 +4,6 @@ What a checkpoint says about its tokenizer is spread over five files of several 
 `TokenizerParts`, the same that a GGUF file's metadata yields.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gated activations of the MLP."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.activation import reference

@@ -1,7 +1,5 @@
 """The first op of a step on a device: input ids, some of which only the device knows, to embeddings."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.embedding import reference

@@ -1,7 +1,5 @@
 """Torch reference of the token embedding."""
 
-from __future__ import annotations
-
 import torch
 
 

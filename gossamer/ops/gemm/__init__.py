@@ -1,7 +1,5 @@
 """Dense products x [M, K] by weight [N, K], for the few rows of a decode step: bound by reading the weight."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.dispatch import use_kernel

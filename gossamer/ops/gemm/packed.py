@@ -3,8 +3,6 @@
 F.linear lays the weight out anew in every call: up to some 32 rows it takes 1.5 to 2 times as long.
 """
 
-from __future__ import annotations
-
 import torch
 
 # oneDNN may choose the layout by the number of rows; it is the same from 1 to 512 on the CPUs we measured.

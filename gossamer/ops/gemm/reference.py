@@ -1,7 +1,5 @@
 """Torch reference of the products of few rows."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

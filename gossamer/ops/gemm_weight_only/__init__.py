@@ -1,7 +1,5 @@
 """Matrix products with weight-only quantised weights: int8 per output channel, int4 per group of input channels."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.dispatch import require_reference

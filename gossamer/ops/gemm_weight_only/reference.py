@@ -1,7 +1,5 @@
 """Weight-only int8 and int4 on the CPU through torch's packed operators, and the quantisers that feed them."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ A cache of torch.float8_e4m3fn has fp32 scales [num_pages, num_kv_heads] beside 
 scale. They are powers of two, so that a page whose scale grows keeps every bit of what it held, underflow aside.
 """
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.dispatch import require_reference, use_kernel

@@ -1,7 +1,5 @@
 """Torch reference of the paged KV write."""
 
-from __future__ import annotations
-
 import torch
 
 _SMALLEST_SCALE = 2.0**-40

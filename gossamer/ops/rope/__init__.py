@@ -1,7 +1,5 @@
 """Rotary position embedding (Su et al. 2021) in the rotate-half layout of Hugging Face checkpoints."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.dispatch import require_reference, use_kernel

@@ -1,7 +1,5 @@
 """Torch reference of the rotary embedding."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.kv_cache.reference import write_scaled

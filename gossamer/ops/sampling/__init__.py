@@ -4,8 +4,6 @@
 tensors alike, and do not wait for a GPU.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

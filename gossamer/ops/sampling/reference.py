@@ -4,8 +4,6 @@ Filters are prefixes of one total order (value falling, then id rising), so resu
 stability or on the other rows of the batch. Long sums run in float64.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

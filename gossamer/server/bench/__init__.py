@@ -3,10 +3,8 @@
 This file has the options alone, so that `--help` stays instant.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from gossamer.config import flag, option
 from gossamer.core import StartupError
@@ -31,7 +29,7 @@ class BenchConfig:
     base_url: str = option("http://127.0.0.1:8000", "server that `bench serve` measures")
     output_json: str | None = option(None, "write every figure of every run here")
 
-    def checked(self) -> BenchConfig:
+    def checked(self) -> Self:
         """This. Raises StartupError for a value that makes no sense."""
         for name in ("input_len", "output_len", "num_prompts", "max_concurrency", "num_repeats", "vocab_size"):
             value = getattr(self, name)

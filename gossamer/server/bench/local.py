@@ -1,7 +1,5 @@
 """`gossamer bench throughput` and `latency`: the engine in this process, without tokenizer, server or sockets."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections import deque

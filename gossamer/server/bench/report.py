@@ -1,7 +1,5 @@
 """From the times of tokens to the figures that people compare, and the JSON that documents are made of."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import importlib.metadata

@@ -1,7 +1,5 @@
 """`gossamer bench serve`: loads any server with OpenAI's streaming completions, with the standard library alone."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

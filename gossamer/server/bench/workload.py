@@ -1,7 +1,5 @@
 """What a benchmark asks: seeded prompts of token ids with output lengths and times of arrival."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass

@@ -3,9 +3,8 @@
 This file has the options alone, so that `--help` stays instant.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 from gossamer.config import flag, option
 from gossamer.core import StartupError
@@ -27,7 +26,7 @@ class EvalConfig:
     )
     output_json: str | None = option(None, "write every figure here")
 
-    def checked(self) -> EvalConfig:
+    def checked(self) -> Self:
         """This. Raises StartupError for a value that makes no sense."""
         if not self.text:
             raise StartupError("No text to predict.\nGive a file of UTF-8 text: --text FILE.")
