@@ -208,7 +208,7 @@ def test_fp8_pages_count_as_what_they_stand_for(
 def test_an_output_in_fp8_is_the_output_quantised(dtype: torch.dtype, fp8: bool) -> None:
     batch = decode_case([0, 1, 16, 71, 0, 90], (6, 2, 128), dtype, fp8=fp8)
     for num_programs in (5, 1):
-        scales = torch.full(batch.q.shape[:2], torch.nan, device=DEVICE)
+        scales = torch.full(batch.q.shape[1::-1], torch.nan, device=DEVICE).t()  # as products of many rows want them
         found = batch.decode(batch.sinks, num_programs, out_scales=scales)
         dense = batch.decode(batch.sinks, num_programs)
         expected, expected_scales = quantize_activation(dense.flatten(1), backend="reference")

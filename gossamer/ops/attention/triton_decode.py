@@ -81,23 +81,26 @@ def _half(queries):
 
 
 @triton.jit
-def _store(out, out_scales, rows, inside, result, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
-    """Stores heads `rows` of the result; with scales in FP8, each head a group."""
+def _store(
+    out, out_scales, row_stride, head_stride, row, heads, inside, result,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stores a row's `heads`; with scales in FP8, each head a group."""
     result = result.to(DTYPE)
-    at = out + rows.to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    at = out + (row * NUM_HEADS + heads).to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     if out_scales is None:
         tl.store(at, result, mask=inside[:, None])
     else:
         code, scale = quantize_rows(result.to(tl.float32), False, out.dtype.element_ty)
         tl.store(at, code, mask=inside[:, None])
-        tl.store(out_scales + rows, scale, mask=inside)
+        tl.store(out_scales + row * row_stride + heads * head_stride, scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "window"])
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "head_stride", "window"])
 def _decode_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, out_scales, partials, lse,
     arrivals,
-    num_rows, table_stride, scale_log2, window,
+    num_rows, table_stride, row_stride, head_stride, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
     CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
@@ -207,7 +210,10 @@ def _decode_kernel(
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
                 result = total / weight[:, None]
-                _store(out, out_scales, q_rows + g, g < GROUP, result, HEAD_DIM, q.dtype.element_ty)
+                _store(
+                    out, out_scales, row_stride, head_stride, row, head * GROUP + g, g < GROUP, result,
+                    NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
+                )  # fmt: skip
             else:
                 index = (program * NUM_KV_HEADS + head) * 2 + (unit > begin).to(tl.int32)
                 tl.store(lse + index * GROUP + g, peak + tl.log2(weight), mask=g < GROUP)
@@ -222,7 +228,10 @@ def _decode_kernel(
                         NUM_KV_HEADS, GROUP, MERGE_G, HEAD_DIM, CHUNK,
                     )  # fmt: skip
                     mg = tl.arange(0, MERGE_G)
-                    _store(out, out_scales, q_rows + mg, mg < GROUP, merged, HEAD_DIM, q.dtype.element_ty)
+                    _store(
+                        out, out_scales, row_stride, head_stride, row, head * GROUP + mg, mg < GROUP, merged,
+                        NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
+                    )  # fmt: skip
                     tl.store(counter, 0)
             unit = part_end
         row_begin = row_end
@@ -231,8 +240,10 @@ def _decode_kernel(
         for r in range(program, num_rows, num_programs):
             if (tl.load(slots + r) < 0) | (tl.load(seq_lens + r) <= 0):
                 zeros = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
-                empty = (r * NUM_KV_HEADS + head) * GROUP + g
-                _store(out, out_scales, empty, g < GROUP, zeros, HEAD_DIM, q.dtype.element_ty)
+                _store(
+                    out, out_scales, row_stride, head_stride, r, head * GROUP + g, g < GROUP, zeros,
+                    NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
+                )  # fmt: skip
 
 
 def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int, scaled: bool) -> tuple[int, int, int]:
@@ -292,7 +303,8 @@ def paged_decode(
         q, k_pages, v_pages.view(torch.int16) if scaled else v_pages, k_scales, v_scales, page_table, slots, seq_lens,
         sinks, out, out_scales,
         workspace.partials, workspace.lse, workspace.arrivals,
-        num_rows, page_table.stride(0), scale * LOG2E, window or NO_WINDOW,
+        num_rows, page_table.stride(0), *((0, 0) if out_scales is None else out_scales.stride()), scale * LOG2E,
+        window or NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
