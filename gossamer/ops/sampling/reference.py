@@ -22,6 +22,11 @@ _PROBE = 128
 
 
 def argmax(logits: Tensor) -> Tensor:
+    """Index of each row's largest value, the lowest of equals.
+
+    Args: logits: [num_rows, vocab].
+    Returns: int64 [num_rows].
+    """
     if logits.is_cuda or logits.dtype != torch.float32:
         return logits.argmax(-1)
     # numpy's is vectorised, and an order of magnitude faster than torch's on a CPU.
@@ -36,6 +41,18 @@ def apply_penalties(
     frequency: Tensor,
     repetition: Tensor,
 ) -> Tensor:
+    """Lowers the logits of tokens that have occurred (OpenAI's presence and frequency, CTRL's repetition penalty).
+
+    Tokens of prompt or output: a positive logit is divided by `repetition`, a negative one multiplied. Then those of
+    the output alone lose `frequency` per occurrence and `presence` once.
+
+    Args:
+        logits: float32 [num_rows, vocab].
+        prompt_mask: bool [num_rows, vocab], true where the prompt has the token.
+        output_counts: int32 [num_rows, vocab].
+        presence, frequency, repetition: float32 [num_rows], CPU tensors: penalties that no row has cost nothing.
+    Returns: float32 [num_rows, vocab]; `logits` is not modified.
+    """
     out = logits
     seen = output_counts > 0
     if bool((repetition != 1.0).any()):
@@ -49,6 +66,27 @@ def apply_penalties(
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws one token per row: temperature, then min_p, top_k and top_p, each renormalised over what the last left.
+
+    The parameters are CPU tensors, for they decide on the host what work is needed at all (greedy rows: an argmax;
+    neither top_k nor top_p: no ordering). A row's token depends on its own logits and parameters alone.
+
+    Args:
+        logits: float32 [num_rows, vocab], on any device.
+        temperature: float64 [num_rows]; below 1e-5 is greedy.
+        top_k: int64 [num_rows]; below 1 or at least vocab is off. Ties go to the lowest ids: top_k=1 is greedy.
+        top_p: float64 [num_rows] in (0, 1]: keeps tokens while the mass of the more likely ones is below it.
+        min_p: float64 [num_rows] in [0, 1]: keeps tokens at least this times as likely as the likeliest.
+        uniform: float64 [num_rows] in [0, 1): the only randomness.
+    Returns: int64 [num_rows]; -1 where the row's largest logit is not finite, so that nothing can be drawn.
+    """
+    num_rows = logits.shape[0]
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "uniform": uniform}
+    for name, value in parameters.items():
+        if value.shape != (num_rows,) or value.is_cuda:
+            raise ValueError(f"{name} must be a CPU tensor of shape [{num_rows}], got {list(value.shape)}")
+    if num_rows == 0:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
     greedy = temperature < GREEDY_TEMPERATURE
     if bool(greedy.all()):
         return _mark_invalid(argmax(logits), logits)
@@ -73,7 +111,10 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
 
 
 def uniform(seeds: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """53 random bits each; arithmetic is modulo 2**64."""
+    """Number `output_index` of each seed's stream, in [0, 1): 53 random bits, a hash of the two and of nothing else.
+
+    Arithmetic is modulo 2**64.
+    """
     golden = np.uint64(0x9E3779B97F4A7C15)
     step = (output_index.astype(np.uint64) + np.uint64(1)) * golden
     return (_mix(_mix(seeds + golden) + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -104,6 +145,11 @@ def sample_slots(
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row, falling, and their ids; equal logits by rising id.
+
+    Args: logits: float32 [num_rows, vocab] without NaN. k: at least 1; more than vocab means vocab.
+    Returns: values float32 and ids int64, both [num_rows, min(k, vocab)].
+    """
     num_rows, vocab = logits.shape
     k = min(k, vocab)
     width = next((w for w in (32, 8) if vocab % w == 0 and k * w * 4 <= vocab), None)
@@ -125,6 +171,12 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of the given tokens and of the k likeliest.
+
+    Args: logits: float32 [num_rows, vocab]. token_ids: int64 [num_rows]. k: 0 to vocab.
+    Returns: ids int64, log-probabilities float32 and 1-based ranks int64, each [num_rows, 1 + k], the given token
+        first. Ranks order equal values by rising id.
+    """
     num_rows, vocab = logits.shape
     chosen_ids = token_ids.unsqueeze(1)
     chosen = logits.gather(1, chosen_ids)
