@@ -60,7 +60,7 @@ def num_code_lines(path: Path) -> int:
 
 
 def is_kernel_file(path: Path) -> bool:
-    return path.name.startswith("triton") and path.is_relative_to(PACKAGE / "ops")
+    return path.name.startswith(("triton", "hopper")) and path.is_relative_to(PACKAGE / "ops")
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gossamer.ops.attention import hopper
 from gossamer.ops.dispatch import overlap_options
 
 LOG2E = 1.4426950408889634
@@ -251,6 +252,11 @@ def paged_prefill(
         out.zero_()
         return
     group = num_q_heads // num_kv_heads
+    if max_q_len * group > 64 and hopper.serves(q, k_pages):
+        hopper.paged_prefill(
+            q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, scale * LOG2E, out, window, sinks
+        )
+        return
     block_m, num_warps, num_stages = _prefill_cut(q, group, max_q_len)
     num_blocks = triton.cdiv(num_tokens, block_m // group) + num_rows
     page_rows = [page_size, head_dim]
