@@ -6,7 +6,7 @@ so that nothing a client asks for is silently ignored.
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -19,8 +19,43 @@ MAX_SEQUENCES = 256
 MAX_CACHE_SALT = 128
 MAX_NEUTRAL_BYTES = 256
 
+V = TypeVar("V")
+T = TypeVar("T")
+Q = TypeVar("Q", bound="_Request")
+
 TemplateOptions = Annotated[dict[str, str | int | float | bool | None], msgspec.Meta(max_length=32)]
 """Variables of a chat template, such as enable_thinking. Scalars: a template may loop over anything else."""
+
+_COMMON_NEUTRAL: dict[str, tuple[bytes, ...]] = {
+    "priority": (b"0",),
+    "bad_words": (b"[]",),
+    "response_format": (b'{"type":"text"}',),
+    "logits_processors": (b"[]",),
+    "vllm_xargs": (b"{}",),
+    "use_beam_search": (b"false",),
+    "length_penalty": (b"1", b"1.0"),
+    "spaces_between_special_tokens": (b"true",),
+    "return_tokens_as_token_ids": (b"false",),
+    **dict.fromkeys(("request_id", "structured_outputs", "kv_transfer_params", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+}
+
+
+class _Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    neutral: ClassVar[dict[str, tuple[bytes, ...]]] = {}
+    """Fields that are known but not implemented -> the JSON values, besides null, that ask for nothing."""
+
+    def check(self) -> None:
+        """Raises InvalidRequest for fields that are not implemented or contradict each other."""
+        for name, values in self.neutral.items():
+            if not _is_neutral(getattr(self, name, UNSET), values):
+                raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
+
+
+def decoder_of(kind: type[Q]) -> msgspec.json.Decoder[Q]:
+    """A decoder of a request type that knows its `neutral` fields, too."""
+    fields = [(name, Raw | UnsetType, UNSET) for name in kind.neutral]
+    return msgspec.json.Decoder(msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True))
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -29,9 +64,10 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerationRequest(_Request, kw_only=True):
     """What completions and chat completions share. None means the default, which may be the model's."""
 
+    neutral = _COMMON_NEUTRAL
     model: str | None = None
     n: int | None = None
     temperature: float | None = None
@@ -62,24 +98,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     user: str | None = None
     metadata: Raw | UnsetType = UNSET
     store: bool | None = None
-    # Known, not implemented: see _NEUTRAL.
-    priority: Raw | UnsetType = UNSET
-    request_id: Raw | UnsetType = UNSET
-    bad_words: Raw | UnsetType = UNSET
-    response_format: Raw | UnsetType = UNSET
-    structured_outputs: Raw | UnsetType = UNSET
-    guided_json: Raw | UnsetType = UNSET
-    guided_regex: Raw | UnsetType = UNSET
-    guided_choice: Raw | UnsetType = UNSET
-    guided_grammar: Raw | UnsetType = UNSET
-    kv_transfer_params: Raw | UnsetType = UNSET
-    logits_processors: Raw | UnsetType = UNSET
-    vllm_xargs: Raw | UnsetType = UNSET
-    use_beam_search: Raw | UnsetType = UNSET
-    length_penalty: Raw | UnsetType = UNSET
-    truncate_prompt_tokens: Raw | UnsetType = UNSET
-    spaces_between_special_tokens: Raw | UnsetType = UNSET
-    return_tokens_as_token_ids: Raw | UnsetType = UNSET
 
     def _sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         return SamplingParams(
@@ -106,11 +124,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
         )
 
     def check(self) -> None:
-        """Raises InvalidRequest for fields that are not implemented or contradict each other."""
-        for name, neutral in _NEUTRAL.items():
-            # A name may be implemented in one request type (echo in completions) and not in another.
-            if not _is_neutral(getattr(self, name, UNSET), neutral):
-                raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
+        super().check()
         if self.stream_options is not None:
             if not self.stream:
                 raise InvalidRequest("stream_options needs stream: true.", "stream_options")
@@ -128,13 +142,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions. `parse_special_tokens` lets the prompt's text spell special tokens: ours."""
 
+    neutral = _COMMON_NEUTRAL | {"best_of": (b"1",), "suffix": (b'""',), "prompt_embeds": ()}
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
     parse_special_tokens: bool = False
-    best_of: Raw | UnsetType = UNSET
-    suffix: Raw | UnsetType = UNSET
-    prompt_embeds: Raw | UnsetType = UNSET
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         return self._sampling(defaults, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
@@ -197,6 +209,22 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
+    neutral = _COMMON_NEUTRAL | {
+        "tools": (b"[]",),
+        "tool_choice": (b'"none"', b'"auto"'),
+        "functions": (b"[]",),
+        "function_call": (b'"none"', b'"auto"'),
+        "modalities": (b'["text"]',),
+        "reasoning_effort": (b'"none"',),
+        "include_reasoning": (b"true",),
+        "verbosity": (b'"medium"',),
+        "service_tier": (b'"auto"', b'"default"'),
+        "echo": (b"false",),
+        "continue_final_message": (b"false",),
+        "documents": (b"[]",),
+        "mm_processor_kwargs": (b"{}",),
+        **dict.fromkeys(("audio", "prediction", "moderation", "web_search_options", "chat_template"), ()),
+    }
     messages: list[ChatMessage]
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -209,25 +237,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     prompt_cache_options: Raw | UnsetType = UNSET
     prompt_cache_retention: Raw | UnsetType = UNSET
-    # Known, not implemented: see _NEUTRAL.
-    tools: Raw | UnsetType = UNSET
-    tool_choice: Raw | UnsetType = UNSET
-    functions: Raw | UnsetType = UNSET
-    function_call: Raw | UnsetType = UNSET
-    modalities: Raw | UnsetType = UNSET
-    audio: Raw | UnsetType = UNSET
-    prediction: Raw | UnsetType = UNSET
-    moderation: Raw | UnsetType = UNSET
-    reasoning_effort: Raw | UnsetType = UNSET
-    include_reasoning: Raw | UnsetType = UNSET
-    verbosity: Raw | UnsetType = UNSET
-    service_tier: Raw | UnsetType = UNSET
-    web_search_options: Raw | UnsetType = UNSET
-    echo: Raw | UnsetType = UNSET
-    continue_final_message: Raw | UnsetType = UNSET
-    chat_template: Raw | UnsetType = UNSET
-    documents: Raw | UnsetType = UNSET
-    mm_processor_kwargs: Raw | UnsetType = UNSET
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -244,9 +253,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
                 raise InvalidRequest("A message needs content.", f"messages[{i}].content")
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TokenizeRequest(_Request, kw_only=True):
     """POST /tokenize: of a prompt or of a conversation."""
 
+    neutral = {"continue_final_message": (b"false",), "chat_template": (), "tools": (b"[]",)}
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -254,67 +264,19 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool = True
     parse_special_tokens: bool = False
     return_token_strs: bool | None = None
-    continue_final_message: Raw | UnsetType = UNSET
     chat_template_kwargs: TemplateOptions | None = None
-    chat_template: Raw | UnsetType = UNSET
-    tools: Raw | UnsetType = UNSET
 
     def check(self) -> None:
-        for name in ("continue_final_message", "chat_template", "tools"):
-            if not _is_neutral(getattr(self, name), _NEUTRAL[name]):
-                raise InvalidRequest(f"{name} is not supported. Leave it out.", name, "unsupported_parameter")
+        super().check()
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Give either prompt or messages.", "prompt")
 
 
-class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class DetokenizeRequest(_Request, kw_only=True):
     """POST /detokenize."""
 
     tokens: list[int]
     model: str | None = None
-
-
-# Field -> JSON values, besides null, that ask for nothing.
-_NEUTRAL: dict[str, tuple[bytes, ...]] = {
-    "priority": (b"0",),
-    "request_id": (),
-    "bad_words": (b"[]",),
-    "response_format": (b'{"type":"text"}',),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "kv_transfer_params": (),
-    "logits_processors": (b"[]",),
-    "vllm_xargs": (b"{}",),
-    "use_beam_search": (b"false",),
-    "length_penalty": (b"1", b"1.0"),
-    "truncate_prompt_tokens": (),
-    "spaces_between_special_tokens": (b"true",),
-    "return_tokens_as_token_ids": (b"false",),
-    "best_of": (b"1",),
-    "suffix": (b'""',),
-    "prompt_embeds": (),
-    "tools": (b"[]",),
-    "tool_choice": (b'"none"', b'"auto"'),
-    "functions": (b"[]",),
-    "function_call": (b'"none"', b'"auto"'),
-    "modalities": (b'["text"]',),
-    "audio": (),
-    "prediction": (),
-    "moderation": (),
-    "reasoning_effort": (b'"none"',),
-    "include_reasoning": (b"true",),
-    "verbosity": (b'"medium"',),
-    "service_tier": (b'"auto"', b'"default"'),
-    "web_search_options": (),
-    "echo": (b"false",),
-    "continue_final_message": (b"false",),
-    "chat_template": (),
-    "documents": (b"[]",),
-    "mm_processor_kwargs": (b"{}",),
-}
 
 
 def _is_neutral(value: object, neutral: tuple[bytes, ...]) -> bool:
@@ -333,14 +295,9 @@ def _check_cache_salt(salt: str) -> None:
         raise InvalidRequest(f"cache_salt must be 1 to {MAX_CACHE_SALT} printable ASCII characters.", "cache_salt")
 
 
-V = TypeVar("V")
-
-
 def _or(value: V | None, default: V) -> V:
     return default if value is None else value
 
-
-T = TypeVar("T")
 
 _PATH = re.compile(r"`\$\.?([^`]*)`$")
 _FIELD = re.compile(r"field `([^`]{1,64})")

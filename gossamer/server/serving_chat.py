@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.core import SamplingParams
-from gossamer.server.openai_protocol import ChatRequest
+from gossamer.server.openai_protocol import ChatRequest, decoder_of
 from gossamer.server.openai_responses import (
     AssistantMessage,
     ChatChoice,
@@ -26,7 +25,7 @@ from gossamer.server.openai_responses import (
 from gossamer.server.outputs import CompletionOutput, Logprob, OutputMode, RequestOutput
 from gossamer.server.serving import IndexedOutputs, Serving, merge, prompt_logprobs_json, respond
 
-_decoder = msgspec.json.Decoder(ChatRequest)
+_decoder = decoder_of(ChatRequest)
 
 
 async def handle(serving: Serving, body: bytes, http: Request) -> Response:

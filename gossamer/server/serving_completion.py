@@ -4,13 +4,12 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.core import SamplingParams
-from gossamer.server.openai_protocol import CompletionRequest
+from gossamer.server.openai_protocol import CompletionRequest, decoder_of
 from gossamer.server.openai_responses import (
     CompletionChoice,
     CompletionLogprobs,
@@ -22,7 +21,7 @@ from gossamer.server.openai_responses import (
 from gossamer.server.outputs import CompletionOutput, Logprob, OutputMode, RequestOutput
 from gossamer.server.serving import IndexedOutputs, Serving, merge, prompt_logprobs_json, respond
 
-_decoder = msgspec.json.Decoder(CompletionRequest)
+_decoder = decoder_of(CompletionRequest)
 
 
 async def handle(serving: Serving, body: bytes, http: Request) -> Response:

@@ -2,17 +2,16 @@
 
 import asyncio
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.core import InvalidRequest
-from gossamer.server.openai_protocol import DetokenizeRequest, TokenizeRequest, decode_body
+from gossamer.server.openai_protocol import DetokenizeRequest, TokenizeRequest, decode_body, decoder_of
 from gossamer.server.openai_responses import DetokenizeResponse, TokenizeResponse, encode
 from gossamer.server.serving import Serving
 
-_tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
-_detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
+_tokenize_decoder = decoder_of(TokenizeRequest)
+_detokenize_decoder = decoder_of(DetokenizeRequest)
 
 
 async def tokenize(serving: Serving, body: bytes, http: Request) -> Response:
