@@ -110,7 +110,7 @@ def main() -> None:
         )
         for _ in range(LAYERS)
     ]
-    arrivals = torch.zeros(64, dtype=torch.int32, device="cuda")
+    arrivals = torch.zeros(16, dtype=torch.int32, device="cuda")
     times: dict[str, dict[str, list[float]]] = {}
     floors: dict[str, float] = {}
     rows: dict[str, dict[str, float | str]] = {}

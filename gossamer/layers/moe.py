@@ -88,6 +88,6 @@ class MoELayer:
 
     def _options(self, device: torch.device) -> dict[str, Any]:
         if self._arrivals is None:
-            self._arrivals = torch.zeros(64, dtype=torch.int32, device=device)
+            self._arrivals = torch.zeros(16, dtype=torch.int32, device=device)
         config = self._config
         return {"renormalize": config.renormalize, "score_func": config.score_func, "arrivals": self._arrivals}

@@ -54,7 +54,7 @@ def router(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
 
-    arrivals: zeroed int32 [64] that the kernel leaves zeroed; calls that share one must not run at the same time.
+    arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time.
     Without it every call clears one of its own. `weight` is read before the preceding kernel has ended: a constant.
     """
     _check_choice(weight.shape[0], top_k, score_func)

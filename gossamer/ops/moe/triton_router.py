@@ -16,9 +16,10 @@ from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
 from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 ROUTER_ROWS = 4  # a warp chooses for one token
-ROUTER_TOKENS = 8  # up to here each expert has programs of its own, which may as well repeat the norm
-SPLIT_TOKENS = 1024  # up to here tiles have a few experts each; the last of a token's programs chooses
-MAX_WHOLE_EXPERTS = 256  # logits of that many experts fit the registers of one program
+ROUTER_TOKENS = 64  # up to here each expert has programs of its own, the last of which chooses
+FUSED_NORM_TOKENS = 8  # up to here each of them may as well repeat the norm
+WHOLE_TOKENS = 1024  # from here on a program has all experts of its tokens and chooses, if no more than
+WHOLE_EXPERTS = 256
 
 
 @triton.jit
@@ -95,7 +96,8 @@ def _router_kernel(
     x_ptr, residual_ptr, norm_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr, q_ptr,
     scales_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, CHOICE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One expert's logits of ROWS tokens; the last expert to arrive chooses for these tokens.
 
@@ -141,23 +143,24 @@ def _router_kernel(
     tl.store(logits_ptr + rows * num_experts + expert, logit, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
+        # With a warp to each, rows that do not exist cost nothing.
+        chosen = tile * ROWS + tl.arange(0, CHOICE_ROWS)
         _choose(
-            _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr, rows,
-            num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+            _load_logits(logits_ptr, chosen, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr,
+            chosen, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
 
 
 @triton.jit
 def _logits_kernel(
-    x_ptr, weight_ptr, logits_ptr, arrivals_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
+    x_ptr, weight_ptr, logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts.
 
-    A program that has all experts (BLOCK_N is BLOCK_E) chooses at once. Else, with `arrivals_ptr`, the last one of a
-    tile of tokens does; without it nobody.
+    A program that has all experts (BLOCK_N is BLOCK_E) chooses at once; others store their logits.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -190,15 +193,6 @@ def _logits_kernel(
     else:
         mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
-        if arrivals_ptr is not None:
-            tl.debug_barrier()
-            arrivals = arrivals_ptr + tl.program_id(0)
-            if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-                _choose(
-                    _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr,
-                    rows, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
-                )  # fmt: skip
-                tl.store(arrivals, 0)
 
 
 def _choice(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
@@ -211,12 +205,6 @@ def _choice(num_experts: int, top_k: int, renormalize: bool, score_func: str) ->
 def _results(num_tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     return weights, torch.empty_like(weights, dtype=torch.int32)
-
-
-def _arrivals(given: torch.Tensor | None, tiles: int, device: torch.device) -> torch.Tensor:
-    if given is not None and given.numel() < tiles:
-        raise ValueError(f"{given.numel()} arrivals are too few for {tiles} tiles of tokens")
-    return torch.zeros(tiles, dtype=torch.int32, device=device) if given is None else given
 
 
 def route_topk(
@@ -245,9 +233,9 @@ class LogitsConfig(NamedTuple):
 def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsConfig:
     """By the size of a router's weight (measured on an H100)."""
     block_e = triton.next_power_of_2(num_experts)
-    if num_tokens <= SPLIT_TOKENS:
-        return LogitsConfig(16, min(32, block_e), 256 // itemsize, 4, 4)
-    if num_experts > MAX_WHOLE_EXPERTS or itemsize > 2:
+    if num_tokens <= WHOLE_TOKENS:
+        return LogitsConfig(16, 32, 256 // itemsize, 4, 4)
+    if num_experts > WHOLE_EXPERTS or itemsize > 2:
         return LogitsConfig(128, 64, 64, 4, 3)
     return LogitsConfig(32, block_e, 128, 4, 4) if num_tokens <= 4096 else LogitsConfig(64, block_e, 64, 4, 4)
 
@@ -262,17 +250,14 @@ def router(
         return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals, False)[:2]
     weights, ids = _results(num_tokens, top_k, x.device)
     config = logits_config(num_tokens, num_experts, weight.element_size())
-    tiles, parts = triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n)
-    logits, split = x, num_tokens <= SPLIT_TOKENS  # written only where no program has all experts
-    if config.block_n < choice["BLOCK_E"]:
-        logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    arrivals = _arrivals(arrivals, tiles, x.device) if split else None
-    _logits_kernel[(tiles, parts)](
-        x, weight, logits, arrivals, token_slots, weights, ids, num_tokens, num_experts, hidden,
-        **choice, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
+    whole = config.block_n == choice["BLOCK_E"]
+    logits = x if whole else torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    _logits_kernel[(triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n))](
+        x, weight, logits, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
         num_stages=config.num_stages, **overlap_options(x),
     )  # fmt: skip
-    if split or config.block_n == choice["BLOCK_E"]:
+    if whole:
         return weights, ids
     return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
 
@@ -282,7 +267,7 @@ def add_rms_norm_router(
     *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
     quantize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
-    if x.shape[0] > ROUTER_TOKENS:
+    if x.shape[0] > FUSED_NORM_TOKENS:
         options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
         normed, quantized = torch.empty_like(x), None
         if quantize:
@@ -300,8 +285,10 @@ def _route_few(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """The choice, and with a norm the new residual, normed rows and their FP8 form; what is absent is compiled out."""
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
-    tiles = triton.cdiv(num_tokens, ROUTER_ROWS)
-    arrivals = _arrivals(arrivals, tiles, x.device)
+    rows = min(ROUTER_ROWS, triton.next_power_of_2(max(num_tokens, 1)))
+    tiles = triton.cdiv(num_tokens, rows)
+    if arrivals is None:
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     weights, ids = _results(num_tokens, choice["TOP_K"], x.device)
     summed, normed = (x, x) if residual is None else (torch.empty_like(residual), torch.empty_like(x))
@@ -310,7 +297,7 @@ def _route_few(
     _router_kernel[(num_experts, tiles)](
         x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, token_slots,
         logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps, **choice,
-        ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
+        ROWS=rows, CHOICE_ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
         NORM=residual is not None, QUANTIZE=FP8_BLOCK if quantize else 0, num_warps=4 if hidden <= 4096 else 8,
         **overlap_options(x),
     )  # fmt: skip
