@@ -7,13 +7,16 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gossamer.core import StartupError
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field that the command line shows: `--field-name`, with this help text."""
+    """A dataclass field that the command line shows: `--field-name`, with this help text.
+
+    extra: `minimum` of a number; `size`: takes suffixes as 512M; `positional`: may stand without its flag.
+    """
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -110,10 +113,12 @@ class LoadConfig:
         "auto", "fp8, or weights only as int8 or int4, on a CPU; auto: there as the checkpoint is quantised, else none"
     )
     max_model_len: int | None = option(
-        None, "longest prompt + output in tokens, also as 32K (default: the model's, if it fits)", size=True
+        None, "longest prompt + output in tokens, also as 32K (default: the model's, if it fits)", size=True, minimum=1
     )
-    upcycle_experts: int | None = option(None, "load a dense checkpoint as an MoE of this many identical experts")
-    upcycle_topk: int = option(2, "experts per token with --upcycle-experts")
+    upcycle_experts: int | None = option(
+        None, "load a dense checkpoint as an MoE of this many identical experts", minimum=1
+    )
+    upcycle_topk: int = option(2, "experts per token with --upcycle-experts", minimum=1)
     seed: int = option(0, "seed of dummy weights and of requests without a seed of their own")
 
 
@@ -125,22 +130,24 @@ class CacheConfig:
         "auto", "type of the KV cache (default: --dtype); fp8 is E4M3, scaled by page and head"
     )
     kv_cache_memory_bytes: int | None = option(
-        None, "bytes for the KV cache; takes suffixes K, M, G (default: from free memory)", size=True
+        None, "bytes for the KV cache; takes suffixes K, M, G (default: from free memory)", size=True, minimum=1
     )
     gpu_memory_utilization: float = option(0.9, "fraction of device memory that the engine may use")
     enable_prefix_caching: bool = option(True, "reuse KV pages between requests with a common prefix")
-    page_size: int = option(64, "tokens per KV page")
+    page_size: int = option(64, "tokens per KV page", minimum=1)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Continuous batching."""
 
-    max_num_seqs: int | None = option(None, "most sequences that run at once (default: 32 on a CPU, 256 on a GPU)")
-    max_num_batched_tokens: int | None = option(
-        None, "token budget of a step, decode and prefill together (default: 512 on a CPU, 8192 on a GPU)"
+    max_num_seqs: int | None = option(
+        None, "most sequences that run at once (default: 32 on a CPU, 256 on a GPU)", minimum=1
     )
-    max_num_queued: int = option(1024, "requests that may wait; further ones get 503 and Retry-After")
+    max_num_batched_tokens: int | None = option(
+        None, "token budget of a step, decode and prefill together (default: 512 on a CPU, 8192 on a GPU)", minimum=1
+    )
+    max_num_queued: int = option(1024, "requests that may wait; further ones get 503 and Retry-After", minimum=1)
     enable_chunked_prefill: bool = option(True, "split long prompts over steps")
     overlap: bool = option(True, "schedule the next step while the device runs this one")
 
@@ -155,7 +162,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     ops_backend: Literal["auto", "reference"] = option("auto", "reference: plain torch instead of kernels")
     enforce_eager: bool = option(False, "no CUDA graphs: every step launches its kernels one by one")
-    num_threads: int | None = option(None, "CPU threads for the model (default: all physical cores)")
+    num_threads: int | None = option(None, "CPU threads for the model (default: all physical cores)", minimum=1)
     disable_progress: bool = option(False, "no progress bars")
     profile_trace: str | None = option(None, "write a timeline of the engine here at exit, for Perfetto (JSON)")
     count_experts: bool = option(False, "count which experts every layer and step chooses (costs some speed)")
@@ -173,7 +180,7 @@ class ServerConfig:
     served_model_name: str | None = option(None, "name in the API (default: the model folder's basename)")
     api_key: str | None = option(None, "bearer token that every /v1 route requires (default: $GOSSAMER_API_KEY)")
     chat_template: str | None = option(None, "file with a Jinja chat template instead of the model's own")
-    max_body_bytes: int = option(16 << 20, "largest request body; takes suffixes K, M, G", size=True)
+    max_body_bytes: int = option(16 << 20, "largest request body; takes suffixes K, M, G", size=True, minimum=1)
     receive_timeout: float = option(30.0, "seconds that a client may take to send its headers, or its body")
     send_timeout: float = option(60.0, "seconds that a client may leave its answer unread")
     drain_timeout: float = option(30.0, "seconds that open requests get to finish after SIGTERM")
@@ -210,18 +217,21 @@ def make_engine_config(**options: Any) -> EngineConfig:
     sections = {name: cls(**grouped[name]) for name, cls in SECTIONS.items()}
     config = EngineConfig(**sections, **grouped[""])
     for part in (config, *sections.values()):
-        check_choices(part)
+        check_fields(part)
     _check_values(config)
     return config
 
 
-def check_choices(part: Any) -> None:
-    """Raises StartupError if a `Literal` field of a config dataclass holds a value that is not one of its choices."""
-    for name, hint in get_type_hints(type(part)).items():
-        choices = getattr(hint, "__args__", ()) if getattr(hint, "__origin__", None) is Literal else ()
-        value = getattr(part, name)
+def check_fields(part: Any) -> None:
+    """Raises StartupError if a field of a config dataclass is none of its `Literal` choices, or below its minimum."""
+    hints = get_type_hints(type(part))
+    for item in dataclasses.fields(part):
+        choices = get_args(hints[item.name]) if get_origin(hints[item.name]) is Literal else ()
+        value, minimum = getattr(part, item.name), item.metadata.get("minimum")
         if choices and value not in choices:
-            raise StartupError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+            raise StartupError(f"{flag(item.name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+        if minimum is not None and value is not None and value < minimum:
+            raise StartupError(f"{flag(item.name)} must be at least {minimum}; got {value}.")
 
 
 def flag(name: str) -> str:
@@ -238,21 +248,7 @@ def zipf_exponent(routing: str) -> float:
 
 
 def _check_values(config: EngineConfig) -> None:
-    load, cache, sched = config.load, config.cache, config.scheduler
-    at_least_one = {
-        "max_model_len": load.max_model_len,
-        "upcycle_experts": load.upcycle_experts,
-        "upcycle_topk": load.upcycle_topk,
-        "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
-        "page_size": cache.page_size,
-        "max_num_seqs": sched.max_num_seqs,
-        "max_num_batched_tokens": sched.max_num_batched_tokens,
-        "max_num_queued": sched.max_num_queued,
-        "num_threads": config.num_threads,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise StartupError(f"{flag(name)} must be at least 1; got {value}.")
+    load, cache = config.load, config.cache
     if not 0.0 < cache.gpu_memory_utilization <= 1.0:
         raise StartupError(f"--gpu-memory-utilization must be in (0, 1]; got {cache.gpu_memory_utilization}.")
     if zipf_exponent(load.dummy_routing) and load.load_format != "dummy":

@@ -14,8 +14,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from gossamer.config import (
     LoadConfig,
     SchedulerConfig,
     ServerConfig,
-    check_choices,
+    check_fields,
     make_engine_config,
 )
 from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupError
 from gossamer.server.bench import KINDS as BENCH_KINDS
 from gossamer.server.bench import BenchConfig
-from gossamer.server.cli_options import SAMPLING_HELP, Parser, UsageError, add_fields, closest, given, parse
+from gossamer.server.cli_options import SAMPLING_HELP, Group, Parser, UsageError, add_fields, closest, given, parse
 from gossamer.server.eval import KINDS as EVAL_KINDS
 from gossamer.server.eval import EvalConfig
 
@@ -47,15 +47,16 @@ MAX_ERROR_LINES = 5
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its flags and what it does. `run` returns the exit code.
+    """A subcommand: what it does and its flags. `run` returns the exit code.
 
-    With `kinds`, one of them must follow the command's name; it becomes `args.kind`.
+    With `kinds`, one of them must follow the command's name; it becomes `args.kind`. `own` are flags of no config.
     """
 
     help: str
-    add_flags: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
+    groups: tuple[Group, ...]
     kinds: tuple[str, ...] = ()
+    own: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +112,10 @@ def parsers() -> dict[str, Parser]:
     built = {}
     for name, command in COMMANDS.items():
         built[name] = Parser(" ".join(filter(None, ("gossamer", name, "|".join(command.kinds)))), command.help)
-        command.add_flags(built[name])
+        for flag, options in command.own.items():
+            built[name].add_argument(flag, **options)
+        for group in command.groups:
+            add_fields(built[name], group)
     return built
 
 
@@ -131,65 +135,6 @@ def _print_error(message: str) -> None:
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
-
-
-def _add_engine_flags(parser: Parser) -> None:
-    add_fields(parser, LoadConfig, "model")
-    add_fields(parser, CacheConfig, "KV cache")
-    add_fields(parser, SchedulerConfig, "scheduler")
-    add_fields(parser, EngineConfig, "engine")
-
-
-def _add_serve_flags(parser: Parser) -> None:
-    _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "server")
-
-
-def _add_generate_flags(parser: Parser) -> None:
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; else read from stdin")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
-    _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
-
-
-def _add_chat_flags(parser: Parser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--url", metavar="URL", help="talk to a running server, e.g. http://127.0.0.1:8000")
-    add_fields(parser, SamplingParams, "sampling", only=[*SAMPLING_HELP], defaults=_SAMPLING_DEFAULTS)
-    _add_engine_flags(parser)
-    only = ["api_key", "chat_template", "log_level"]
-    add_fields(parser, ServerConfig, "server", only=only, defaults={"log_level": "warning"})
-
-
-def _add_info_flags(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--measure", action="store_true", help="measure the device's ceilings for MFU and MBU; keep them"
-    )
-    _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
-
-
-def _add_bench_flags(parser: Parser) -> None:
-    add_fields(parser, BenchConfig, "benchmark")
-    _add_engine_flags(parser)
-    only = ["api_key", "log_level"]
-    add_fields(parser, ServerConfig, "server", only=only, defaults={"log_level": "warning"})
-
-
-def _add_eval_flags(parser: Parser) -> None:
-    add_fields(parser, EvalConfig, "evaluation")
-    _add_engine_flags(parser)
-    add_fields(parser, ServerConfig, "log", only=["log_level"], defaults={"log_level": "warning"})
-
-
-def _add_selftest_flags(parser: Parser) -> None:
-    add_fields(parser, EngineConfig, "engine", only=["device", "num_threads"])
-
-
-_SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
-"""Greedy and long enough to be useful; SamplingParams keeps vLLM's defaults for the Python API."""
 
 
 def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> EngineConfig:
@@ -226,11 +171,9 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     if options.get("api_key") is None and os.environ.get(ENV_API_KEY):
         options["api_key"] = os.environ[ENV_API_KEY]
     config = ServerConfig(**options)
-    check_choices(config)
+    check_fields(config)
     if not 0 <= config.port <= 65535:
         raise StartupError(f"--port must be between 0 (any free port) and 65535; got {config.port}.")
-    if config.max_body_bytes < 1:
-        raise StartupError(f"--max-body-bytes must be at least 1; got {config.max_body_bytes}.")
     if config.chat_template is not None and not Path(config.chat_template).is_file():
         raise StartupError(f"--chat-template {config.chat_template}: there is no such file.")
     return config
@@ -396,12 +339,61 @@ def _log_to_stderr(args: argparse.Namespace) -> None:
     logging.getLogger("gossamer").setLevel(_log_level(args).upper())
 
 
+_SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+"""Greedy and long enough to be useful; SamplingParams keeps vLLM's defaults for the Python API."""
+_SAMPLING = Group(SamplingParams, "sampling", SAMPLING_HELP, _SAMPLING_DEFAULTS)
+_ENGINE = (
+    *(Group(LoadConfig, "model"), Group(CacheConfig, "KV cache")),
+    *(Group(SchedulerConfig, "scheduler"), Group(EngineConfig, "engine")),
+)
+_QUIET = {"log_level": "warning"}
+_LOG = Group(ServerConfig, "log", _QUIET, _QUIET)
+_JSON: dict[str, Any] = {"action": "store_true", "help": "print one JSON object"}
+
 COMMANDS = {
-    "serve": Command("Serve a model over HTTP with OpenAI's API.", _add_serve_flags, _serve),
-    "generate": Command("Continue prompts and print the text.", _add_generate_flags, _generate),
-    "chat": Command("Chat with a model in the terminal.", _add_chat_flags, _chat),
-    "bench": Command("Measure an engine, or a running server.", _add_bench_flags, _bench, BENCH_KINDS),
-    "eval": Command("Measure how well a model predicts a text.", _add_eval_flags, _eval, EVAL_KINDS),
-    "selftest": Command("Check on this machine that no optimisation changes a token.", _add_selftest_flags, _selftest),
-    "info": Command("Show versions and hardware, and what a model needs.", _add_info_flags, _info),
+    "serve": Command("Serve a model over HTTP with OpenAI's API.", _serve, (*_ENGINE, Group(ServerConfig, "server"))),
+    "generate": Command(
+        "Continue prompts and print the text.",
+        _generate,
+        (_SAMPLING, *_ENGINE, _LOG),
+        own={
+            "--prompt": {"action": "append", "metavar": "TEXT", "help": "may be repeated; else read from stdin"},
+            "--json": _JSON | {"help": "print one JSON object per prompt"},
+        },
+    ),
+    "chat": Command(
+        "Chat with a model in the terminal.",
+        _chat,
+        (_SAMPLING, *_ENGINE, Group(ServerConfig, "server", ("api_key", "chat_template", "log_level"), _QUIET)),
+        own={
+            "--system": {"metavar": "TEXT", "help": "system message"},
+            "--url": {"metavar": "URL", "help": "talk to a running server, e.g. http://127.0.0.1:8000"},
+        },
+    ),
+    "bench": Command(
+        "Measure an engine, or a running server.",
+        _bench,
+        (Group(BenchConfig, "benchmark"), *_ENGINE, Group(ServerConfig, "server", ("api_key", "log_level"), _QUIET)),
+        BENCH_KINDS,
+    ),
+    "eval": Command(
+        "Measure how well a model predicts a text.",
+        _eval,
+        (Group(EvalConfig, "evaluation"), *_ENGINE, _LOG),
+        EVAL_KINDS,
+    ),
+    "selftest": Command(
+        "Check on this machine that no optimisation changes a token.",
+        _selftest,
+        (Group(EngineConfig, "engine", ("device", "num_threads")),),
+    ),
+    "info": Command(
+        "Show versions and hardware, and what a model needs.",
+        _info,
+        (*_ENGINE, _LOG),
+        own={
+            "--json": _JSON,
+            "--measure": _JSON | {"help": "measure the device's ceilings for MFU and MBU; keep them"},
+        },
+    ),
 }

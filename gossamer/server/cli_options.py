@@ -10,8 +10,8 @@ import difflib
 import re
 import shutil
 import types
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from gossamer.config import flag
 from gossamer.core import GossamerError, SamplingParams
@@ -115,32 +115,33 @@ def _choice_parser(choices: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def add_fields(
-    parser: argparse.ArgumentParser,
-    cls: type,
-    title: str | None = None,
-    *,
-    only: Iterable[str] | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> None:
-    """Adds a flag for each field of dataclass `cls` that carries help text, in a group called `title`.
+class Group(NamedTuple):
+    """Flags from the fields of dataclass `source` that carry help text, or from those of them in `only`.
 
-    A flag that is not given leaves no trace in the namespace: the dataclass's own default then holds. `defaults`
-    says what else the help should show.
+    `defaults` says where the help should show another default than the dataclass has.
     """
-    group = parser.add_argument_group(title) if title else parser
+
+    source: type
+    title: str
+    only: Collection[str] | None = None
+    defaults: Mapping[str, Any] = {}
+
+
+def add_fields(parser: argparse.ArgumentParser, group: Group) -> None:
+    """Adds a group's flags. One that is not given leaves no trace in the namespace: the dataclass's default holds."""
+    section, cls = parser.add_argument_group(group.title), group.source
     hints = get_type_hints(cls)
     for item in dataclasses.fields(cls):
         text = item.metadata.get("help") or (SAMPLING_HELP.get(item.name) if cls is SamplingParams else None)
-        if text is None or (only is not None and item.name not in only):
+        if text is None or (group.only is not None and item.name not in group.only):
             continue
-        default = (defaults or {}).get(item.name, item.default)
+        default = group.defaults.get(item.name, item.default)
         if item.metadata.get("positional"):
-            group.add_argument(item.name, nargs="?", metavar=item.name.upper(), default=argparse.SUPPRESS, help=text)
+            section.add_argument(item.name, nargs="?", metavar=item.name.upper(), default=argparse.SUPPRESS, help=text)
             alias: dict[str, Any] = {"dest": f"{item.name}_flag", "metavar": item.name.upper()}
-            group.add_argument(flag(item.name), default=argparse.SUPPRESS, help="the same", **alias)
+            section.add_argument(flag(item.name), default=argparse.SUPPRESS, help="the same", **alias)
         else:
-            _add_flag(group, item.name, hints[item.name], text, default, size=item.metadata.get("size", False))
+            _add_flag(section, item.name, hints[item.name], text, default, size=item.metadata.get("size", False))
 
 
 def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size: bool) -> None:
