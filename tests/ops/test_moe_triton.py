@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -197,6 +198,45 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch, top_k: int) -> None:
     assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 1e-6
 
 
+@pytest.mark.parametrize("block_m", [16, 192])
+@pytest.mark.parametrize("num_tokens", [3, 150])
+def test_sort_fills_whole_blocks_of_one_expert(monkeypatch: pytest.MonkeyPatch, block_m: int, num_tokens: int) -> None:
+    from gossamer.ops.moe import triton
+
+    monkeypatch.setattr(triton, "SMALL_SORT", 64)
+    _, ids = spread(num_tokens, 4, 3)
+    ids[ids == 2] = -1
+    order = triton.sort_by_expert(ids, 4, block_m)
+    num_blocks, *counters = order.num_blocks.tolist()
+    assert counters == [0, 0, 0]
+    blocks = order.rows.view(-1, block_m)[:num_blocks]
+    listed = blocks[blocks < ids.numel()]
+    assert sorted(listed.tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()
+    for rows, expert in zip(blocks, order.block_expert.tolist(), strict=False):
+        count = int((rows < ids.numel()).sum())
+        assert count > 0
+        assert (ids.flatten()[rows[:count].long()] == expert).all()
+        assert (rows[count:] == ids.numel()).all()
+
+
+def test_what_the_hopper_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.ops.moe import triton
+
+    many = triton.HOPPER_ROWS
+    x = mock.Mock(is_cuda=True, shape=(2048, 128), **{"element_size.return_value": 2, "numel.return_value": 2**18})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton.hopper_serves(x, 64, many)
+    assert not triton.hopper_serves(x, 64, many - 1)
+    assert not triton.hopper_serves(x, 96, many)
+    assert not triton.hopper_serves(torch.empty(2048, 128), 64, many)
+    x.numel.return_value = 2**31
+    assert not triton.hopper_serves(x, 64, many)
+    x.numel.return_value = 2**18
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert not triton.hopper_serves(x, 64, many)
+
+
 def test_fp16_and_the_reference() -> None:
     gate, up, down = experts(6, 32, 48, torch.float16)
     x = torch.randn(9, 32, device=DEVICE).half()
@@ -240,6 +280,39 @@ def test_moe_mlp_bf16_at_real_shapes(num_tokens: int, num_padded: int) -> None:
     assert actual.isfinite().all()
     again = moe_mlp(x, weights, ids, interleave_gate_up(gate, up), down)
     assert torch.equal(actual, again), "sums have a fixed order"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("hidden", "inter", "num_tokens"), [(2048, 768, 700), (448, 320, 1100), (64, 64, 2500), (128, 192, 300)]
+)
+def test_many_rows_per_expert(
+    monkeypatch: pytest.MonkeyPatch, hopper: bool, dtype: torch.dtype, hidden: int, inter: int, num_tokens: int
+) -> None:
+    """Both grouped products, with an expert of no row, one of a single row and one of half of all tokens."""
+    from gossamer.ops.moe import triton
+
+    monkeypatch.setattr(triton, "HOPPER_ROWS", 0 if hopper else 2**31)
+    if hopper and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper device")
+    gate, up, down = experts(6, hidden, inter, dtype)
+    x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    scores = torch.rand(num_tokens, 6, device=DEVICE)
+    scores[:, :2] = -1
+    scores[5, 1] = 2
+    scores[: num_tokens // 2, 2] = 2
+    ids = scores.topk(2).indices.int()
+    ids[7] = -1
+    ids[10:40, 1] = -1
+    weights = torch.rand(num_tokens, 2, device=DEVICE)
+    w_gate_up = interleave_gate_up(gate, up)
+    actual = moe_mlp(x, weights, ids, w_gate_up, down)
+    assert rel_rms(actual, oracle(x, weights, ids, gate, up, down)) < 5e-3
+    assert torch.equal(actual, moe_mlp(x, weights, ids, w_gate_up, down)), "no result depends on the order of tiles"
+    ids.fill_(-1)
+    assert not moe_mlp(x, weights, ids, w_gate_up, down).any()
 
 
 @pytest.mark.gpu

@@ -18,6 +18,8 @@ from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.norm.triton import add_rms_norm
 
 GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens share an expert
+HOPPER_BLOCK_M = 192  # rows of a tile in hopper.py
+HOPPER_ROWS = 400  # per expert, from which it is faster there
 SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
 RANKED = 256  # assignments of a program of the sort above
 
@@ -88,6 +90,7 @@ def _sort_kernel(
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e lists the assignments of expert e, padded with `num_assignments` to whole blocks of BLOCK_M."""
+    PAD: tl.constexpr = 256 if BLOCK_M > 128 else BLOCK_M  # the next power of two: blocks of 192 exist
     expert = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     assignments = tl.arange(0, BLOCK_A)
@@ -101,11 +104,12 @@ def _sort_kernel(
     own_blocks = tl.sum(tl.where(experts == expert, blocks, 0))
     own = (ids == expert).to(tl.int32)
     tl.store(rows_ptr + first * BLOCK_M + tl.cumsum(own, 0) - 1, assignments, mask=own > 0)
-    padding = first * BLOCK_M + tl.sum(own) + tl.arange(0, BLOCK_M)
+    padding = first * BLOCK_M + tl.sum(own) + tl.arange(0, PAD)
     tl.store(rows_ptr + padding, num_assignments, mask=padding < (first + own_blocks) * BLOCK_M)
     tl.store(block_expert_ptr + first + assignments, expert, mask=assignments < own_blocks)
     if expert == tl.num_programs(0) - 1:
-        tl.store(num_blocks_ptr, first + own_blocks)
+        numbers = tl.arange(0, 4)
+        tl.store(num_blocks_ptr + numbers, tl.where(numbers == 0, first + own_blocks, 0))
 
 
 @triton.jit
@@ -142,6 +146,7 @@ def _place_kernel(
 
     counts_ptr: rows per expert; ranks_ptr: an assignment's place among those of its expert.
     """
+    PAD: tl.constexpr = 256 if BLOCK_M > 128 else BLOCK_M
     program = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     offsets = program * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -158,12 +163,13 @@ def _place_kernel(
         own = experts == expert
         start, count = tl.sum(tl.where(own, first, 0)), tl.sum(tl.where(own, counts, 0))
         end = start + tl.cdiv(count, BLOCK_M)
-        padding = start * BLOCK_M + count + tl.arange(0, BLOCK_M)
+        padding = start * BLOCK_M + count + tl.arange(0, PAD)
         tl.store(rows_ptr + padding, num_assignments, mask=padding < end * BLOCK_M)
         for block in range(start, end):
             tl.store(block_expert_ptr + block, expert)
         if expert == num_experts - 1:
-            tl.store(num_blocks_ptr, end)
+            numbers = tl.arange(0, 4)
+            tl.store(num_blocks_ptr + numbers, tl.where(numbers == 0, end, 0))
 
 
 @triton.jit
@@ -270,8 +276,24 @@ def grouped_configs(num_assignments: int, num_experts: int, element_size: int) -
     return GroupedConfig(128, 256, 64, 8, 3, True), GroupedConfig(128, 256, 64, 8, 4, True)
 
 
+def hopper_serves(x: torch.Tensor, inter: int, rows: float) -> bool:
+    """Whether the products of `hopper.py` serve these: 16-bit numbers, many rows per expert, on that device."""
+    return (
+        rows >= HOPPER_ROWS
+        and x.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and x.element_size() == 2
+        and x.shape[1] % 64 == inter % 64 == 0
+        and x.numel() < 2**31
+    )
+
+
 class ExpertOrder(NamedTuple):
-    """Assignments sorted by expert in whole blocks, `num_assignments` as padding; how many blocks the device knows."""
+    """Assignments sorted by expert in whole blocks, `num_assignments` as padding; how many blocks the device knows.
+
+    num_blocks: that number, then three zeros, counters for products that draw their tiles.
+    """
 
     rows: torch.Tensor
     block_expert: torch.Tensor
@@ -281,8 +303,9 @@ class ExpertOrder(NamedTuple):
 def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertOrder:
     num_assignments, device = topk_ids.numel(), topk_ids.device
     most_blocks = min(num_assignments, num_assignments // block_m + num_experts)
-    buffer = torch.empty(most_blocks * (block_m + 1) + 1, dtype=torch.int32, device=device)
-    order = ExpertOrder(buffer[: most_blocks * block_m], buffer[most_blocks * block_m : -1], buffer[-1:])
+    buffer = torch.empty(4 + most_blocks * (block_m + 1), dtype=torch.int32, device=device)
+    numbers, rows, experts = buffer.split([4, most_blocks * block_m, most_blocks])  # each aligned to 16 bytes
+    order = ExpertOrder(rows, experts, numbers)
     block_e = triton.next_power_of_2(num_experts)
     options: dict[str, Any] = {**overlap_options(topk_ids), "BLOCK_E": block_e}
     if num_assignments <= SMALL_SORT:
@@ -362,11 +385,19 @@ def _expert_products(
 ) -> torch.Tensor:
     """[num_tokens * top_k, hidden]: what each assignment's expert makes of its token."""
     num_experts, hidden, inter = w_down.shape
+    y = x.new_empty(topk_ids.numel(), hidden)
+    if hopper_serves(x, inter, topk_ids.numel() / num_experts):
+        from gossamer.ops.moe import hopper
+
+        order = sort_by_expert(topk_ids, num_experts, HOPPER_BLOCK_M)
+        act = x.new_empty(order.rows.numel(), inter)
+        hopper.grouped_product(x, w_gate_up, act, order, topk_ids, gated=True)
+        hopper.grouped_product(act, w_down, y, order, topk_ids, gated=False)
+        return y
     gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     act = x.new_empty(order.rows.numel(), inter)
     _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True)
-    y = x.new_empty(topk_ids.numel(), hidden)
     _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
     return y
 
