@@ -30,6 +30,8 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int = 1
     split_k: int = 1
+    num_registers: int | None = None
+    """Of a thread at most."""
 
 
 @triton.jit
@@ -144,8 +146,10 @@ def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bo
     if itemsize == 1:  # every program repeats the quantisation: few and large ones
         return Config(max(1, min(16, 32768 // triton.next_power_of_2(width))), 0, 8)
     if fused and num_out >= 1024:
-        # Every program repeats the norm, which wants few of them: as many rows of weight as registers hold.
-        return Config(max(1, min(8, 16384 // triton.next_power_of_2(width))), 0, 4)
+        # Every program repeats the norm, which wants few of them: as many rows of weight as registers hold. A fifth
+        # program on a multiprocessor reads Qwen3-30B-A3B's q, k and v in one wave.
+        block_n = max(1, min(8, 16384 // triton.next_power_of_2(width)))
+        return Config(block_n, 0, 4, num_registers=96 if num_rows == 1 and width <= 2048 else None)
     if fused or (num_rows <= 2 and width * itemsize <= 32768):
         return Config(1, 0, 4)
     if itemsize > 2:
@@ -186,7 +190,7 @@ def few_row_linear(
     out = x.new_empty(num_rows, num_out, dtype=out_dtype)
     if not out.numel():
         return out
-    block_n, block_k, num_warps, num_stages, split_k = config
+    block_n, block_k, num_warps, num_stages, split_k = config[:5]
     programs, block_m = triton.cdiv(num_out, block_n), max(16, triton.next_power_of_2(num_rows))
     partial = counters = x  # not touched unless split
     if split_k > 1:
@@ -244,6 +248,6 @@ def _launch_rows(
             BIAS=bias is not None, GROUP=FP8_BLOCK if fp8 else 0, UE8M0=ue8m0, BLOCK_N=config.block_n,
             BLOCK_K=max(FP8_BLOCK if fp8 else 1, triton.next_power_of_2(width)),
             CHUNK=triton.next_power_of_2(triton.cdiv(width, programs)), num_warps=config.num_warps,
-            **overlap_options(x),
+            **overlap_options(x), **({"maxnreg": config.num_registers} if config.num_registers else {}),
         )  # fmt: skip
     return out, summed, normed

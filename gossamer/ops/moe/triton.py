@@ -374,8 +374,8 @@ def _moe_gemv(
     _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
         x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
     )
-    _down_gemv_kernel[(triton.cdiv(hidden, 4), num_tokens)](
-        act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=4, BLOCK_K=1024 // slots,
+    _down_gemv_kernel[(triton.cdiv(hidden, 8), num_tokens)](
+        act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=8, BLOCK_K=1024 // slots,
         STAGES=3, num_warps=8, **options,
     )  # fmt: skip
 
