@@ -33,8 +33,6 @@ class ChatBackend(Protocol):
 
     def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]: ...
 
-    def close(self) -> None: ...
-
 
 class ChatLoop:
     """One conversation. `read` returns the next line or raises EOFError; `write` shows text at once."""
@@ -176,9 +174,6 @@ class HttpBackend:
             raise GossamerError(f"The connection to {self.url} broke: {error}") from error
         finally:
             response.close()
-
-    def close(self) -> None:
-        """Nothing is held between answers."""
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:

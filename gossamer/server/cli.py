@@ -236,11 +236,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
-    from gossamer.server.background import BackgroundLLM, text_pieces
+    from gossamer.server.blocking import BlockingLLM, text_pieces
     from gossamer.server.progress import progress_on_terminal
 
     with progress_on_terminal(not config.disable_progress) as on_progress:
-        llm = BackgroundLLM(config, log_level=log_level, on_progress=on_progress)
+        llm = BlockingLLM(config, log_level=log_level, on_progress=on_progress)
     with llm:
         for piece in text_pieces(llm.stream(prompt, params)):
             print(piece, end="", flush=True)
@@ -269,11 +269,11 @@ def _chat(args: argparse.Namespace) -> int:
         run_on_terminal(HttpBackend(args.url, server.api_key, name), params, args.system)
         return 0
     config = engine_config(args)
-    from gossamer.server.background import BackgroundLLM, EngineBackend
+    from gossamer.server.blocking import BlockingLLM, EngineBackend
     from gossamer.server.progress import progress_on_terminal
 
     with progress_on_terminal(not config.disable_progress) as on_progress:
-        llm = BackgroundLLM(
+        llm = BlockingLLM(
             config, chat_template=server.chat_template, log_level=_log_level(args), on_progress=on_progress
         )
     with llm:

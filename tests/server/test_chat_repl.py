@@ -31,9 +31,6 @@ class FakeBackend:
         finally:
             self.closed += 1
 
-    def close(self):
-        pass
-
 
 def converse(backend, *lines, system=None):
     """Runs the loop over these lines; an exception in their place is raised by the reader. Returns what it wrote."""

@@ -1,5 +1,7 @@
-"""The background loop with a real engine process whose model is a fake: it answers each letter with the next."""
+"""The blocking front with a real engine process whose model is a fake: it answers each letter with the next."""
 
+import signal
+import subprocess
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +11,7 @@ from server_process import FAKE_ENGINE, TESTS, write_byte_tokenizer
 
 from gossamer.config import make_engine_config
 from gossamer.core import EngineDead, InvalidRequest, SamplingParams, StartupError
-from gossamer.server.background import BackgroundLLM, EngineBackend, text_pieces
+from gossamer.server.blocking import BlockingLLM, EngineBackend, text_pieces
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def start(tmp_path, monkeypatch):
     # The fake takes `seed` milliseconds for a step.
 
     def start(**options):
-        return BackgroundLLM(make_engine_config(**{"model": str(model), **options}), factory=FAKE_ENGINE)
+        return BlockingLLM(make_engine_config(**{"model": str(model), **options}), factory=FAKE_ENGINE)
 
     return start
 
@@ -51,15 +53,36 @@ def test_close_is_final_and_safe_twice(start):
     llm = start()
     llm.close()
     llm.close()
-    assert not llm._thread.is_alive()
+    assert llm._llm._client._process.poll() is not None
 
 
 def test_a_failed_start_leaves_nothing_running(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_byte_tokenizer(Path("fails"))
+    started = []
+    spawn = subprocess.Popen
+
+    def spawn_and_keep(*args, **options):
+        started.append(spawn(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr("subprocess.Popen", spawn_and_keep)
     with pytest.raises(StartupError, match="The model folder is empty"):
         start(model="fails")
-    assert not [thread for thread in threading.enumerate() if thread.name == "gossamer-async-llm"]
+    assert [process.poll() is None for process in started] == [False]
+
+
+def test_ctrl_c_ends_the_stream_alone(start):
+    with start(seed=20) as llm:
+        stream = llm.stream("abc", SamplingParams(max_tokens=4000))
+        next(stream)
+        timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+        timer.join()
+        assert not llm._llm._samples
+        assert "".join(text_pieces(llm.stream("xy", SamplingParams(max_tokens=2)))) == "yz"
 
 
 def test_a_dead_engine_ends_the_stream(start):

@@ -1,0 +1,88 @@
+"""`AsyncLLM` for programs without an event loop: the loop turns while the caller waits for the next output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Generator
+
+from gossamer.config import EngineConfig
+from gossamer.core import SamplingParams
+from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.messages import DEFAULT_FACTORY
+from gossamer.server.async_llm import AsyncLLM, Prompt
+from gossamer.server.outputs import RequestOutput
+
+
+class BlockingLLM:
+    """An engine process and the event loop that talks to it. `close` it, or use it as a context manager.
+
+    To be used from one thread. In the main one Ctrl-C ends what is waited for, and nothing else.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        log_level: str = "warning",
+        on_progress: ProgressCallback | None = None,
+        factory: str = DEFAULT_FACTORY,
+    ) -> None:
+        """Returns when the engine is ready. Raises StartupError, saying why, if it cannot be."""
+        self._llm = AsyncLLM.from_config(config, chat_template=chat_template, log_level=log_level, factory=factory)
+        self._exits = contextlib.ExitStack()
+        self._runner = self._exits.enter_context(asyncio.Runner())
+        self._exits.callback(lambda: self._runner.run(self._llm.shutdown()))
+        try:
+            self.info: EngineInfo = self._runner.run(self._llm.start(on_progress))
+        except BaseException:
+            self.close()
+            raise
+        self.tokenizer = self._llm.tokenizer
+
+    def __enter__(self) -> BlockingLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[RequestOutput, None, None]:
+        """What has been added to the request's outputs, as it comes. Closing the generator aborts the request.
+
+        Raises InvalidRequest, EngineOverloaded, RequestFailed or EngineDead.
+        """
+        deltas = self._llm.generate(prompt, params, mode="delta")
+        try:
+            while (delta := self._runner.run(_next(deltas))) is not None:
+                yield delta
+        finally:
+            self._runner.run(deltas.aclose())
+
+    def close(self) -> None:
+        """Stops the engine process and the loop. Safe to call twice."""
+        self._exits.close()
+
+
+async def _next(deltas: AsyncGenerator[RequestOutput, None]) -> RequestOutput | None:
+    return await anext(deltas, None)
+
+
+class EngineBackend:
+    """Answers a chat from an engine of its own."""
+
+    def __init__(self, llm: BlockingLLM, name: str) -> None:
+        self.name = name
+        self._llm = llm
+
+    def stream(self, messages: list[dict[str, str]], params: SamplingParams) -> Generator[str, None, None]:
+        prompt = self._llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        yield from text_pieces(self._llm.stream(prompt, params))
+
+
+def text_pieces(deltas: Generator[RequestOutput, None, None]) -> Generator[str, None, None]:
+    """The text that is added to the first output."""
+    with contextlib.closing(deltas):
+        for delta in deltas:
+            for output in delta.outputs:
+                yield output.text
