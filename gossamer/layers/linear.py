@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,24 @@ Part = torch.Tensor | QuantizedTensor | Fp8Tensor
 # From this many rows on, torch's packed int4 products on a CPU lose to a packed bf16 product: they take four rows at a
 # time, are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes).
 DENSE_FROM_ROWS = 9
-# Above, a dense product beats the two integer rows for each row of `int8_linear_exact`.
-_INTEGER_MAX_ROWS = 3
-
-
-class Weight(Protocol):
-    """A weight matrix in some storage format: x [M, K] -> x W^T [M, N]."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it holds, for the memory ledger."""
-        ...
 
 
 @dataclass(slots=True)
-class DenseWeight:
+class Weight:
+    """A weight matrix in some storage format: x [M, K] -> x W^T [M, N]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, for the memory ledger."""
+        held = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        inner = [tensor for part in held if isinstance(part, Weight) for tensor in part.tensors()]
+        return [part for part in held if isinstance(part, torch.Tensor)] + inner
+
+
+@dataclass(slots=True)
+class DenseWeight(Weight):
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     kernels: bool = False
@@ -52,12 +54,9 @@ class DenseWeight:
         y = F.linear(x, self.weight, self.bias)
         return y if out_dtype is None else y.to(out_dtype)
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.weight, self.bias) if t is not None]
-
 
 @dataclass(slots=True)
-class PackedWeight:
+class PackedWeight(Weight):
     """Dense bf16 in the layout of the CPU's matrix library."""
 
     weight: torch.Tensor
@@ -65,9 +64,6 @@ class PackedWeight:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return packed_linear(x, self.weight, self.bias)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.weight, self.bias) if t is not None]
 
 
 def dense_weight(
@@ -80,65 +76,51 @@ def dense_weight(
 
 
 @dataclass(slots=True)
-class Int8Weight:
-    """Per-channel int8; `dense`, if kept, serves products of many rows."""
+class IntegerWeight(Weight):
+    """Weights alone as integers, for few rows; `dense`, if kept, serves products of more than `most_rows`."""
 
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None = None
     dense: Weight | None = None
+    most_rows: ClassVar[int] = DENSE_FROM_ROWS - 1
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
+        if self.dense is not None and x.shape[0] > self.most_rows:
             return self.dense(x)
-        y = wo.int8_linear(x, self.weight, self.scale)
+        y = self.product(x)
         return y if self.bias is None else y.add_(self.bias)
 
-    def tensors(self) -> list[torch.Tensor]:
-        held = [self.weight, self.scale, *(self.dense.tensors() if self.dense is not None else [])]
-        return held if self.bias is None else [*held, self.bias]
+
+class Int8Weight(IntegerWeight):
+    """Per-channel int8."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return wo.int8_linear(x, self.weight, self.scale)
 
 
-@dataclass(slots=True)
-class Int8HeadWeight:
+class Int8HeadWeight(IntegerWeight):
     """Per-channel int8 for few rows and many outputs, multiplied as integers; products are fp32."""
 
-    packed: torch.Tensor
-    scale: torch.Tensor
-    dense: Weight | None = None
+    # Above, a dense product beats the two integer rows for each row of `int8_linear_exact`.
+    most_rows = 3
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dense is not None and x.shape[0] > _INTEGER_MAX_ROWS:
-            return self.dense(x)
-        return wo.int8_linear_exact(x, self.packed, self.scale)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.packed, self.scale, *(self.dense.tensors() if self.dense is not None else [])]
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return wo.int8_linear_exact(x, self.weight, self.scale)
 
 
-@dataclass(slots=True)
-class Int4Weight:
-    """Group-wise int4; `dense`, if kept, serves products of many rows."""
+class Int4Weight(IntegerWeight):
+    """Group-wise int4; `scale` holds the zeros too."""
 
-    packed: torch.Tensor
-    scale_and_zero: torch.Tensor
-    group_size: int
-    bias: torch.Tensor | None = None
-    dense: Weight | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dense is not None and x.shape[0] >= DENSE_FROM_ROWS:
-            return self.dense(x)
-        y = wo.int4_linear(x, self.packed, self.scale_and_zero, self.group_size)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def tensors(self) -> list[torch.Tensor]:
-        held = [self.packed, self.scale_and_zero, *(self.dense.tensors() if self.dense is not None else [])]
-        return held if self.bias is None else [*held, self.bias]
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return wo.int4_linear(x, self.weight, self.scale, x.shape[1] // self.scale.shape[0])
 
 
 @dataclass(slots=True)
-class Fp8Weight:
+class Fp8Weight(Weight):
     """E4M3 weight and activations: 1x128 groups against 128x128 blocks, or whole rows against channels or the tensor.
 
     `quantized` takes what a fused producer made already.
@@ -169,22 +151,12 @@ class Fp8Weight:
     def quantized(self, q: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """q e4m3 [M, K] with scales fp32 [M, ceil(K / 128)], or [M, 1] unless `kind` is block."""
         return fp8_linear(
-            q,
-            scales,
-            self.weight,
-            self.scale,
-            self.bias,
-            out_dtype=out_dtype,
-            kind=self.kind,
-            backend=self.backend,
+            q, scales, self.weight, self.scale, self.bias, out_dtype=out_dtype, kind=self.kind, backend=self.backend
         )
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.weight, self.scale, self.bias) if t is not None]
 
 
 @dataclass(slots=True)
-class SplitWeight:
+class SplitWeight(Weight):
     """Merged projections whose parts cannot be one matrix: their outputs side by side."""
 
     weights: list[Weight]
@@ -250,7 +222,7 @@ def make_head(part: Part, fmt: WeightFormat) -> Weight:
     if not wo.int8_exact_supported(*part.shape):
         return make_weight([part], [], dataclasses.replace(fmt, quantization="int8"))
     q, scale, copy = _int8_parts([part], None, fmt, torch.float32)
-    return Int8HeadWeight(wo.pack_int8_exact(q), scale, copy)
+    return Int8HeadWeight(wo.pack_int8_exact(q), scale, None, copy)
 
 
 def _int8_parts(
@@ -273,7 +245,7 @@ def _int4_weight(parts: Sequence[Part], bias: torch.Tensor | None, fmt: WeightFo
     q, scale, zero = (_cat([torch.as_tensor(t[i]) for t in triples]) for i in range(3))
     packed, scale_and_zero = wo.pack_int4(q, scale, zero, fmt.dtype)
     copy = dense_weight(wo.dequantize_int4(q, scale, zero, fmt.dtype), bias) if fmt.keep_dense else None
-    return Int4Weight(packed, scale_and_zero, q.shape[1] // scale.shape[1], bias, copy)
+    return Int4Weight(packed, scale_and_zero, bias, copy)
 
 
 def to_fp8(part: Part, fmt: WeightFormat) -> Part:
@@ -326,10 +298,8 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes held, each storage counted once; of oneDNN's opaque tensors the elements, for they show no storage."""
     sizes: dict[int, int] = {}
     for t in tensors:
-        opaque = t.is_mkldnn
-        sizes[id(t) if opaque else t.untyped_storage().data_ptr()] = (
-            t.nbytes if opaque else t.untyped_storage().nbytes()
-        )
+        held = None if t.is_mkldnn else t.untyped_storage()
+        sizes[id(t) if held is None else held.data_ptr()] = t.nbytes if held is None else held.nbytes()
     return sum(sizes.values())
 
 
@@ -363,11 +333,8 @@ class Linear:
 
 
 @dataclass(slots=True)
-class _Unloaded:
+class _Unloaded(Weight):
     names: tuple[str, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(f"{', '.join(self.names)} used before its weights were loaded")
-
-    def tensors(self) -> list[torch.Tensor]:
-        return []
