@@ -31,9 +31,9 @@ def _silu_mul_kernel(gate_up, out, numel, width, BLOCK: tl.constexpr, PDL: tl.co
     tl.store(out + at, _silu_mul(gate, up, out.dtype.element_ty), valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _silu_mul_fp8_kernel(
-    gate_up, q, scales, num_rows, width, groups,
+    gate_up, q, scales, num_rows, width, row_stride, group_stride,
     ROWS: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -48,7 +48,8 @@ def _silu_mul_fp8_kernel(
     value = _silu_mul(gate, up, gate_up.dtype.element_ty).to(tl.float32)
     code, scale = quantize_rows(value, UE8M0, q.dtype.element_ty)
     tl.store(q + at, code, valid)
-    tl.store(scales + row.to(tl.int64) * groups + tl.program_id(1), scale, row < num_rows)
+    scale_at = row.to(tl.int64) * row_stride + tl.program_id(1) * group_stride
+    tl.store(scales + scale_at, scale, row < num_rows)
 
 
 def _check(gate_up: torch.Tensor) -> None:
@@ -60,12 +61,11 @@ def silu_mul_fp8(gate_up: torch.Tensor, *, per_token: bool, ue8m0: bool) -> tupl
     _check(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     q, scales = fp8_like(gate_up[:, :width], per_token)
-    groups = scales.shape[1]
     if q.numel():
         group = triton.next_power_of_2(width) if per_token else FP8_BLOCK
         rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))
-        _silu_mul_fp8_kernel[(triton.cdiv(num_rows, rows), groups)](
-            gate_up, q, scales, num_rows, width, groups, ROWS=rows, GROUP=group, UE8M0=ue8m0, num_warps=4,
+        _silu_mul_fp8_kernel[(triton.cdiv(num_rows, rows), scales.shape[1])](
+            gate_up, q, scales, num_rows, width, *scales.stride(), ROWS=rows, GROUP=group, UE8M0=ue8m0, num_warps=4,
             **overlap_options(gate_up),
         )  # fmt: skip
     return q, scales

@@ -10,15 +10,19 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.gemm_fp8 import triton_few
+from gossamer.ops.gemm_fp8 import hopper, triton_few
+from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.moe.triton import combine, sort_by_expert
-from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, quantize_activation, quantize_rows
+from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
+from gossamer.ops.quantize_fp8 import Quantized
+from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, fp8_like, quantize_activation, quantize_rows
 
 BLOCK_K = 128
 GEMV_ROWS = 2  # up to here dense products run on the CUDA cores, which start sooner
@@ -27,8 +31,14 @@ GEMV_WIDTH = 16384  # a row of the weight is held in registers
 
 
 @triton.jit
-def _multiply(acc, w, a, scale, w_scale, SWAP: tl.constexpr, PROMOTE: tl.constexpr):
-    """acc + (a @ w.T) * scale[row of a] * w_scale, transposed with SWAP. Without PROMOTE tensor cores keep the sum."""
+def _multiply(acc, w, a, scale, w_scale, SWAP: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr):
+    """acc + (a @ w.T) * scale[row of a] * w_scale, transposed with SWAP. Without PROMOTE tensor cores keep the sum.
+
+    EXACT: products of fp16, which holds every FP8 number, are summed in fp32; FP8 tensor cores keep 14 bits of sums.
+    """
+    if EXACT:
+        w = w.to(tl.float16)
+        a = a.to(tl.float16)
     if SWAP:
         if PROMOTE:
             acc += tl.dot(w, a.T) * (scale * w_scale)[None, :]
@@ -51,14 +61,14 @@ def _add_splits(acc, partial, offsets, stride, SPLIT_K: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "group_stride", "scale_stride"])
 def _product_kernel(
     a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
-    num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, a_groups,
+    num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
-    BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, DTYPE: tl.constexpr, SWAP: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
-    FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
 
@@ -96,7 +106,7 @@ def _product_kernel(
         acc1 = tl.zeros([HEIGHT, WIDTH], tl.float32)
         for k in range(start, tl.minimum(start + span, K), 128):
             group = k // 128
-            scale = tl.load(a_scales_ptr + a_row * a_groups + tl.minimum(group, a_groups - 1), inside, 0.0)
+            scale = tl.load(a_scales_ptr + a_row * row_stride + group * group_stride, inside, 0.0)
             # Loaded ahead of the products and used behind them, which hide the time that takes.
             w_scale0 = tl.load(w_scales_ptr + scale_row0 + group) if BLOCK_SCALES else 1.0
             w_scale1 = tl.load(w_scales_ptr + scale_row1 + group) if BLOCK_SCALES and PARTS == 2 else 1.0
@@ -105,10 +115,10 @@ def _product_kernel(
                 a = tl.load(a_ptr + a_row[:, None].to(tl.int64) * K + k + columns[None, :], mask=mask, other=0.0)
             else:
                 a = a_desc.load([block * BLOCK_M, k])
-            acc0 = _multiply(acc0, w_desc.load([w_row, k]), a, scale, w_scale0, SWAP, PROMOTE)
+            acc0 = _multiply(acc0, w_desc.load([w_row, k]), a, scale, w_scale0, SWAP, PROMOTE, EXACT)
             if PARTS == 2:
                 w1 = w_desc.load([w_row, K + k] if GATED else [w_row + BLOCK_N, k])
-                acc1 = _multiply(acc1, w1, a, scale, w_scale1, SWAP, PROMOTE)
+                acc1 = _multiply(acc1, w1, a, scale, w_scale1, SWAP, PROMOTE, EXACT)
         if SPLIT_K > 1:
             # The last of a tile's programs adds the parts in their order, whatever order they came in.
             AREA: tl.constexpr = HEIGHT * WIDTH
@@ -131,7 +141,7 @@ def _product_kernel(
             acc = acc1 if part else acc0
             y = acc.T if SWAP else acc
             if not PROMOTE:
-                y *= tl.load(a_scales_ptr + a_row * a_groups, inside, 0.0)[:, None]
+                y *= tl.load(a_scales_ptr + a_row * row_stride, inside, 0.0)[:, None]
                 y *= tl.load(w_scales_ptr + scale_row0) if BLOCK_SCALES else 1.0
             if not BLOCK_SCALES:
                 y *= tl.load(w_scales_ptr + out_column * CHANNEL_STEP, known, 0.0)[None, :]
@@ -145,14 +155,14 @@ def _product_kernel(
             if QUANTIZE:
                 q, out_scale = quantize_rows(y, False, DTYPE)
                 tl.store(out_ptrs, q, mask=inside[:, None] & known[None, :])
-                tl.store(out_scales_ptr + position.to(tl.int64) * n_blocks + n // 128, out_scale, mask=inside)
+                tl.store(out_scales_ptr + n // 128 * scale_stride + position, out_scale, mask=inside)
             else:
                 tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside[:, None] & known[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _rows_kernel(
-    q, scales, weight, w_scales, bias, out, num_out, width, groups, a_groups,
+    q, scales, weight, w_scales, bias, out, num_out, width, groups, row_stride, group_stride,
     M: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +181,7 @@ def _rows_kernel(
         gdc_launch_dependents()
         gdc_wait()
     for m in tl.static_range(M):
-        scale = tl.load(scales + m * a_groups + tl.minimum(group, a_groups - 1), group < groups, 0.0)
+        scale = tl.load(scales + m * row_stride + group * group_stride, group < groups, 0.0)
         if BLOCK_SCALES:
             scale *= shared
         x = tl.load(q + m * width + k, k < width, 0.0).to(tl.float32) * scale[:, None]
@@ -198,35 +208,48 @@ class Config(NamedTuple):
     persistent: bool = False
 
 
-def choose(num_rows: int, num_out: int, width: int) -> Config:
+def choose(num_rows: int, num_out: int, width: int, hopper: bool = False) -> Config | HopperConfig:
     """The cut of a dense product, from bytes in flight and registers; `benchmarks/ops/bench_fp8.py --sweep` times them.
 
-    Few rows: two programs or more per multiprocessor, which K may have to be split for. Many: 128 x 256 tiles, unless
-    they are too few to fill the device.
+    Few rows: two programs or more per multiprocessor, which K may have to be split for.
     """
     if num_rows > 128:
-        parts = 2 if triton.cdiv(num_rows, 128) * triton.cdiv(num_out, 256) >= 120 else 1
-        return Config(128, 128, parts, 8, 4, False, 1, True)
-    block_m = max(16, triton.next_power_of_2(num_rows))
-    tiles = triton.cdiv(num_out, 64)
-    split_k = max(1, min(8, 264 // tiles, width // 512))
-    return Config(block_m, 64, 1, 4, 6 if block_m <= 32 else 4, True, triton.next_power_of_2(split_k + 1) // 2)
+        return HopperConfig() if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
+    block_m, tiles = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(num_out, 64)
+    split_k = max(1, min(4, 264 // tiles, width // 1536))
+    return Config(block_m, 64, 1, 4, 4, True, triton.next_power_of_2(split_k + 1) // 2)
 
 
-def choose_grouped(num_assignments: int, num_experts: int) -> tuple[Config, Config]:
-    """Tiles of the gate-up and of the down product, by the mean rows per expert.
+def library_is_faster(num_rows: int, num_out: int, width: int) -> bool:
+    """Where torch's own product of 1 x 128 by 128 x 128 blocks won on an H100: `benchmarks/ops/bench_fp8.py`."""
+    if num_rows > 128:
+        return width > 512
+    return num_rows >= 64 and num_out >= 7168 and (num_rows > 64 or width >= 2048)
 
-    A gate-up tile of 128 columns quantises them itself; where experts are few, that leaves too few tiles.
-    """
+
+def choose_grouped(
+    num_assignments: int, num_experts: int, hopper: bool = False
+) -> tuple[Config | HopperConfig, Config | HopperConfig]:
+    """Tiles of the gate-up product (of 128 columns, which it quantises) and of the down product, by rows per expert."""
     rows = num_assignments / num_experts
-    if rows <= 1:
-        return Config(16, 64, 2, 4, 5, True), Config(16, 64, 2, 4, 5, True)
     if rows <= 10:
-        return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 5, True)
+        return Config(16, 128, 2, 4, 5, True), Config(16, 64, 2, 4, 3, True)
     if rows <= 80:
         block_m = 32 if rows <= 24 else 64
         return Config(block_m, 128, 2, 8, 3, True), Config(block_m, 128, 2, 8, 3, True)
+    if hopper:
+        return HopperConfig(2, 2, 1), HopperConfig(2, 2, 1)
     return Config(128, 128, 2, 8, 4, False, 1, True), Config(128, 128, 2, 8, 4, False, 1, True)
+
+
+def _strides(scales: torch.Tensor) -> tuple[int, int]:
+    """Of scales [M, groups], from a row to the next and from a group; whole rows share theirs."""
+    return scales.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0
+
+
+@functools.cache
+def _is_hopper(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 @functools.cache
@@ -241,12 +264,20 @@ def _multiprocessors(index: int | None) -> int:
 
 
 def _product(
-    a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor, config: Config,
-    *, num_rows: int, most_blocks: int, n: int, order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0,
-    gated: bool = False, out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
-    promote: bool = True,
+    a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
+    config: Config | HopperConfig, *, num_rows: int, most_blocks: int, n: int,
+    order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
+    out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
+    promote: bool = True, exact: bool = False,
 ) -> None:  # fmt: skip
     """a FP8 [rows, K] times w [experts * n (, 2), K]; what is absent is compiled out and `a` stands in for it."""
+    if isinstance(config, HopperConfig):
+        hopper.product(
+            a, a_scales, w, w_scales, out, config, num_rows=num_rows, most_blocks=most_blocks, n=n, order=order,
+            top_k=top_k, gated=gated, out_scales=out_scales, bias=bias, kind=kind, strides=_strides(a_scales),
+            multiprocessors=_multiprocessors(a.device.index),
+        )  # fmt: skip
+        return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
     programs = min(num_tiles, _multiprocessors(a.device.index)) if config.persistent and a.is_cuda else num_tiles
@@ -259,11 +290,11 @@ def _product(
         a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales,
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
         a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a)),
-        partial, counters, num_rows, n, k, a_scales.shape[1],
+        partial, counters, num_rows, n, k, *_strides(a_scales), 0 if out_scales is None else out_scales.stride(1),
         TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
-        BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, DTYPE=TRITON_DTYPE[a.dtype],
-        SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
+        BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, EXACT=exact,
+        DTYPE=TRITON_DTYPE[a.dtype], SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
     )  # fmt: skip
 
 
@@ -276,7 +307,7 @@ def fp8_linear(
     *,
     out_dtype: torch.dtype,
     kind: str,
-    config: Config | None = None,
+    config: Config | HopperConfig | None = None,
     promote: bool = True,
 ) -> torch.Tensor:
     """`promote=False` leaves sums over all of K to the tensor cores, for the test that shows what that costs."""
@@ -288,15 +319,25 @@ def fp8_linear(
         groups = triton.cdiv(width, BLOCK_K)
         block_n = 1 if num_out <= 4096 or width > 4096 else 2
         _rows_kernel[(triton.cdiv(num_out, block_n),)](
-            q, scales, weight, weight_scales, q if bias is None else bias, out, num_out, width, groups, scales.shape[1],
-            M=num_rows, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"), BIAS=bias is not None,
-            BLOCK_N=block_n, GROUPS=triton.next_power_of_2(groups), num_warps=4, **overlap_options(q),
+            q, scales, weight, weight_scales, q if bias is None else bias, out, num_out, width, groups,
+            *_strides(scales), M=num_rows, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
+            BIAS=bias is not None, BLOCK_N=block_n, GROUPS=triton.next_power_of_2(groups), num_warps=4,
+            **overlap_options(q),
         )  # fmt: skip
         return out
-    config = config or choose(num_rows, num_out, width)
+    hopper = promote and out_dtype != torch.float32 and num_out % 8 == 0 and q.is_cuda and _is_hopper(q.device.index)
+    if (
+        hopper and config is None and bias is None and kind == "block" and out_dtype == torch.bfloat16
+        and scales.stride(0) == 1 and not (num_rows % 4 or num_out % 16 or width % 128)
+        and library_is_faster(num_rows, num_out, width)
+    ):  # fmt: skip
+        scaling = F.ScalingType
+        return F.scaled_mm(q, weight.t(), scales, scaling.BlockWise1x128, weight_scales.t(), scaling.BlockWise128x128)
+    config = config or choose(num_rows, num_out, width, hopper)
     _product(
         q, scales, weight, weight_scales, out, config, num_rows=num_rows, n=num_out,
         most_blocks=triton.cdiv(num_rows, config.block_m), bias=bias, kind=kind, promote=promote,
+        exact=promote and out_dtype == torch.float32,
     )  # fmt: skip
     return out
 
@@ -309,28 +350,36 @@ def fp8_moe_mlp(
     gate_up_scales: torch.Tensor,
     w_down: torch.Tensor,
     down_scales: torch.Tensor,
-    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
+    quantized: Quantized | None = None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    quantize: bool = False,
+) -> torch.Tensor | Quantized:
+    """With a residual the norm after it is part of the sum over experts, as for `moe.triton.combine`."""
     if x.shape[0] == 0:
-        return torch.empty_like(x)
+        return fp8_like(x) if quantize else torch.empty_like(x)
     q, scales = quantized or quantize_activation(x)
     if x.shape[0] <= GEMV_TOKENS:
-        return triton_few.moe_mlp(
-            x, q, scales, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales
-        )
+        experts = w_gate_up, gate_up_scales, w_down, down_scales
+        y = triton_few.moe_mlp(x, q, scales, topk_weights, topk_ids, *experts)
+        if residual is None or norm_weight is None:
+            return y
+        return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
-    gate_up, down = choose_grouped(num_assignments, num_experts)
+    hopper = q.is_cuda and _is_hopper(q.device.index) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32)
+    gate_up, down = choose_grouped(num_assignments, num_experts, hopper and q.numel() < 2**31)
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     common: dict[str, Any] = {
         "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order,
         "top_k": topk_ids.shape[1],
     }  # fmt: skip
-    fused, rows = gate_up.block_n == BLOCK_K, order.rows.numel()
-    act = x.new_empty(rows, inter, dtype=q.dtype if fused else torch.float32)
-    act_scales = x.new_empty(rows, triton.cdiv(inter, BLOCK_K), dtype=torch.float32) if fused else None
+    act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
+    act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
     _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, gated=True, out_scales=act_scales, **common)
-    if act_scales is None:
-        act, act_scales = quantize_activation(act, live_blocks=order.num_blocks, block_rows=gate_up.block_m)
     y = x.new_empty(num_assignments, hidden)
     _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
-    return combine(y, topk_weights, topk_ids, torch.empty_like(x))
+    fp8 = fp8_like(x) if quantize else None
+    out = x if fp8 else torch.empty_like(x)  # x is not written then
+    combine(y, topk_weights, topk_ids, out, residual, norm_weight, eps, fp8)
+    return fp8 or out

@@ -1,7 +1,6 @@
 """The routed FP8 experts of one or two tokens on the CUDA cores, which read each touched weight once."""
 
-from __future__ import annotations
-
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,34 +9,31 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.quantize_fp8.triton import BLOCK, quantize_activation
+from gossamer.ops.quantize_fp8.triton import BLOCK, TRITON_DTYPE, quantize_rows
 
 
 class Cut(NamedTuple):
-    """Columns, groups of 128 at a time, warps and stages of a program of the gate-up product, then of the down one."""
+    """Columns and warps of a program of the gate-up product, then of the down product."""
 
-    gate_columns: int = 8
-    gate_groups: int = 4
+    gate_columns: int = 4
     gate_warps: int = 4
-    gate_stages: int = 3
-    down_columns: int = 4
-    down_warps: int = 4
-    down_stages: int = 4
+    down_columns: int = 1
+    down_warps: int = 2
 
 
 @triton.jit
 def _gate_up_kernel(
-    q_ptr, scales_ptr, w_ptr, w_scales_ptr, ids_ptr, act_ptr, hidden, inter,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, scales_ptr, w_ptr, w_scales_ptr, ids_ptr, act_ptr, inner_ptr, inner_scales_ptr, counters_ptr, hidden, inter,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of one assignment for BLOCK_N columns, in fp32."""
+    """silu(gate) * up of one assignment for BLOCK_N columns; the last program of a group of columns quantises it."""
     assignment = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, 2 * BLOCK_N)
     group = tl.arange(0, GROUPS)
     k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    groups, blocks = tl.cdiv(hidden, GROUP), tl.cdiv(inter, GROUP)
+    groups, inner_groups = tl.cdiv(hidden, GROUP), tl.cdiv(inter, GROUP)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -45,59 +41,67 @@ def _gate_up_kernel(
     if expert < 0:
         return
     token = assignment // TOP_K
-    w_ptrs = w_ptr + (expert * inter + n)[:, None, None] * 2 * hidden + k[None, :, :]
-    scale_at = w_scales_ptr + (expert * 2 * blocks + first // GROUP) * groups + group
-    gate_sums = tl.zeros([BLOCK_N, GROUPS], tl.float32)
-    up_sums = tl.zeros([BLOCK_N, GROUPS], tl.float32)
-    for start in tl.range(0, groups, GROUPS, num_stages=STAGES):
-        inside = k < hidden - start * GROUP
-        mask = (n < inter)[:, None, None] & inside[None, :, :]
-        gate = tl.load(w_ptrs + start * GROUP, mask, 0.0)
-        up = tl.load(w_ptrs + hidden + start * GROUP, mask, 0.0)
-        x = tl.load(q_ptr + token * hidden + start * GROUP + k, inside, 0.0).to(tl.float32)[None, :, :]
-        known = group < groups - start
-        scale = tl.load(scales_ptr + token * groups + start + group, known, 0.0)
-        gate_scale = scale * tl.load(scale_at + start, known, 0.0)
-        up_scale = scale * tl.load(scale_at + blocks * groups + start, known, 0.0)
-        gate_sums += tl.sum(gate.to(tl.float32) * x, 2) * gate_scale[None, :]
-        up_sums += tl.sum(up.to(tl.float32) * x, 2) * up_scale[None, :]
-    gate, up = tl.sum(gate_sums, 1), tl.sum(up_sums, 1)
+    inside, known = k < hidden, group < groups
+    w_ptrs = w_ptr + (expert * 2 * inter + first * 2 + row)[:, None, None] * hidden + k[None, :, :]
+    w = tl.load(w_ptrs, (first * 2 + row < 2 * inter)[:, None, None] & inside[None, :, :], 0.0)
+    x = tl.load(q_ptr + token * hidden + k, inside, 0.0)
+    scale = tl.load(scales_ptr + token * groups + group, known, 0.0)
+    block = (expert * 2 + row % 2) * inner_groups + first // GROUP
+    w_scale = tl.load(w_scales_ptr + block[:, None] * groups + group[None, :], known[None, :], 0.0)
+    sums = tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :, :], 2) * (w_scale * scale[None, :])
+    gate, up = tl.split(tl.reshape(tl.sum(sums, 1), [BLOCK_N, 2]))
+    n = first + tl.arange(0, BLOCK_N)
     tl.store(act_ptr + assignment * inter + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < inter)
+    tl.debug_barrier()
+    own = first // GROUP
+    counter = counters_ptr + assignment * inner_groups + own
+    if tl.atomic_add(counter, 1, sem="acq_rel") == tl.cdiv(tl.minimum(inter - own * GROUP, GROUP), BLOCK_N) - 1:
+        tl.store(counter, 0)
+        column = own * GROUP + tl.arange(0, GROUP)[None, :]
+        act = tl.load(act_ptr + assignment * inter + column, column < inter, 0.0, cache_modifier=".cg")
+        code, code_scale = quantize_rows(act, False, DTYPE)
+        tl.store(inner_ptr + assignment * inter + column, code, column < inter)
+        tl.store(inner_scales_ptr + assignment * inner_groups + own + tl.arange(0, 1), code_scale)
 
 
 @triton.jit
 def _down_kernel(
     q_ptr, scales_ptr, w_ptr, w_scales_ptr, weights_ptr, ids_ptr, out_ptr, hidden, inter,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, n] = the weighted sum over the token's experts, for BLOCK_N columns."""
     token = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
-    slots = tl.arange(0, SLOTS)
-    columns = tl.arange(0, GROUP)
+    pair = tl.arange(0, SLOTS * GROUPS)
+    slot, group = pair // GROUPS, pair % GROUPS
+    k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     groups = tl.cdiv(inter, GROUP)
+    # The gate-up kernel let this one start after it had waited for the router: ids and weights are final already, and
+    # what they choose is on its way before the gate-up kernel ends.
+    ids = tl.load(ids_ptr + token * TOP_K + slot, mask=slot < TOP_K, other=-1, cache_modifier=".cg").to(tl.int64)
+    known = (ids >= 0) & (group < groups)
+    mask = known[:, None] & (k < inter)
+    w_ptrs = w_ptr + ((ids[None, :] * hidden + n[:, None]) * inter)[:, :, None] + k[None, :, :]
+    if PDL:
+        gdc_launch_dependents()
+    w = tl.load(w_ptrs, (n < hidden)[:, None, None] & mask[None, :, :], 0.0)
+    scale = tl.load(w_scales_ptr + (ids * tl.cdiv(hidden, GROUP) + first // GROUP) * groups + group, known, 0.0)
+    scale *= tl.load(weights_ptr + token * TOP_K + slot, known, 0.0, cache_modifier=".cg")
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    ids = tl.load(ids_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1).to(tl.int64)
-    live = ids >= 0
-    weights = tl.load(weights_ptr + token * TOP_K + slots, mask=live & (slots < TOP_K), other=0.0)
-    w_ptrs = w_ptr + ((ids[None, :] * hidden + n[:, None]) * inter)[:, :, None] + columns[None, None, :]
-    scale_at = (ids * tl.cdiv(hidden, GROUP) + first // GROUP) * groups
-    row = token * TOP_K + slots
-    sums = tl.zeros([BLOCK_N, SLOTS], tl.float32)
-    for group in tl.range(0, groups, num_stages=STAGES):
-        inside = live[:, None] & (columns < inter - group * GROUP)[None, :]
-        mask = (n < hidden)[:, None, None] & inside[None, :, :]
-        w = tl.load(w_ptrs + group * GROUP, mask, 0.0)
-        x = tl.load(q_ptr + row[:, None] * inter + group * GROUP + columns[None, :], inside, 0.0)
-        scale = tl.load(scales_ptr + row * groups + group, live, 0.0)
-        scale *= tl.load(w_scales_ptr + scale_at + group, live, 0.0)
-        sums += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :, :], 2) * scale[None, :]
-    out = tl.sum(sums * weights[None, :], 1)
-    tl.store(out_ptr + token * hidden + n, out.to(out_ptr.dtype.element_ty), mask=n < hidden)
+    assignment = token * TOP_K + slot
+    q = tl.load(q_ptr + assignment[:, None] * inter + k, mask, 0.0)
+    scale *= tl.load(scales_ptr + assignment * groups + group, known, 0.0)
+    sums = tl.sum(w.to(tl.float32) * q.to(tl.float32)[None, :, :], 2) * scale[None, :]
+    tl.store(out_ptr + token * hidden + n, tl.sum(sums, 1).to(out_ptr.dtype.element_ty), mask=n < hidden)
+
+
+@functools.cache
+def _counters(device: torch.device, size: int) -> torch.Tensor:
+    """Programs that have left their columns; zero between calls, which follow each other on one stream."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def moe_mlp(
@@ -108,17 +112,18 @@ def moe_mlp(
     """`fp8_moe_mlp` of few tokens: no two of them are expected to share an expert."""
     cut = cut or Cut()
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
-    act, out = x.new_empty(ids.numel(), inter, dtype=torch.float32), torch.empty_like(x)
-    options = overlap_options(x)
+    groups, inner_groups, options = triton.cdiv(hidden, BLOCK), triton.cdiv(inter, BLOCK), overlap_options(x)
+    act, inner = x.new_empty(ids.numel(), inter, dtype=torch.float32), x.new_empty(ids.numel(), inter, dtype=q.dtype)
+    inner_scales, out = act.new_empty(ids.numel(), inner_groups), torch.empty_like(x)
+    counters = _counters(x.device, triton.next_power_of_2(ids.numel() * inner_groups))
     _gate_up_kernel[(triton.cdiv(inter, cut.gate_columns), ids.numel())](
-        q, scales, w_gate_up, gate_up_scales, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=cut.gate_columns,
-        GROUPS=cut.gate_groups, GROUP=BLOCK, STAGES=cut.gate_stages, num_warps=cut.gate_warps, **options,
+        q, scales, w_gate_up, gate_up_scales, ids, act, inner, inner_scales, counters, hidden, inter, TOP_K=top_k,
+        BLOCK_N=cut.gate_columns, GROUPS=triton.next_power_of_2(groups), GROUP=BLOCK, DTYPE=TRITON_DTYPE[q.dtype],
+        num_warps=cut.gate_warps, **options,
     )  # fmt: skip
-    # Apart, though small: each program of the product would have to quantise all of its input.
-    inner, inner_scales = quantize_activation(act, dtype=q.dtype)
     _down_kernel[(triton.cdiv(hidden, cut.down_columns), num_tokens)](
         inner, inner_scales, w_down, down_scales, weights, ids, out, hidden, inter, TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k), BLOCK_N=cut.down_columns, GROUP=BLOCK, STAGES=cut.down_stages,
-        num_warps=cut.down_warps, **options,
+        SLOTS=triton.next_power_of_2(top_k), BLOCK_N=cut.down_columns, GROUPS=triton.next_power_of_2(inner_groups),
+        GROUP=BLOCK, num_warps=cut.down_warps, **options,
     )  # fmt: skip
     return out

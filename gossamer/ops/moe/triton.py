@@ -16,6 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.norm.triton import add_rms_norm
+from gossamer.ops.quantize_fp8 import Quantized
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens share an expert
 HOPPER_BLOCK_M = 192  # rows of a tile in hopper.py
@@ -217,12 +220,15 @@ def _grouped_kernel(
             tl.store(y_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (whole < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _combine_kernel(
-    y_ptr, weights_ptr, ids_ptr, residual_ptr, norm_ptr, out_ptr, hidden, eps,
-    TOP_K: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    y_ptr, weights_ptr, ids_ptr, residual_ptr, norm_ptr, out_ptr, q_ptr, scales_ptr, hidden, row_stride, group_stride,
+    eps,
+    TOP_K: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A token's weighted sum. NORM: added to the residual, in place, whose norm is stored; BLOCK is a whole row."""
+    """A token's weighted sum. NORM: added to the residual, in place, whose norm is stored; BLOCK is a whole row. GROUP:
+    0, or how many normed numbers share a scale of the FP8 form that is stored instead.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -246,7 +252,15 @@ def _combine_kernel(
         tl.store(residual_ptr + token * hidden + columns, total, mask=inside)
         full = total.to(tl.float32)
         out = (full * tl.rsqrt(tl.sum(full * full) / hidden + eps) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * hidden + columns, out, mask=inside)
+    if GROUP:
+        groups = tl.reshape(out.to(tl.float32), [BLOCK // GROUP, GROUP])
+        code, group_scale = quantize_rows(groups, False, q_ptr.dtype.element_ty)
+        tl.store(q_ptr + token * hidden + columns, tl.reshape(code, [BLOCK]), mask=inside)
+        group = tl.arange(0, BLOCK // GROUP)
+        scale_ptrs = scales_ptr + token * row_stride + group * group_stride
+        tl.store(scale_ptrs, group_scale, mask=group < tl.cdiv(hidden, GROUP))
+    else:
+        tl.store(out_ptr + token * hidden + columns, out, mask=inside)
 
 
 class GroupedConfig(NamedTuple):
@@ -348,17 +362,20 @@ def _grouped_product(
 
 def combine(
     y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None, eps: float = 0.0,
+    norm_weight: torch.Tensor | None = None, eps: float = 0.0, fp8: Quantized | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """out[t] = the sum over k of weights[t, k] * y[t * top_k + k]; assignments with id -1 are left out.
 
-    With a residual, the sum is added to that, in place, and out is its RMSNorm.
+    With a residual, the sum is added to that, in place, and out is its RMSNorm. With `fp8` its FP8 form is stored there
+    and out, which still says the dtype, is not written.
     """
     fused = residual is not None
     block = triton.next_power_of_2(out.shape[1])
-    block = block if fused else min(1024, block)
+    block = max(block, FP8_BLOCK if fp8 else 1) if fused else min(1024, block)
+    q, scales = fp8 or (out, weights)
     _combine_kernel[(out.shape[0], triton.cdiv(out.shape[1], block))](
-        y, weights, ids, residual, norm_weight, out, out.shape[1], eps, TOP_K=ids.shape[1], NORM=fused, BLOCK=block,
+        y, weights, ids, residual, norm_weight, out, q, scales, out.shape[1], *scales.stride(), eps,
+        TOP_K=ids.shape[1], NORM=fused, GROUP=FP8_BLOCK if fp8 else 0, BLOCK=block,
         num_warps=min(16, max(4, block // 512)), **overlap_options(out),
     )  # fmt: skip
     return out

@@ -11,9 +11,9 @@ from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
 from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _rms_norm_kernel(
-    x, residual, weight, out, q, scales, width, eps, groups,
+    x, residual, weight, out, q, scales, width, eps, groups, row_stride, group_stride,
     ADD: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,8 @@ def _rms_norm_kernel(
         code, group_scale = quantize_rows(groups_of_row, UE8M0, q.dtype.element_ty)
         tl.store(q + at, tl.reshape(code, [BLOCK]), valid)
         group = tl.arange(0, BLOCK // GROUP)
-        tl.store(scales + tl.program_id(0).to(tl.int64) * groups + group, group_scale, group < groups)
+        scale_at = tl.program_id(0).to(tl.int64) * row_stride + group * group_stride
+        tl.store(scales + scale_at, group_scale, group < groups)
 
 
 def _launch(
@@ -64,8 +65,8 @@ def _launch(
     warps = min(16, max(1, block // 512))
     _rms_norm_kernel[(x.numel() // width,)](
         x, x if residual is None else residual, weight, x if out is None else out, q, scales, width, eps, groups,
-        ADD=residual is not None, KEEP=out is not None, GROUP=group, UE8M0=ue8m0, BLOCK=block, num_warps=warps,
-        **overlap_options(x),
+        *(scales.stride() if quantized else (0, 0)), ADD=residual is not None, KEEP=out is not None, GROUP=group,
+        UE8M0=ue8m0, BLOCK=block, num_warps=warps, **overlap_options(x),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from gossamer.ops.dispatch import overlap_options
 
 BLOCK = 128
+COLUMN_MAJOR_ROWS = 64
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TRITON_DTYPE = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
@@ -62,36 +63,38 @@ def quantize_rows(x, UE8M0: tl.constexpr, DTYPE: tl.constexpr):
     return q, tl.where(amax > 0, lowered, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _quantize_kernel(
-    x, q, scales, live_blocks, num_rows, width, groups,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, LIVE: tl.constexpr, UE8M0: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    x, q, scales, num_rows, width, row_stride, group_stride,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One group of ROWS rows; rows from `live_blocks` * LIVE on, where LIVE is not 0, nobody reads."""
+    """One group of ROWS rows."""
     group = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = group * GROUP + tl.arange(0, GROUP)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    end = num_rows
-    if LIVE:
-        end = tl.minimum(num_rows, tl.load(live_blocks) * LIVE)
-    inside = (row < end)[:, None] & (column < width)[None, :]
+    inside = (row < num_rows)[:, None] & (column < width)[None, :]
     at = row[:, None].to(tl.int64) * width + column[None, :]
     value, scale = quantize_rows(tl.load(x + at, inside, 0.0).to(tl.float32), UE8M0, DTYPE)
     tl.store(q + at, value, inside)
-    tl.store(scales + row.to(tl.int64) * groups + group, scale, row < end)
+    tl.store(scales + row.to(tl.int64) * row_stride + group * group_stride, scale, row < num_rows)
 
 
 def fp8_like(
     x: torch.Tensor, per_token: bool = False, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the FP8 form of x [M, K] goes: q [M, K], and scales of 1 x 128 groups or of rows."""
+    """Where the FP8 form of x [M, K] goes: q [M, K], and scales of 1 x 128 groups or of rows.
+
+    Of many rows a group's scales lie side by side, as products of many rows read them.
+    """
     num_rows, width = x.shape
     groups = 1 if per_token else triton.cdiv(width, BLOCK)
-    return x.new_empty(num_rows, width, dtype=dtype), x.new_empty(num_rows, groups, dtype=torch.float32)
+    q = x.new_empty(num_rows, width, dtype=dtype)
+    if num_rows >= COLUMN_MAJOR_ROWS:
+        return q, x.new_empty(groups, num_rows, dtype=torch.float32).t()
+    return q, x.new_empty(num_rows, groups, dtype=torch.float32)
 
 
 def quantize_activation(
@@ -100,19 +103,15 @@ def quantize_activation(
     per_token: bool = False,
     ue8m0: bool = False,
     dtype: torch.dtype = torch.float8_e4m3fn,
-    live_blocks: torch.Tensor | None = None,
-    block_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`live_blocks` int32 [1]: only that many blocks of `block_rows` rows are quantised, the others not written."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"quantize_activation needs a contiguous matrix, not {tuple(x.shape)}")
     (num_rows, width), (q, scales) = x.shape, fp8_like(x, per_token, dtype)
-    groups = scales.shape[1]
     if q.numel():
         group = triton.next_power_of_2(width) if per_token else BLOCK
         rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))
-        _quantize_kernel[(triton.cdiv(num_rows, rows), groups)](
-            x, q, scales, live_blocks, num_rows, width, groups, ROWS=rows, GROUP=group, LIVE=block_rows, UE8M0=ue8m0,
+        _quantize_kernel[(triton.cdiv(num_rows, rows), scales.shape[1])](
+            x, q, scales, num_rows, width, *scales.stride(), ROWS=rows, GROUP=group, UE8M0=ue8m0,
             DTYPE=TRITON_DTYPE[dtype], num_warps=4, **overlap_options(x),
         )  # fmt: skip
     return q, scales
