@@ -1,8 +1,9 @@
 """FP8 products against their floors and the library's: `python benchmarks/ops/bench_fp8.py [--sweep] [--out FILE]`.
 
-Dense: DeepSeek-V3's shapes, 1x128 by 128x128 scales; the library's is torch's scaled_mm with the same scales. Experts:
-Qwen3-30B-A3B's block, routing at random, layers in turns; the library's is torch._scaled_grouped_mm, a scale per row.
-`--sweep` times the tiles that `choose` and `choose_grouped` pick from.
+Dense: DeepSeek-V3's shapes, 1x128 by 128x128 scales; "own" is the kernel of this repository, the library's torch's
+scaled_mm with the same scales, and gossamer's whichever `library_is_faster` names. Experts: Qwen3-30B-A3B's block,
+routing at random, layers in turns; the library's is torch._scaled_grouped_mm, a scale per row. `--sweep` times the
+tiles that `choose` and `choose_grouped` pick from; `--fused` the producers of quantised rows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
-from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation, quantize_weight
+from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation
 from gossamer.ops.gemm_fp8 import triton as kernels
+from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.moe import route_topk
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8
 
@@ -37,17 +39,19 @@ FEW_ROWS = [
     for split in (1, 2, 4, 8)
 ]
 MANY_ROWS = [
-    *(Config(128, 128, 2, 8, stages, False, 1, persistent) for stages in (3, 4) for persistent in (True, False)),
-    *(Config(128, 128, 1, 8, stages, False, 1, persistent) for stages in (3, 4, 6) for persistent in (True, False)),
-    *(Config(64, 128, 2, 8, 4, False, 1, persistent) for persistent in (True, False)),
-    *(Config(64, 128, 1, 4, stages, False, 1, False) for stages in (3, 4)),
+    *(HopperConfig(3, 1, group_m) for group_m in (4, 8, 11, 22)),
+    *(HopperConfig(2, 2, group_m) for group_m in (8, 16)),
+    *(Config(128, 128, 1, 8, 4, False, 1, persistent) for persistent in (True, False)),
+    Config(64, 128, 1, 4, 3, False),
 ]
 GROUPED = [
     *(Config(16, 64, 2, 4, stages, True) for stages in (3, 4, 5, 6)),
     *(Config(m, 128, 2, warps, stages, True) for m in (16, 32, 64) for warps in (4, 8) for stages in (3, 4, 5)),
     *(Config(m, 128, 2, 8, stages, False, 1, p) for m in (64, 128) for stages in (3, 4) for p in (True, False)),
+    *(HopperConfig(2, 2, group_m) for group_m in (1, 4)),
 ]
 Timed = dict[str, list[float]]
+Table = dict[str, dict[str, float | str]]
 
 
 def tried(fn: Callable[[], list[float]]) -> list[float]:
@@ -59,19 +63,32 @@ def tried(fn: Callable[[], list[float]]) -> list[float]:
         return []
 
 
+def make_weights(num_out: int, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    blocks = -(-num_out // 128), -(-width // 128)
+    return [
+        (torch.randn(num_out, width, device="cuda").mul_(60).to(E4M3), torch.rand(*blocks, device="cuda") * 0.02)
+        for _ in range(common.rotations(num_out * width, 16))
+    ]
+
+
 class Dense:
-    def __init__(self, num_rows: int, num_out: int, width: int) -> None:
-        self.bytes = num_out * width
-        weights = range(common.rotations(self.bytes, 16))
+    def __init__(self, num_rows: int, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        (self.num_out, width), self.weights = weights[0][0].shape, weights
+        self.bytes = self.num_out * width
         self.x = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
         self.a = quantize_activation(self.x)
-        self.weights = [quantize_weight(torch.randn(num_out, width, device="cuda") * 0.02) for _ in weights]
-        self.calls = max(4, len(self.weights))
+        self.calls = max(4, len(self.weights)) if num_rows <= 128 else 4
         self.column_scales = self.a[1].t().contiguous().t()
 
-    def product(self, config: Config | None, i: int) -> torch.Tensor:
+    def product(self, config: Config | HopperConfig | None, i: int) -> torch.Tensor:
         w = self.weights[i % len(self.weights)]
         return kernels.fp8_linear(*self.a, *w, out_dtype=torch.bfloat16, kind="block", config=config)
+
+    def own(self) -> Config | HopperConfig | None:
+        if self.x.shape[0] <= kernels.GEMV_ROWS:
+            return None
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        return kernels.choose(self.x.shape[0], self.num_out, self.x.shape[1], hopper)
 
     def peer(self, i: int) -> torch.Tensor:
         q, scales = self.weights[i % len(self.weights)]
@@ -138,14 +155,15 @@ def make_layer() -> tuple[torch.Tensor, ...]:
     )  # fmt: skip
 
 
-def best(results: list[tuple[float, Config]]) -> str:
+def best(results: list[tuple[float, Config | HopperConfig]]) -> str:
     return "  ".join(f"{us:.1f} {tuple(config)}" for us, config in sorted(results)[:6])
 
 
 def sweep_dense(data: Dense) -> str:
     num_rows = data.x.shape[0]
     block_m = max(16, 1 << (num_rows - 1).bit_length())
-    configs = [c._replace(block_m=block_m) for c in FEW_ROWS] if num_rows <= 128 else MANY_ROWS
+    few: list[Config | HopperConfig] = [c._replace(block_m=block_m) for c in FEW_ROWS]
+    configs = few if num_rows <= 128 else MANY_ROWS
     times = ((tried(functools.partial(data.time, functools.partial(data.product, c))), c) for c in configs)
     return best([(statistics.median(us), config) for us, config in times if us])
 
@@ -182,29 +200,34 @@ def row(times: Timed, num_bytes: float, flops: float) -> dict[str, float | str]:
     }
 
 
-def dense(rows: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dict[str, dict[str, float | str]]]:
+def dense(rows: tuple[int, ...], args: argparse.Namespace) -> tuple[dict[str, Timed], Table]:
     times: dict[str, Timed] = {}
-    table = {}
+    table: Table = {}
     for num_out, width in SHAPES:
+        weights = make_weights(num_out, width)
         for num_rows in rows:
-            data, name = Dense(num_rows, num_out, width), f"M={num_rows} N={num_out} K={width}"
-            norm, residual = torch.ones(width, device="cuda", dtype=torch.bfloat16), data.x.clone()
-            fused, plain = functools.partial(add_rms_norm_fp8, eps=1e-6), functools.partial(add_rms_norm, eps=1e-6)
+            data, name = Dense(num_rows, weights), f"M={num_rows} N={num_out} K={width}"
             times[name] = {
                 "gossamer": data.time(functools.partial(data.product, None)),
+                "own": data.time(functools.partial(data.product, data.own())),
                 "library": tried(lambda data=data: data.time(data.peer)),
-                "quantise": data.time(lambda _, x=data.x: quantize_activation(x)),
-                "norm fp8": data.time(lambda _, x=data.x, r=residual, w=norm, f=fused: f(x, r, w)),
-                "norm": data.time(lambda _, x=data.x, r=residual, w=norm, f=plain: f(x, r, w)),
             }
+            if args.fused:
+                norm, residual = torch.ones(width, device="cuda", dtype=torch.bfloat16), data.x.clone()
+                fused, plain = functools.partial(add_rms_norm_fp8, eps=1e-6), functools.partial(add_rms_norm, eps=1e-6)
+                times[name] |= {
+                    "quantise": data.time(lambda _, x=data.x: quantize_activation(x)),
+                    "norm fp8": data.time(lambda _, x=data.x, r=residual, w=norm, f=fused: f(x, r, w)),
+                    "norm": data.time(lambda _, x=data.x, r=residual, w=norm, f=plain: f(x, r, w)),
+                }
             written = num_rows * (width + 2 * num_out)
             table[name] = row(times[name], data.bytes + written, 2.0 * num_rows * num_out * width)
-            if sweep:
+            if args.sweep:
                 print(name, sweep_dense(data), flush=True)
     return times, table
 
 
-def experts(tokens: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dict[str, dict[str, float | str]]]:
+def experts(tokens: tuple[int, ...], args: argparse.Namespace) -> tuple[dict[str, Timed], Table]:
     layers, times, table = [make_layer() for _ in range(LAYERS)], {}, {}
     for num_tokens in tokens:
         data, name = Experts(num_tokens, layers), f"T={num_tokens}"
@@ -214,7 +237,7 @@ def experts(tokens: tuple[int, ...], sweep: bool) -> tuple[dict[str, Timed], dic
             "library": tried(lambda data=data: data.time(data.peer)),
         }
         table[name] = {"experts": data.touched, **row(times[name], data.bytes, data.flops)}
-        if sweep and num_tokens > kernels.GEMV_TOKENS:
+        if args.sweep and num_tokens > kernels.GEMV_TOKENS:
             print(name, sweep_experts(data), flush=True)
     return times, table
 
@@ -224,14 +247,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--fused", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
     print(torch.cuda.get_device_name())
     times: dict[str, Timed] = {}
-    tables: dict[str, dict[str, float | str]] = {}
+    tables: Table = {}
     for part, sizes in ((dense, args.rows), (experts, args.tokens)):
         if sizes:
-            measured, table = part(tuple(sizes), args.sweep)
+            measured, table = part(tuple(sizes), args)
             common.print_table(table)
             times |= measured
             tables |= table
