@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from typing import cast
 
 import torch
 
 from gossamer.config import MoEConfig
 from gossamer.core import StartupError
 from gossamer.layers.linear import Part, WeightFormat, dense, to_fp8
-from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, quantize_weight
+from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, fp8_moe_mlp_add_rms_norm, quantize_weight
 from gossamer.ops.moe import moe_mlp, moe_mlp_add_rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.weights import Fp8Tensor
@@ -83,43 +84,59 @@ class StackedExperts:
         return self.gate_up_scales is not None
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        quantized: Quantized | None = None,
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None = None
     ) -> torch.Tensor:
         """quantized: x as 1 x 128 groups, of which FP8 experts take it."""
-        if self.w_gate_up is None or self.w_down is None:
-            raise RuntimeError(f"{self.names[0]} used before it was loaded")
-        if self.gate_up_scales is None or self.down_scales is None:
-            return moe_mlp(x, topk_weights, topk_ids, self.w_gate_up, self.w_down, backend=self._backend)
-        return fp8_moe_mlp(
-            x,
-            topk_weights,
-            topk_ids,
-            self.w_gate_up,
-            self.gate_up_scales,
-            self.w_down,
-            self.down_scales,
-            quantized=quantized,
-            backend=self._backend,
-        )
+        w_gate_up, w_down, scales = self._weights()
+        inputs = x, topk_weights, topk_ids, w_gate_up
+        if scales is None:
+            return moe_mlp(*inputs, w_down, backend=self._backend)
+        return fp8_moe_mlp(*inputs, scales[0], w_down, scales[1], quantized=quantized, backend=self._backend)
 
     def add_rms_norm(
         self,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
+        quantized: Quantized | None,
         residual: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
-        """The norm of residual + what dense experts make of x; the residual becomes the sum."""
+        """The norm of residual + what the experts make of x; the residual becomes the sum."""
+        w_gate_up, w_down, scales = self._weights()
+        inputs, after = (x, topk_weights, topk_ids, w_gate_up), (residual, norm, eps)
+        if scales is None:
+            return moe_mlp_add_rms_norm(*inputs, w_down, *after, backend=self._backend)
+        experts = scales[0], w_down, scales[1]
+        normed = fp8_moe_mlp_add_rms_norm(*inputs, *experts, *after, quantized=quantized, backend=self._backend)
+        return cast("torch.Tensor", normed)
+
+    def add_rms_norm_fp8(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        quantized: Quantized | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+    ) -> Quantized:
+        """`add_rms_norm` of FP8 experts, its result as 1 x 128 groups."""
+        w_gate_up, w_down, scales = self._weights()
+        if scales is None:
+            raise RuntimeError(f"{self.names[0]} is not FP8")
+        experts = w_gate_up, scales[0], w_down, scales[1]
+        options = {"quantized": quantized, "quantize": True, "backend": self._backend}
+        result = fp8_moe_mlp_add_rms_norm(x, topk_weights, topk_ids, *experts, residual, norm, eps, **options)  # type: ignore[arg-type]
+        return cast("Quantized", result)
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         if self.w_gate_up is None or self.w_down is None:
             raise RuntimeError(f"{self.names[0]} used before it was loaded")
-        experts = self.w_gate_up, self.w_down
-        return moe_mlp_add_rms_norm(x, topk_weights, topk_ids, *experts, residual, norm, eps, backend=self._backend)
+        if self.gate_up_scales is None or self.down_scales is None:
+            return self.w_gate_up, self.w_down, None
+        return self.w_gate_up, self.w_down, (self.gate_up_scales, self.down_scales)
 
 
 @functools.cache

@@ -67,9 +67,9 @@ class MoELayer:
             self.use.add(ids)
         if stacked is None:
             return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
-        if fp8:
-            return stacked(x, weights, ids, quantized)
-        return Pending(partial(stacked, x, weights, ids), partial(stacked.add_rms_norm, x, weights, ids))
+        inputs = (x, weights, ids, quantized)
+        fused = partial(stacked.add_rms_norm_fp8, *inputs) if fp8 else None
+        return Pending(partial(stacked, *inputs), partial(stacked.add_rms_norm, *inputs), fused)
 
     def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
         """x [num_tokens, hidden]; int32 token_slots [num_tokens], -1 for padding, which then reads no expert."""

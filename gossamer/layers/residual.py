@@ -23,6 +23,8 @@ class Pending(NamedTuple):
     alone: Callable[[], torch.Tensor]
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """Of residual (changed in place), norm weight and epsilon: the normed rows."""
+    add_rms_norm_fp8: Callable[[torch.Tensor, torch.Tensor, float], Quantized] | None = None
+    """Their FP8 form instead."""
 
 
 class ResidualStream:
@@ -69,6 +71,10 @@ class ResidualStream:
         if isinstance(held, Fp8Weight) and held.folds(*self._x.shape):
             return self._folded(weight, held.weight, held.bias, (held.scale, held.ue8m0))
         if isinstance(held, Fp8Weight):
+            pending = self._added
+            if isinstance(pending, Pending) and pending.add_rms_norm_fp8 and not (held.per_token or held.ue8m0):
+                self._added = None
+                return held.quantized(*pending.add_rms_norm_fp8(self._x, weight, self._eps), self._x.dtype)
             added = self._take()
             q, scales, _ = add_rms_norm_fp8(
                 self._x if added is None else added,

@@ -227,7 +227,10 @@ def _attend(
 
 
 def _empty_fp8(q: torch.Tensor) -> Quantized:
-    return torch.empty_like(q, dtype=torch.float8_e4m3fn), q.new_empty(q.shape[:2], dtype=torch.float32)
+    """Scales of many rows lie as `quantize_activation` leaves them on a device: a group's side by side."""
+    many = q.shape[0] >= 64
+    scales = q.new_empty(q.shape[1::-1] if many else q.shape[:2], dtype=torch.float32)
+    return torch.empty_like(q, dtype=torch.float8_e4m3fn), scales.t() if many else scales
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

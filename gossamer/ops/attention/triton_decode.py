@@ -251,10 +251,10 @@ def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int, scal
     """Programs of a KV head, pipeline stages and registers a thread (0: any), for K and V pages of `page_bytes` in all.
 
     Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge. FP8 pages take
-    a program as long as others twice as large, so that twice as many programs are wanted.
+    a program as long as others twice as large: twice as many programs hide that better than more pages in flight.
     """
     if scaled:
-        return workspace.num_programs, 1 + min(2, 49152 // page_bytes), 128 if page_bytes <= 16384 else 0
+        return workspace.num_programs, 2, 128 if page_bytes <= 16384 else 0
     if 4 * num_rows <= workspace.num_programs:
         return max(1, workspace.num_programs // 4), 1 + min(4, 163840 // page_bytes), 0
     return max(1, workspace.num_programs // 2), 1 + min(2, 98304 // page_bytes), 0
