@@ -17,17 +17,6 @@ _TYPES = {
 }
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorResponse(msgspec.Struct, frozen=True):
-    error: ErrorBody
-
-
 class ApiError(Exception):
     """An error with its HTTP status. `close` also ends the connection: the rest of the request is not wanted."""
 
@@ -46,10 +35,11 @@ class ApiError(Exception):
         self.status = status
         self.retry_after = retry_after
         self.close = close
-        self.body = ErrorBody(message, kind or _TYPES.get(status, "invalid_request_error"), param, code)
+        kind = kind or _TYPES.get(status, "invalid_request_error")
+        self._body = {"message": message, "type": kind, "param": param, "code": code}
 
     def encode(self) -> bytes:
-        return msgspec.json.encode(ErrorResponse(self.body))
+        return msgspec.json.encode({"error": self._body})
 
     def response(self) -> Response:
         headers = {}

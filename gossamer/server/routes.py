@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,8 +21,7 @@ from gossamer.server.errors import ApiError, api_error
 from gossamer.server.http import Interruptible, read_body
 from gossamer.server.metrics import CONTENT_TYPE, ServerMetrics
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gossamer.server.openai_responses import ModelCard, ModelList, encode, now
-from gossamer.server.serving import Serving
+from gossamer.server.serving import Serving, json_response
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class AppState:
         self.config = config
         self.serving: Serving | None = None
         self.metrics: ServerMetrics | None = None
-        self.created = now()
+        self.created = int(time.time())
 
     def ready_serving(self) -> Serving:
         if self.serving is None:
@@ -107,28 +107,28 @@ class _Application(FastAPI):
 def _add_get_routes(app: FastAPI, state: AppState) -> None:
     @app.get("/v1/models", response_model=None)
     async def list_models() -> Response:
-        return _json(ModelList(data=[_card(state.ready_serving(), state)]))
+        return json_response({"object": "list", "data": [_card(state.ready_serving(), state)]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def retrieve_model(name: str) -> Response:
         serving = state.ready_serving()
         serving.check_model(name)
-        return _json(_card(serving, state))
+        return json_response(_card(serving, state))
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Ready: the model is loaded and the engine makes progress."""
         await state.ready_serving().llm.check_health()
-        return Response(b'{"status":"ready"}', media_type="application/json")
+        return json_response({"status": "ready"})
 
     @app.get("/live", response_model=None)
     async def live() -> Response:
         """Alive: this process answers, whatever the engine does."""
-        return Response(b'{"status":"alive"}', media_type="application/json")
+        return json_response({"status": "alive"})
 
     @app.get("/version", response_model=None)
     async def version() -> Response:
-        return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+        return json_response({"version": __version__})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
@@ -137,17 +137,16 @@ def _add_get_routes(app: FastAPI, state: AppState) -> None:
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _card(serving: Serving, state: AppState) -> ModelCard:
-    return ModelCard(
-        id=serving.model_name,
-        created=state.created,
-        root=serving.model_name,
-        max_model_len=serving.llm.info.limits.max_model_len,
-    )
-
-
-def _json(value: msgspec.Struct) -> Response:
-    return Response(encode(value), media_type="application/json")
+def _card(serving: Serving, state: AppState) -> dict[str, Any]:
+    return {
+        "id": serving.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "gossamer",
+        "root": serving.model_name,
+        "parent": None,
+        "max_model_len": serving.llm.info.limits.max_model_len,
+    }
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:

@@ -4,9 +4,12 @@ how an answer goes out whole or as events."""
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,13 +22,18 @@ from gossamer.server.async_llm import AsyncLLM
 from gossamer.server.errors import ApiError, error_event
 from gossamer.server.http import EventStream, unless_disconnected
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, decode_body
-from gossamer.server.openai_responses import DONE, PromptLogprobs, Usage, encode, event
-from gossamer.server.outputs import Logprob, RequestOutput
+from gossamer.server.outputs import OutputMode, RequestOutput
 
 LONG_TEXT = 4096
 """Characters from which tokenising leaves the event loop: below, a thread costs more than it saves."""
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
+
+_encoder = msgspec.json.Encoder()
+
+
+def json_response(value: object) -> Response:
+    return Response(_encoder.encode(value), media_type="application/json")
 
 
 class Serving:
@@ -99,7 +107,14 @@ def own_name(model: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-class UsageCount:
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class _UsageCount:
     """Adds up the tokens of one HTTP request over its prompts and their continuations."""
 
     def __init__(self) -> None:
@@ -114,55 +129,110 @@ class UsageCount:
     def usage(self) -> Usage:
         num_prompt_tokens = sum(length for length, _ in self._prompts.values())
         num_cached_tokens = sum(cached for _, cached in self._prompts.values())
-        return Usage.of(num_prompt_tokens, self._num_output_tokens, num_cached_tokens)
+        total = num_prompt_tokens + self._num_output_tokens
+        return Usage(num_prompt_tokens, self._num_output_tokens, total, {"cached_tokens": num_cached_tokens})
 
 
 IndexedOutputs = AsyncGenerator[tuple[int, RequestOutput], None]
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+"""vLLM's shape: for each prompt token, candidates by token id."""
 
 
-class Answer(Protocol):
-    """What an endpoint adds to `respond`: how a request begins, and the shapes of its answer."""
+class Envelope(msgspec.Struct, kw_only=True):
+    """An answer of OpenAI's API, or one chunk of its stream. A field that is UNSET does not appear in the JSON."""
 
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: Sequence[msgspec.Struct]
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
+
+
+class Answer(ABC, Generic[R]):
+    """One request on its way: its identity, how it begins, and the shapes of its answer."""
+
+    id_prefix: ClassVar[str]
+
+    def __init__(self, serving: Serving, request: R, params: SamplingParams) -> None:
+        self.serving, self.request, self.params = serving, request, params
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.started: set[int] = set()
+        """Indices of the choices of which something was sent."""
+        self._created = int(time.time())
+
+    @abstractmethod
     async def start(self) -> IndexedOutputs: ...
-    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> msgspec.Struct: ...
-    def chunks(
-        self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None
-    ) -> Iterator[msgspec.Struct]: ...
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct: ...
+    @abstractmethod
+    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope: ...
+    @abstractmethod
+    def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[Envelope]: ...
+    @abstractmethod
+    def usage_chunk(self, usage: Usage) -> Envelope: ...
+
+    def generate(self, prompt: list[int], request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        mode: OutputMode = "delta" if self.request.stream else "final"
+        salt = self.request.cache_salt
+        return self.serving.llm.generate(prompt, self.params, request_id, cache_salt=salt, mode=mode)
+
+    def envelope(self, kind: str, choices: Sequence[msgspec.Struct], usage: Usage | UnsetType | None) -> Envelope:
+        model = self.serving.model_name
+        return Envelope(id=self.id, object=kind, created=self._created, model=model, choices=choices, usage=usage)
+
+    def prompt_logprobs(self, output: RequestOutput) -> PromptLogprobs | UnsetType | None:
+        if self.request.prompt_logprobs is None or output.prompt_logprobs is None:
+            return UNSET if self.request.prompt_logprobs is None else None
+        return [
+            None if position is None else {str(token_id): entry._asdict() for token_id, entry in position.items()}
+            for position in output.prompt_logprobs
+        ]
 
 
-async def respond(http: Request, request: ChatRequest | CompletionRequest, answer: Answer) -> Response:
+async def respond(
+    decoder: msgspec.json.Decoder[R],
+    make: Callable[[Serving, R, SamplingParams], Answer[R]],
+    serving: Serving,
+    body: bytes,
+    http: Request,
+) -> Response:
     """Runs a request and answers it. Raises ApiError or GossamerError for what goes wrong before the answer begins."""
+    answer = make(serving, *serving.accept(body, decoder))
 
     async def run() -> Response:
         source = await answer.start()
         # Until the first output an error can still be answered with its own HTTP status.
         outputs = _with_first(await anext(source, None), source)
-        if request.stream:
-            return EventStream(_events(outputs, answer, request.include_usage), source)
-        usage = UsageCount()
+        if answer.request.stream:
+            return EventStream(_events(outputs, answer, answer.request.include_usage), source)
+        usage = _UsageCount()
         async with contextlib.aclosing(outputs):
             finished = [item async for item in outputs]
         for index, output in finished:
             usage.add(index, output)
-        return Response(encode(answer.whole(finished, usage.usage())), media_type="application/json")
+        return json_response(answer.whole(finished, usage.usage()))
 
     return await unless_disconnected(http, run())
 
 
-async def _events(outputs: IndexedOutputs, answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    usage = UsageCount()
+async def _events(outputs: IndexedOutputs, answer: Answer[Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    usage = _UsageCount()
     try:
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
                 usage.add(index, output)
                 for chunk in answer.chunks(index, output, None if include_usage else UNSET):
-                    yield event(chunk)
+                    yield _event(chunk)
         if include_usage:
-            yield event(answer.usage_chunk(usage.usage()))
-        yield DONE
+            yield _event(answer.usage_chunk(usage.usage()))
+        yield b"data: [DONE]\n\n"
     except Exception as exc:
         yield error_event(exc)
+
+
+def _event(value: msgspec.Struct) -> bytes:
+    return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
 async def merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> IndexedOutputs:
@@ -203,18 +273,3 @@ async def _with_first(first: tuple[int, RequestOutput] | None, rest: IndexedOutp
         yield first
         async for item in rest:
             yield item
-
-
-def prompt_logprobs_json(positions: Sequence[dict[int, Logprob] | None] | None) -> PromptLogprobs | None:
-    """vLLM's shape: for each prompt token, candidates by token id."""
-    if positions is None:
-        return None
-    return [
-        None
-        if position is None
-        else {
-            str(token_id): {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
-            for token_id, entry in position.items()
-        }
-        for position in positions
-    ]

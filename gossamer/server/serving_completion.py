@@ -3,50 +3,50 @@
 import asyncio
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+import msgspec
 from msgspec import UNSET, UnsetType
-from starlette.requests import Request
-from starlette.responses import Response
 
 from gossamer.core import SamplingParams
 from gossamer.server.openai_protocol import CompletionRequest, decoder_of
-from gossamer.server.openai_responses import (
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionResponse,
-    Usage,
-    new_id,
-    now,
-)
-from gossamer.server.outputs import CompletionOutput, Logprob, OutputMode, RequestOutput
-from gossamer.server.serving import IndexedOutputs, Serving, merge, prompt_logprobs_json, respond
-
-_decoder = decoder_of(CompletionRequest)
+from gossamer.server.outputs import CompletionOutput, Logprob, RequestOutput
+from gossamer.server.serving import Answer, Envelope, IndexedOutputs, PromptLogprobs, Serving, Usage, merge, respond
 
 
-async def handle(serving: Serving, body: bytes, http: Request) -> Response:
-    """Answers one request. Raises ApiError or GossamerError for whatever goes wrong before the answer begins."""
-    request, params = serving.accept(body, _decoder)
-    return await respond(http, request, _Completion(serving, request, params))
+class _Logprobs(msgspec.Struct):
+    """One entry per token. `text_offset` counts characters from the start of the choice's text."""
+
+    text_offset: list[int] = msgspec.field(default_factory=list)
+    token_logprobs: list[float | None] = msgspec.field(default_factory=list)
+    tokens: list[str] = msgspec.field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = msgspec.field(default_factory=list)
 
 
-class _Completion:
-    """One request on its way: its identity, and what it has produced so far."""
+class _Choice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
+
+
+class _Completion(Answer[CompletionRequest]):
+    id_prefix = "cmpl"
 
     def __init__(self, serving: Serving, request: CompletionRequest, params: SamplingParams) -> None:
-        self._serving = serving
-        self._request = request
-        self._params = params
         if request.echo and params.logprobs is not None and params.prompt_logprobs is None:
-            self._params = dataclasses.replace(params, prompt_logprobs=params.logprobs)
-        self._id = new_id("cmpl")
-        self._created = now()
+            params = dataclasses.replace(params, prompt_logprobs=params.logprobs)
+        super().__init__(serving, request, params)
         self._texts: list[str | None] = []
         self._offsets: dict[int, int] = {}
-        """Choice index -> characters whose log-probabilities were sent; no entry before its first part."""
+        """Choice index -> characters whose log-probabilities were sent."""
 
     async def start(self) -> IndexedOutputs:
-        request, serving = self._request, self._serving
+        request, serving = self.request, self.serving
         add_special = True if request.add_special_tokens is None else request.add_special_tokens
         prompts: list[list[int]] = []
         for prompt in request.prompts():
@@ -58,70 +58,58 @@ class _Completion:
                 # Many short prompts are a long text, too: others get their turn in between.
                 await asyncio.sleep(0)
             prompts.append(prompt)
-            serving.llm.info.limits.check(prompt, self._params)
-        mode: OutputMode = "delta" if request.stream else "final"
-        return merge(
-            [
-                serving.llm.generate(prompt, self._params, f"{self._id}-{i}", cache_salt=request.cache_salt, mode=mode)
-                for i, prompt in enumerate(prompts)
-            ]
-        )
+            serving.llm.info.limits.check(prompt, self.params)
+        return merge([self.generate(prompt, f"{self.id}-{i}") for i, prompt in enumerate(prompts)])
 
-    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> CompletionResponse:
+    def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope:
         choices = [self._choice(index, output, choice) for index, output in outputs for choice in output.outputs]
-        return self._response(sorted(choices, key=lambda choice: choice.index), usage)
+        choices.sort(key=lambda choice: choice.index)
+        return self.envelope("text_completion", choices, usage)
 
-    def chunks(
-        self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None
-    ) -> Iterator[CompletionResponse]:
+    def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[Envelope]:
         for choice in output.outputs:
             made = self._choice(prompt_index, output, choice)
             if made.text or made.finish_reason or made.logprobs or made.token_ids:
-                yield self._response([made], no_usage)
+                yield self.envelope("text_completion", [made], no_usage)
 
-    def usage_chunk(self, usage: Usage) -> CompletionResponse:
-        return self._response([], usage)
+    def usage_chunk(self, usage: Usage) -> Envelope:
+        return self.envelope("text_completion", [], usage)
 
-    def _response(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionResponse:
-        return CompletionResponse(
-            id=self._id, created=self._created, model=self._serving.model_name, choices=choices, usage=usage
-        )
-
-    def _choice(self, prompt_index: int, output: RequestOutput, choice: CompletionOutput) -> CompletionChoice:
+    def _choice(self, prompt_index: int, output: RequestOutput, choice: CompletionOutput) -> _Choice:
         """A choice, or the part of it that is new; the first part of each carries what belongs to the prompt."""
-        request = self._request
-        index = prompt_index * self._params.n + choice.index
-        starts = index not in self._offsets
+        request = self.request
+        index = prompt_index * self.params.n + choice.index
+        starts = index not in self.started
+        self.started.add(index)
         offset = self._offsets.get(index, 0)
-        made = CompletionChoice(index, choice.text, None, choice.finish_reason, choice.stop_reason)
+        made = _Choice(index, choice.text, None, choice.finish_reason, choice.stop_reason)
         echoes = bool(request.echo) and starts
         if choice.logprobs is not None:
-            made.logprobs = CompletionLogprobs()
+            made.logprobs = _Logprobs()
             if echoes:
                 ids = output.prompt_token_ids
                 offset = self._add_logprobs(made.logprobs, ids, output.prompt_logprobs or [None] * len(ids), offset)
-            offset = self._add_logprobs(made.logprobs, choice.token_ids, choice.logprobs, offset)
-        self._offsets[index] = offset
+            self._offsets[index] = self._add_logprobs(made.logprobs, choice.token_ids, choice.logprobs, offset)
         if echoes:
             made.text = self._prompt_text(prompt_index, output) + made.text
         if request.return_token_ids:
             made.token_ids = choice.token_ids
             made.prompt_token_ids = output.prompt_token_ids if starts else UNSET
-        if request.prompt_logprobs is not None and starts:
-            made.prompt_logprobs = prompt_logprobs_json(output.prompt_logprobs)
+        if starts:
+            made.prompt_logprobs = self.prompt_logprobs(output)
         return made
 
     def _prompt_text(self, prompt_index: int, output: RequestOutput) -> str:
         text = self._texts[prompt_index]
         if text is None:
-            text = self._serving.llm.tokenizer.decode(
-                output.prompt_token_ids, skip_special_tokens=self._params.skip_special_tokens
+            text = self.serving.llm.tokenizer.decode(
+                output.prompt_token_ids, skip_special_tokens=self.params.skip_special_tokens
             )
         return text
 
     def _add_logprobs(
         self,
-        target: CompletionLogprobs,
+        target: _Logprobs,
         token_ids: Sequence[int],
         positions: Sequence[dict[int, Logprob] | None],
         offset: int,
@@ -129,7 +117,7 @@ class _Completion:
         """Appends one entry per token; returns the text offset after the last."""
         for token_id, position in zip(token_ids, positions, strict=False):
             if position is None:
-                token = self._serving.llm.tokenizer.decode([token_id], skip_special_tokens=False)
+                token = self.serving.llm.tokenizer.decode([token_id], skip_special_tokens=False)
                 target.token_logprobs.append(None)
                 target.top_logprobs.append(None)
             else:
@@ -142,3 +130,6 @@ class _Completion:
             target.text_offset.append(offset)
             offset += len(token)
         return offset
+
+
+handle = partial(respond, decoder_of(CompletionRequest), _Completion)

@@ -7,8 +7,7 @@ from starlette.responses import Response
 
 from gossamer.core import InvalidRequest
 from gossamer.server.openai_protocol import DetokenizeRequest, TokenizeRequest, decode_body, decoder_of
-from gossamer.server.openai_responses import DetokenizeResponse, TokenizeResponse, encode
-from gossamer.server.serving import Serving
+from gossamer.server.serving import Serving, json_response
 
 _tokenize_decoder = decoder_of(TokenizeRequest)
 _detokenize_decoder = decoder_of(DetokenizeRequest)
@@ -30,12 +29,10 @@ async def tokenize(serving: Serving, body: bytes, http: Request) -> Response:
             add_special_tokens=True if request.add_special_tokens is None else request.add_special_tokens,
             parse_special=request.parse_special_tokens,
         )
-    answer = TokenizeResponse(
-        count=len(tokens), max_model_len=serving.llm.info.limits.max_model_len, tokens=tokens, token_strs=None
-    )
-    if request.return_token_strs:
-        answer.token_strs = [serving.llm.tokenizer.id_to_token(token) or "" for token in tokens]
-    return Response(encode(answer), media_type="application/json")
+    tokenizer, limits = serving.llm.tokenizer, serving.llm.info.limits
+    strings = [tokenizer.id_to_token(token) or "" for token in tokens] if request.return_token_strs else None
+    answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": strings}
+    return json_response(answer)
 
 
 async def detokenize(serving: Serving, body: bytes, http: Request) -> Response:
@@ -47,4 +44,4 @@ async def detokenize(serving: Serving, body: bytes, http: Request) -> Response:
         except InvalidRequest as exc:
             raise InvalidRequest(str(exc), "tokens") from None
     text = await asyncio.to_thread(serving.llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
-    return Response(encode(DetokenizeResponse(text)), media_type="application/json")
+    return json_response({"prompt": text})
