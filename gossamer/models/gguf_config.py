@@ -20,15 +20,9 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _RENORMALISED = {"llama": True, "qwen3moe": True, "olmoe": False}
 # Control tokens that end a turn in some family, for files that name only one of their end tokens.
 _ENDS = {
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
-}
+}  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (),
@@ -187,12 +181,6 @@ def _llama3(factors: np.ndarray[Any, np.dtype[np.float64]], theta: float, head_d
     for original in candidates:
         smooth = np.clip((original / wavelengths - 1) / 3, 0.0, 1.0)
         if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4, atol=0):
-            return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": int(original),
-            }
+            found = {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": int(original)}
+            return found | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     raise StartupError("rope_freqs.weight is not a Llama 3 scaling with low and high factors 1 and 4: not supported.")

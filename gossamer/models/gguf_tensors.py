@@ -24,25 +24,16 @@ _ROTATED = re.compile(r"\.attn\.([qk])\.(?:weight|bias)$")
 
 GGUF_WEIGHTS = places(
     {
-        "embed.weight": "token_embd.weight",
-        "final_norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-        "layers.{i}.attn_norm.weight": "blk.{i}.attn_norm.weight",
-        "layers.{i}.mlp_norm.weight": "blk.{i}.ffn_norm.weight",
-        "layers.{i}.attn.q_norm.weight": "blk.{i}.attn_q_norm.weight",
-        "layers.{i}.attn.k_norm.weight": "blk.{i}.attn_k_norm.weight",
-        "layers.{i}.moe.router.weight": "blk.{i}.ffn_gate_inp.weight",
+        "embed": "token_embd",
+        "final_norm": "output_norm",
+        "lm_head": "output",
+        "layers.{i}.attn_norm": "blk.{i}.attn_norm",
+        "layers.{i}.mlp_norm": "blk.{i}.ffn_norm",
+        "layers.{i}.attn.o": "blk.{i}.attn_output",
+        "layers.{i}.moe.router": "blk.{i}.ffn_gate_inp",
     }
-    | {
-        f"layers.{{i}}.attn.{ours}.{kind}": f"blk.{{i}}.attn_{theirs}.{kind}"
-        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
-        for kind in ("weight", "bias")
-    }
-    | {
-        f"layers.{{i}}.mlp.{name}.{kind}": f"blk.{{i}}.ffn_{name}.{kind}"
-        for name in ("gate", "up", "down")
-        for kind in ("weight", "bias")
-    }
+    | {f"layers.{{i}}.attn.{name}": f"blk.{{i}}.attn_{name}" for name in ("q", "k", "v", "q_norm", "k_norm")}
+    | {f"layers.{{i}}.mlp.{name}": f"blk.{{i}}.ffn_{name}" for name in ("gate", "up", "down")}
 ) | {
     # One stacked tensor per projection; files from before 2024-04 have one tensor per expert.
     f"layers.{{i}}.moe.experts.{{e}}.{name}.weight": (

@@ -6,9 +6,9 @@ key, the value and what is supported. `source.py` adds the file's name.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from gossamer.config import ModelConfig, RopeConfig
+from gossamer.config import ModelConfig, MoEConfig, RopeConfig
 from gossamer.core import StartupError
 from gossamer.models.checkpoint_fp8 import fp8_scheme
 
@@ -16,13 +16,14 @@ MAX_INT = 2**31 - 1
 
 # Keys of a rope dict that each kind reads; the universal ones carry no information for the kinds that skip them.
 _ROPE_UNIVERSAL = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", "finetuned"}
-_ROPE_KEYS: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
+T = TypeVar("T")
 
 
 class ConfigReader:
@@ -36,12 +37,7 @@ class ConfigReader:
         return self._values.get(key)
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.optional_integer(key, minimum)
-        if value is None:
-            value = default
-        if value is None:
-            raise StartupError(f"{self._prefix}{key} is missing.")
-        return value
+        return self._required(key, self.optional_integer(key, minimum), default)
 
     def optional_integer(self, key: str, minimum: int = 1) -> int | None:
         value = self._values.get(key)
@@ -52,12 +48,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.optional_number(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise StartupError(f"{self._prefix}{key} is missing.")
-        return value
+        return self._required(key, self.optional_number(key), default)
 
     def optional_number(self, key: str) -> float | None:
         """A finite number above zero, or None."""
@@ -90,6 +81,12 @@ class ConfigReader:
         if value is not None and value not in supported:
             choices = " or ".join(map(repr, supported)) or "no value"
             raise self._wrong(key, f"{choices}; anything else is not supported")
+
+    def _required(self, key: str, value: T | None, default: T | None) -> T:
+        value = default if value is None else value
+        if value is None:
+            raise StartupError(f"{self._prefix}{key} is missing.")
+        return value
 
     def _wrong(self, key: str, expected: str) -> StartupError:
         shown = repr(self._values.get(key))
@@ -150,9 +147,9 @@ def merge_token_ids(vocab_size: int, *groups: tuple[int, ...]) -> tuple[int, ...
     return tuple(dict.fromkeys(token for group in groups for token in group if 0 <= token < vocab_size))
 
 
-def checkpoint_dtype(config: ConfigReader, default: str = "bfloat16") -> str:
+def checkpoint_dtype(config: ConfigReader) -> str:
     """`dtype`, or `torch_dtype` as older checkpoints spell it."""
-    value = config.get("dtype") or config.get("torch_dtype") or default
+    value = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if not isinstance(value, str):
         raise StartupError(f"dtype must be the name of a type; got {str(value)[:80]!r}.")
     return value.removeprefix("torch.")
@@ -206,7 +203,7 @@ def rope_config(config: ConfigReader, max_position: int) -> RopeConfig:
         raise StartupError(f"rope_type {str(kind)[:80]!r} is not supported; supported: {', '.join(_ROPE_KEYS)}.")
     rope = ConfigReader(raw, prefix="rope_parameters.")
     rope.require("partial_rotary_factor", (1.0,))
-    known = _ROPE_UNIVERSAL | _ROPE_KEYS[kind] | {"partial_rotary_factor"}
+    known = {"partial_rotary_factor", *_ROPE_UNIVERSAL, *_ROPE_KEYS[kind]}
     for key, value in raw.items():
         if key not in known and value is not None:
             raise StartupError(f"rope_parameters.{str(key)[:80]} is not supported with rope_type {kind!r}.")
@@ -214,43 +211,27 @@ def rope_config(config: ConfigReader, max_position: int) -> RopeConfig:
     original = config.optional_integer("original_max_position_embeddings") or rope.integer(
         "original_max_position_embeddings", max_position
     )
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=rope.number("factor"))
-    if kind == "dynamic":
-        # The stretch is relative to the config's own length, whatever the rope dict says beside it.
-        return RopeConfig(theta=theta, kind="dynamic", factor=rope.number("factor"), original_max_position=max_position)
-    if kind == "llama3":
-        return _llama3(rope, theta, original)
-    return RopeConfig(
-        theta=theta,
-        kind="yarn",
-        factor=rope.number("factor", max_position / original),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.optional_number("attention_factor"),
-        mscale=rope.optional_number("mscale"),
-        mscale_all_dim=rope.optional_number("mscale_all_dim"),
-        truncate=rope.flag("truncate", True),
-    )
-
-
-def _llama3(rope: ConfigReader, theta: float, original: int) -> RopeConfig:
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if not low < high:
+    fields: dict[str, Any] = {"kind": kind}
+    if kind == "yarn":
+        found = {key: rope.optional_number(key) for key in _ROPE_KEYS[kind] if key != "truncate"}
+        fields |= {"factor": max_position / original, "truncate": rope.flag("truncate", True)}
+        fields |= {key: value for key, value in found.items() if value is not None}
+    else:
+        fields |= {key: rope.number(key) for key in _ROPE_KEYS[kind]}
+    if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
+        low, high = fields["low_freq_factor"], fields["high_freq_factor"]
         raise StartupError(f"rope_parameters.low_freq_factor {low} must be less than high_freq_factor {high}.")
-    return RopeConfig(
-        theta=theta,
-        kind="llama3",
-        factor=rope.number("factor"),
-        original_max_position=original,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
+    if kind not in ("default", "linear"):
+        # A dynamic stretch is relative to the config's own length, whatever the rope dict says beside it.
+        fields["original_max_position"] = max_position if kind == "dynamic" else original
+    return RopeConfig(theta=theta, **fields)
 
 
-def num_experts(config: ConfigReader) -> int:
-    """`num_experts` as published, or `num_local_experts` as transformers 5 and Mixtral write it."""
-    return config.integer("num_experts" if config.get("num_experts") is not None else "num_local_experts")
+def routed_experts(config: ConfigReader, top_k: int, width: str = "intermediate_size", **traits: Any) -> MoEConfig:
+    """The experts of a config with that default of `num_experts_per_tok` and their width under the key `width`.
+
+    Their number is in `num_experts` as published, or `num_local_experts` as transformers 5 and Mixtral write it.
+    """
+    num_experts = config.integer("num_experts" if config.get("num_experts") is not None else "num_local_experts")
+    top_k = config.integer("num_experts_per_tok", top_k)
+    return MoEConfig(num_experts, top_k, config.integer(width), **traits)

@@ -13,13 +13,7 @@ WEIGHTS = HF_WEIGHTS
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """`attention_bias` covers q, k, v and o; `mlp_bias` all three projections."""
     reader = ConfigReader(DEFAULTS | config)
-    bias = reader.flag("attention_bias")
+    bias, mlp_bias = reader.flag("attention_bias"), reader.flag("mlp_bias")
     reader.require("sliding_window", ())
-    return decoder_config(
-        reader,
-        "llama",
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=reader.flag("mlp_bias"),
-        sliding_windows=uniform_windows(reader),
-    )
+    windows = uniform_windows(reader)
+    return decoder_config(reader, "llama", qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, sliding_windows=windows)

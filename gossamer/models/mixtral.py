@@ -2,27 +2,16 @@
 
 from typing import Any
 
-from gossamer.config import ModelConfig, MoEConfig
-from gossamer.models.hf_config import ConfigReader, decoder_config, num_experts, uniform_windows
+from gossamer.config import ModelConfig
+from gossamer.models.hf_config import ConfigReader, decoder_config, routed_experts, uniform_windows
 from gossamer.models.weight_names import HF_WEIGHTS, hf_experts
 
-DEFAULTS = {
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-}
+DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 WEIGHTS = HF_WEIGHTS | hf_experts("block_sparse_moe", gate="w1", up="w3", down="w2")
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """The top-k weights are always renormalised; `intermediate_size` is an expert's."""
     reader = ConfigReader(DEFAULTS | config)
-    moe = MoEConfig(
-        num_experts=num_experts(reader),
-        top_k=reader.integer("num_experts_per_tok", 2),
-        intermediate_size=reader.integer("intermediate_size"),
-        renormalize=True,
-    )
+    moe = routed_experts(reader, top_k=2, renormalize=True)
     return decoder_config(reader, "mixtral", moe=moe, sliding_windows=uniform_windows(reader))

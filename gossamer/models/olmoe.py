@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gossamer.config import ModelConfig, MoEConfig
-from gossamer.models.hf_config import ConfigReader, decoder_config, num_experts, uniform_windows
+from gossamer.config import ModelConfig
+from gossamer.models.hf_config import ConfigReader, decoder_config, routed_experts, uniform_windows
 from gossamer.models.weight_names import HF_WEIGHTS, hf_experts
 
 DEFAULTS = {"eos_token_id": 50279, "rms_norm_eps": 1e-5}
@@ -15,19 +15,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     reader = ConfigReader(DEFAULTS | config)
     bias = reader.flag("attention_bias")
     reader.require("sliding_window", ())
-    moe = MoEConfig(
-        num_experts=num_experts(reader),
-        top_k=reader.integer("num_experts_per_tok", 8),
-        intermediate_size=reader.integer("intermediate_size"),
-        renormalize=reader.flag("norm_topk_prob"),
-    )
-    return decoder_config(
-        reader,
-        "olmoe",
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm="full",
-        clip_qkv=reader.optional_number("clip_qkv"),
-        moe=moe,
-        sliding_windows=uniform_windows(reader),
-    )
+    clip = reader.optional_number("clip_qkv")
+    moe = routed_experts(reader, top_k=8, renormalize=reader.flag("norm_topk_prob"))
+    windows = uniform_windows(reader)
+    traits = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "full", "clip_qkv": clip, "sliding_windows": windows}
+    return decoder_config(reader, "olmoe", moe=moe, **traits)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from gossamer.config import ModelConfig, MoEConfig
+from gossamer.config import ModelConfig
 from gossamer.core import StartupError
-from gossamer.models.hf_config import ConfigReader, decoder_config, num_experts, uniform_windows
+from gossamer.models.hf_config import ConfigReader, decoder_config, routed_experts, uniform_windows
 from gossamer.models.weight_names import HF_WEIGHTS, hf_experts
 
 DEFAULTS = {"num_key_value_heads": 4, "sliding_window": 4096}
@@ -18,21 +18,11 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         values["sliding_window"] = None
     reader = ConfigReader(values)
     bias = reader.flag("attention_bias")
-    moe = MoEConfig(
-        num_experts=num_experts(reader),
-        top_k=reader.integer("num_experts_per_tok", 8),
-        intermediate_size=reader.integer("moe_intermediate_size"),
-        renormalize=reader.flag("norm_topk_prob"),
-        dense_layers=_dense_layers(reader),
-    )
+    traits = {"renormalize": reader.flag("norm_topk_prob"), "dense_layers": _dense_layers(reader)}
+    moe = routed_experts(reader, top_k=8, width="moe_intermediate_size", **traits)
+    windows = uniform_windows(reader)
     return decoder_config(
-        reader,
-        "qwen3_moe",
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm="head",
-        moe=moe,
-        sliding_windows=uniform_windows(reader),
+        reader, "qwen3_moe", qkv_bias=bias, o_bias=bias, qk_norm="head", moe=moe, sliding_windows=windows
     )
 
 

@@ -37,17 +37,13 @@ BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 def family_of_hf(config: Mapping[str, Any]) -> Family:
     """The family of a config.json, by `architectures[0]` or, where that is absent, by `model_type`."""
     architectures = config.get("architectures")
-    key = "model_type"
     if isinstance(architectures, list) and architectures:
-        key = "architecture"
-        family = BY_ARCHITECTURE.get(str(architectures[0]))
+        key, name, known = "architecture", str(architectures[0]), BY_ARCHITECTURE
     else:
-        family = BY_MODEL_TYPE.get(str(config.get("model_type")))
-    if family is None:
-        name = str(architectures[0] if key == "architecture" and architectures else config.get("model_type"))[:80]
-        known = BY_ARCHITECTURE if key == "architecture" else BY_MODEL_TYPE
-        raise StartupError(f"The {key} {name!r} is not supported.\nSupported: {', '.join(sorted(known))}.")
-    return family
+        key, name, known = "model_type", str(config.get("model_type")), BY_MODEL_TYPE
+    if name not in known:
+        raise StartupError(f"The {key} {name[:80]!r} is not supported.\nSupported: {', '.join(sorted(known))}.")
+    return known[name]
 
 
 def family_of_gguf(architecture: str, num_experts: int) -> Family:

@@ -25,14 +25,20 @@ class CanonicalWeight(NamedTuple):
 def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
     """Every weight of the decoder in the order of the stream: embedding, layer by layer, final norm, head."""
     hidden, vocab = config.hidden_size, config.vocab_size
+    experts = list(_mlp("moe.experts.{e}", config.moe.intermediate_size, hidden)) if config.moe else []
     yield CanonicalWeight("embed.weight", 0, 0, (vocab, hidden))
     for layer in range(config.num_layers):
-        yield from _attention(config, layer)
-        yield CanonicalWeight("layers.{i}.mlp_norm.weight", layer, 0, (hidden,))
-        if config.moe is not None and layer not in config.moe.dense_layers:
-            yield from _experts(config, layer)
+        moe = config.moe if config.moe is not None and layer not in config.moe.dense_layers else None
+        weights = [*_attention(config), ("mlp_norm.weight", (hidden,))]
+        if moe is None:
+            weights += _mlp("mlp", config.intermediate_size, hidden, config.mlp_bias)
         else:
-            yield from _mlp(config, layer)
+            weights.append(("moe.router.weight", (moe.num_experts, hidden)))
+        for name, shape in weights:
+            yield CanonicalWeight(f"layers.{{i}}.{name}", layer, 0, shape)
+        for expert in range(moe.num_experts if moe else 0):
+            for name, shape in experts:
+                yield CanonicalWeight(f"layers.{{i}}.{name}", layer, expert, shape)
     yield CanonicalWeight("final_norm.weight", 0, 0, (hidden,))
     if not config.tie_word_embeddings:
         yield CanonicalWeight("lm_head.weight", 0, 0, (vocab, hidden))
@@ -43,39 +49,25 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {weight.name: weight.shape for weight in canonical_weights(config)}
 
 
-def _attention(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
+def _attention(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
     q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield CanonicalWeight("layers.{i}.attn_norm.weight", layer, 0, (c.hidden_size,))
+    yield "attn_norm.weight", (c.hidden_size,)
     for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-        yield CanonicalWeight(f"layers.{{i}}.attn.{name}.weight", layer, 0, (rows, c.hidden_size))
-        if c.qkv_bias:
-            yield CanonicalWeight(f"layers.{{i}}.attn.{name}.bias", layer, 0, (rows,))
+        yield from _linear(f"attn.{name}", rows, c.hidden_size, c.qkv_bias)
     if c.qk_norm != "none":
         whole = c.qk_norm == "full"
-        yield CanonicalWeight("layers.{i}.attn.q_norm.weight", layer, 0, (q_size if whole else c.head_dim,))
-        yield CanonicalWeight("layers.{i}.attn.k_norm.weight", layer, 0, (kv_size if whole else c.head_dim,))
-    yield CanonicalWeight("layers.{i}.attn.o.weight", layer, 0, (c.hidden_size, q_size))
-    if c.o_bias:
-        yield CanonicalWeight("layers.{i}.attn.o.bias", layer, 0, (c.hidden_size,))
+        yield "attn.q_norm.weight", (q_size if whole else c.head_dim,)
+        yield "attn.k_norm.weight", (kv_size if whole else c.head_dim,)
+    yield from _linear("attn.o", c.hidden_size, q_size, c.o_bias)
 
 
-def _mlp(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
-    for name, rows, columns in (
-        ("gate", c.intermediate_size, c.hidden_size),
-        ("up", c.intermediate_size, c.hidden_size),
-        ("down", c.hidden_size, c.intermediate_size),
-    ):
-        yield CanonicalWeight(f"layers.{{i}}.mlp.{name}.weight", layer, 0, (rows, columns))
-        if c.mlp_bias:
-            yield CanonicalWeight(f"layers.{{i}}.mlp.{name}.bias", layer, 0, (rows,))
+def _mlp(name: str, inner: int, hidden: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(f"{name}.gate", inner, hidden, bias)
+    yield from _linear(f"{name}.up", inner, hidden, bias)
+    yield from _linear(f"{name}.down", hidden, inner, bias)
 
 
-def _experts(c: ModelConfig, layer: int) -> Iterator[CanonicalWeight]:
-    if c.moe is None:
-        return
-    hidden, inner = c.hidden_size, c.moe.intermediate_size
-    yield CanonicalWeight("layers.{i}.moe.router.weight", layer, 0, (c.moe.num_experts, hidden))
-    for expert in range(c.moe.num_experts):
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.gate.weight", layer, expert, (inner, hidden))
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.up.weight", layer, expert, (inner, hidden))
-        yield CanonicalWeight("layers.{i}.moe.experts.{e}.down.weight", layer, expert, (hidden, inner))
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)

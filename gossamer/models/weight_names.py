@@ -41,31 +41,23 @@ class PlannedWeight(NamedTuple):
     rows: tuple[int, int] | None
 
 
-def places(names: Mapping[str, str]) -> dict[str, tuple[Place, ...]]:
-    """A WeightMap of whole tensors."""
-    return {template: (Place(name),) for template, name in names.items()}
+def places(modules: Mapping[str, str]) -> dict[str, tuple[Place, ...]]:
+    """A WeightMap of modules whose weights and biases are whole tensors."""
+    return {f"{a}.{kind}": (Place(f"{b}.{kind}"),) for a, b in modules.items() for kind in ("weight", "bias")}
 
 
 HF_WEIGHTS = places(
     {
-        "embed.weight": "model.embed_tokens.weight",
-        "final_norm.weight": "model.norm.weight",
-        "lm_head.weight": "lm_head.weight",
-        "layers.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
-        "layers.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-        "layers.{i}.attn.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
-        "layers.{i}.attn.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
+        "embed": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "lm_head": "lm_head",
+        "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+        "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+        "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
+        "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
     }
-    | {
-        f"layers.{{i}}.attn.{ours}.{kind}": f"model.layers.{{i}}.self_attn.{ours}_proj.{kind}"
-        for ours in ("q", "k", "v", "o")
-        for kind in ("weight", "bias")
-    }
-    | {
-        f"layers.{{i}}.mlp.{ours}.{kind}": f"model.layers.{{i}}.mlp.{ours}_proj.{kind}"
-        for ours in ("gate", "up", "down")
-        for kind in ("weight", "bias")
-    }
+    | {f"layers.{{i}}.attn.{name}": f"model.layers.{{i}}.self_attn.{name}_proj" for name in "qkvo"}
+    | {f"layers.{{i}}.mlp.{name}": f"model.layers.{{i}}.mlp.{name}_proj" for name in ("gate", "up", "down")}
 )
 """The names that Llama introduced and the other families kept."""
 
@@ -75,17 +67,14 @@ def hf_experts(block: str, gate: str, up: str, down: str) -> dict[str, tuple[Pla
     in one as transformers holds them in memory (and saves them with `save_original_format=False`)."""
     layer, fused = "model.layers.{i}.", "model.layers.{i}.mlp.experts."
     one, ours = f"{layer}{block}.experts.{{e}}.", "layers.{i}.moe."
-    return {
-        f"{ours}router.weight": tuple(Place(f"{layer}{b}.gate.weight") for b in dict.fromkeys((block, "mlp"))),
-        f"{ours}experts.{{e}}.gate.weight": (
-            Place(f"{one}{gate}.weight"),
-            Place(f"{fused}gate_up_proj", stacked=True, part=(0, 2)),
-        ),
-        f"{ours}experts.{{e}}.up.weight": (
-            Place(f"{one}{up}.weight"),
-            Place(f"{fused}gate_up_proj", stacked=True, part=(1, 2)),
-        ),
-        f"{ours}experts.{{e}}.down.weight": (Place(f"{one}{down}.weight"), Place(f"{fused}down_proj", stacked=True)),
+    stacked = {
+        gate: Place(f"{fused}gate_up_proj", stacked=True, part=(0, 2)),
+        up: Place(f"{fused}gate_up_proj", stacked=True, part=(1, 2)),
+        down: Place(f"{fused}down_proj", stacked=True),
+    }
+    return {f"{ours}router.weight": tuple(Place(f"{layer}{b}.gate.weight") for b in dict.fromkeys((block, "mlp")))} | {
+        f"{ours}experts.{{e}}.{name}.weight": (Place(f"{one}{theirs}.weight"), stacked[theirs])
+        for name, theirs in (("gate", gate), ("up", up), ("down", down))
     }
 
 
