@@ -157,7 +157,8 @@ class Answer(ABC, Generic[R]):
     id_prefix: ClassVar[str]
 
     def __init__(self, serving: Serving, request: R, params: SamplingParams) -> None:
-        self.serving, self.request, self.params = serving, request, params
+        self.serving, self.params = serving, params
+        self.request = request
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.started: set[int] = set()
         """Indices of the choices of which something was sent."""
