@@ -265,7 +265,7 @@ def test_unsupported_input_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 33, 64, 200, 513, 1500, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 33, 64, 200, 513, 1500, 4096, 8192])
 @pytest.mark.parametrize("num_padded", [0, 1])
 def test_moe_mlp_bf16_at_real_shapes(num_tokens: int, num_padded: int) -> None:
     gate, up, down = experts(128, 2048, 768, torch.bfloat16)
@@ -350,7 +350,7 @@ def test_fused_ops_equal_the_ops_they_fuse(num_tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 300, 2000])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 300, 2000, 7000])
 def test_a_graph_replays_what_eager_gives(num_tokens: int) -> None:
     """Kernels of a graph overlap (programmatic dependent launch): none may read what is not yet written."""
     gate, up, down = experts(128, 2048, 768, torch.bfloat16)

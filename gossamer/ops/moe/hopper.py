@@ -1,8 +1,8 @@
 """Grouped products of many rows per expert on Hopper: one partition feeds tiles to two warpgroups that run wgmma.
 
-Tiles are 192 x 256, for what two operands of 128 x 256 draw from L2 keeps tensor cores waiting: each warpgroup has 64
-rows of its own and half of the columns of the other 64, all its registers hold. Gluon, because Triton's loop has no
-such roles; the kernel of `triton.py` serves every other case.
+Tiles are 192 x 256, because at 128 x 256 loading the operands sets the pace: each warpgroup has 64 rows of its own and
+half of the columns of the other 64, all that its registers hold. Gluon, because Triton's loop has no such roles; the
+kernel of `triton.py` serves every other case.
 """
 
 from __future__ import annotations
