@@ -5,6 +5,8 @@ frame's size before they look inside.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
@@ -113,12 +115,6 @@ class FrameDecoder(Generic[T]):
             return None
 
 
-def engine_side_decoder() -> FrameDecoder[ToEngine]:
-    return FrameDecoder(ToEngine)
-
-
-def client_side_decoder() -> FrameDecoder[FromEngine]:
-    return FrameDecoder(FromEngine)
-
-
+engine_side_decoder: Callable[[], FrameDecoder[ToEngine]] = partial(FrameDecoder, ToEngine)
+client_side_decoder: Callable[[], FrameDecoder[FromEngine]] = partial(FrameDecoder, FromEngine)
 encode = msgspec.msgpack.Encoder().encode

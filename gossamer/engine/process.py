@@ -15,22 +15,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import msgspec
 import zmq
 
 from gossamer.config import EngineConfig
-from gossamer.core import (
-    EngineOverloaded,
-    EngineStats,
-    GossamerError,
-    InvalidRequest,
-    RequestLimits,
-    SamplingParams,
-    TokenOutput,
-)
+from gossamer.core import EngineOverloaded, GossamerError, InvalidRequest, TokenOutput
 from gossamer.engine import messages
+from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -40,34 +33,13 @@ HEARTBEAT_SECONDS = 0.5
 LINGER_MS = 1000
 
 
-class EngineLike(Protocol):
-    """What the loop below needs of an engine: `gossamer.engine.engine.Engine`."""
-
-    @property
-    def limits(self) -> RequestLimits: ...
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        *,
-        cache_salt: str | None = None,
-        arrival_time: float | None = None,
-    ) -> None: ...
-    def abort(self, request_id: str) -> bool: ...
-    def step(self) -> list[TokenOutput]: ...
-    def has_work(self) -> bool: ...
-    def stats(self) -> EngineStats: ...
-    def shutdown(self) -> None: ...
-
-
-Factory = Callable[[EngineConfig, ProgressCallback], tuple[EngineLike, EngineInfo]]
+Factory = Callable[[EngineConfig, ProgressCallback], tuple[Engine, EngineInfo]]
 
 
 class EngineServer:
     """The loop: take what has arrived, step, send what came out. One thread, so a step sees every earlier abort."""
 
-    def __init__(self, engine: EngineLike, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: Engine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
         self._engine = engine
         self._requests = requests
         self._outputs = outputs
@@ -106,8 +78,7 @@ class EngineServer:
     def _handle(self, message: messages.ToEngine) -> None:
         match message:
             case messages.AddRequest():
-                refusal = self._add(message)
-                if refusal is not None:
+                if (refusal := self._add(message)) is not None:
                     self._outputs.send(messages.encode(refusal))
             case messages.AbortRequests():
                 for request_id in message.request_ids:
@@ -144,22 +115,13 @@ def _watch_parent(stdin: BinaryIO, socket_directory: Path) -> None:
     os._exit(1)
 
 
-def _read_config(stdin: BinaryIO) -> messages.StartConfig:
-    line = stdin.readline(MAX_CONFIG_BYTES)
-    return msgspec.json.decode(line, type=messages.StartConfig)
-
-
 def _load_factory(name: str) -> Factory:
     module, _, function = name.partition(":")
     factory: Factory = getattr(importlib.import_module(module), function)
     return factory
 
 
-def _socket_path(address: str) -> Path:
-    return Path(address.removeprefix("ipc://"))
-
-
-def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> EngineLike | None:
+def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> Engine | None:
     """Builds the engine and says Ready, or says why it cannot and returns None."""
 
     def on_progress(stage: str, fraction: float) -> None:
@@ -204,11 +166,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     stdin = sys.stdin.buffer
-    config = _read_config(stdin)
+    config = msgspec.json.decode(stdin.readline(MAX_CONFIG_BYTES), type=messages.StartConfig)
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s", force=True
     )
-    directory = _socket_path(config.requests_address).parent
+    directory = Path(config.requests_address.removeprefix("ipc://")).parent
     threading.Thread(target=_watch_parent, args=(stdin, directory), name="watch-parent", daemon=True).start()
     context = zmq.Context()
     requests, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)

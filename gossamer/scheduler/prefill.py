@@ -78,17 +78,9 @@ def _num_to_compute(request: Request) -> int:
 def _add_row(batch: ScheduledBatch, request: Request, num: int, admitted: AdmittedSequence | None) -> None:
     start = request.num_computed_tokens
     stop = start + num
-    samples = stop == request.num_prefill_tokens
-    row = ScheduledRow(
-        slot=request.slot,
-        start_pos=start,
-        num_tokens=num,
-        token_ids=request.known_token_ids(start, stop),
-        new_page_ids=request.page_ids.copy() if admitted is not None else [],
-        samples=samples,
-        output_index=len(request.output_token_ids),
-    )
-    batch.rows.append(row)
+    samples, output_index = stop == request.num_prefill_tokens, len(request.output_token_ids)
+    token_ids, pages = request.known_token_ids(start, stop), request.page_ids.copy() if admitted is not None else []
+    batch.rows.append(ScheduledRow(request.slot, start, num, token_ids, pages, samples, output_index))
     batch.requests.append(request)
     if admitted is not None:
         batch.admitted.append(admitted)

@@ -4,6 +4,7 @@ Each step decodes every running sequence and spends the rest of a token budget o
 scheduled before the results of the one before it are known.
 """
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 
@@ -72,10 +73,7 @@ class Scheduler:
         )
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_generation_tokens = 0
-        self._device_seconds = 0.0
+        self._counted = EngineStats(num_pages=num_pages)
 
     @property
     def num_waiting(self) -> int:
@@ -142,8 +140,8 @@ class Scheduler:
         if result.step_id != batch.step_id or len(result.token_ids) != len(batch.rows):
             raise ValueError(f"result of step {result.step_id} does not match batch {batch.step_id}")
         entry = self._pop_oldest(batch)
-        self._num_steps += 1
-        self._device_seconds += result.device_seconds
+        self._counted.num_steps += 1
+        self._counted.device_seconds += result.device_seconds
         if entry.void:
             return []
         outputs = []
@@ -166,7 +164,7 @@ class Scheduler:
         the content of the prefix cache.
         """
         entry = self._pop_oldest(batch)
-        self._num_steps += 1
+        self._counted.num_steps += 1
         if entry.void:
             return []
         outputs = []
@@ -185,18 +183,14 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         sequences = self._sequences
-        return EngineStats(
+        return dataclasses.replace(
+            self._counted,
             num_running=len(sequences.running),
             num_waiting=len(sequences.waiting),
-            num_pages=sequences.pool.num_pages,
             num_pages_in_use=sequences.pool.num_in_use,
             prefix_cache_queries=sequences.num_cache_queries,
             prefix_cache_hits=sequences.num_cache_hits,
             num_preemptions=sequences.num_preemptions,
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generation_tokens=self._num_generation_tokens,
-            device_seconds=self._device_seconds,
         )
 
     def _pop_oldest(self, batch: ScheduledBatch) -> _InFlight:
@@ -211,7 +205,7 @@ class Scheduler:
         output_index = len(request.output_token_ids)
         request.num_in_flight -= 1
         request.output_token_ids.append(token_id)
-        self._num_generation_tokens += 1
+        self._counted.num_generation_tokens += 1
         if token_id in request.stop_token_ids and output_index >= request.params.min_tokens:
             request.finish_reason = "stop"
             request.stop_reason = token_id if token_id in (request.params.stop_token_ids or ()) else None
@@ -221,14 +215,8 @@ class Scheduler:
             self._sequences.register_full_pages(request)
         if request.finish_reason is not None:
             self._sequences.finish(request)
-        output = TokenOutput(
-            request_id=request.request_id,
-            token_ids=[token_id],
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_seconds=request.queue_seconds,
-        )
+        output = TokenOutput(request.request_id, [token_id], request.finish_reason, request.stop_reason)
+        output.num_cached_tokens, output.queue_seconds = request.num_cached_tokens, request.queue_seconds
         if logprobs is not None and request.params.logprobs is not None:
             output.logprobs = [logprobs]
         if output_index == 0 and request.params.prompt_logprobs is not None:
@@ -238,17 +226,12 @@ class Scheduler:
     def _finish_with_error(self, request: Request, message: str) -> TokenOutput:
         request.finish_reason = "error"
         self._sequences.finish(request)
-        return TokenOutput(
-            request_id=request.request_id,
-            token_ids=[],
-            finish_reason="error",
-            num_cached_tokens=max(request.num_cached_tokens, 0),
-            error=message,
-        )
+        num_cached = max(request.num_cached_tokens, 0)
+        return TokenOutput(request.request_id, [], "error", num_cached_tokens=num_cached, error=message)
 
     def _count_prompt_tokens(self, row: ScheduledRow, request: Request) -> None:
         stop = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
-        self._num_prompt_tokens += max(stop - row.start_pos, 0)
+        self._counted.num_prompt_tokens += max(stop - row.start_pos, 0)
 
 
 def _keep_prompt_logprobs(request: Request, row: ScheduledRow, entries: list[TokenLogprobs] | None) -> None:

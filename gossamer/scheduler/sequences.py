@@ -92,14 +92,9 @@ class Sequences:
                 self.num_cache_queries += request.num_prompt_tokens
                 self.num_cache_hits += request.num_computed_tokens
         return AdmittedSequence(
-            slot=request.slot,
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=request.output_token_ids.copy(),
-            params=request.params,
-            seed=request.seed,
-            stop_token_ids=request.stop_token_ids,
-        )
+            request.slot, request.request_id, request.prompt_token_ids, request.output_token_ids.copy(),
+            request.params, request.seed, request.stop_token_ids,
+        )  # fmt: skip
 
     def register_full_pages(self, request: Request) -> None:
         """Offers a running request's pages to others: those that scheduled batches fill with tokens known by now."""
@@ -131,8 +126,7 @@ class Sequences:
         """Unregisters every page with this request's content: what was computed into them may be wrong."""
         if self.prefix_cache is not None:
             for digest in request.page_digests:
-                page_id = self.prefix_cache.lookup(digest)
-                if page_id is not None:
+                if (page_id := self.prefix_cache.lookup(digest)) is not None:
                     self.prefix_cache.remove(page_id)
 
     def num_pages_for(self, num_tokens: int) -> int:
