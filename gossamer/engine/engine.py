@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from queue import SimpleQueue
 
 from gossamer.config import EngineConfig
 from gossamer.core import (
@@ -26,7 +27,7 @@ from gossamer.core import (
 )
 from gossamer.engine.account import StepAccount
 from gossamer.engine.trace import Trace, TracedExecutor
-from gossamer.engine.worker import StepQueue, Submitted, Worker, WorkerMode
+from gossamer.engine.worker import Submitted, Worker, WorkerMode
 from gossamer.runtime.executor import Executor
 from gossamer.scheduler.scheduler import Scheduler
 
@@ -64,8 +65,8 @@ class Engine:
             max_model_len=limits.max_model_len,
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
-        self.input_queue: StepQueue[ScheduledBatch | None] = StepQueue()
-        self.result_queue: StepQueue[Submitted] = StepQueue()
+        self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
+        self.result_queue: SimpleQueue[Submitted] = SimpleQueue()
         self._schedule, self._commit_step = self.scheduler.schedule, self.scheduler.commit
         if trace is not None:
             executor = TracedExecutor(executor, trace)
@@ -206,7 +207,7 @@ class Engine:
         return outputs
 
     def _trace_counters(self, trace: Trace) -> None:
-        queues = {"input queue": self.input_queue.depth, "result queue": self.result_queue.depth}
+        queues = {"input queue": self.input_queue.qsize(), "result queue": self.result_queue.qsize()}
         trace.counters(**queues, running=self.scheduler.num_running, waiting=self.scheduler.num_waiting)
 
     def _draw_seed(self) -> int:

@@ -4,35 +4,16 @@ The worker is a thread, so that the engine schedules while the executor computes
 that lives on a virtual clock.
 """
 
-import queue
 import threading
 from concurrent.futures import Future
-from typing import Generic, Literal, TypeAlias, TypeVar
+from queue import SimpleQueue
+from typing import Literal, TypeAlias
 
 from gossamer.core import ScheduledBatch, StepResult
 from gossamer.runtime.executor import Executor
 
-T = TypeVar("T")
 WorkerMode = Literal["thread", "inline"]
 Submitted: TypeAlias = tuple[ScheduledBatch, "Future[StepResult]"]
-
-
-class StepQueue(Generic[T]):
-    """A first-in first-out queue between two threads whose depth anyone may read at any time."""
-
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[T] = queue.SimpleQueue()
-
-    @property
-    def depth(self) -> int:
-        return self._items.qsize()
-
-    def put(self, item: T) -> None:
-        self._items.put(item)
-
-    def get(self) -> T:
-        """Blocks until there is an item."""
-        return self._items.get()
 
 
 class Worker:
@@ -45,8 +26,8 @@ class Worker:
     def __init__(
         self,
         executor: Executor,
-        input_queue: StepQueue[ScheduledBatch | None],
-        result_queue: StepQueue[Submitted],
+        input_queue: SimpleQueue[ScheduledBatch | None],
+        result_queue: SimpleQueue[Submitted],
         mode: WorkerMode = "thread",
     ) -> None:
         self._executor = executor
@@ -60,7 +41,7 @@ class Worker:
     def pump(self) -> None:
         """Inline mode: submits all that is queued. With a thread there is nothing to do."""
         if self._thread is None:
-            while self._input.depth:
+            while self._input.qsize():
                 self._carry(self._input.get())
 
     def stop(self) -> None:

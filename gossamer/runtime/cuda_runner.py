@@ -6,6 +6,7 @@ thread, while the worker already enqueues the next. On CPU tensors, without stre
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ MAX_KEPT_LOGITS = 16
 CLOCK_SECONDS = 10.0
 """The device's clock is read against an event at most this old: its differences are float32 milliseconds."""
 
+_Logprobs = list[TokenLogprobs | None] | None
+_PromptLogprobs = list[list[TokenLogprobs] | None] | None
 _Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Hidden states of all tokens and of the rows that sample, the latter's logits if they were kept, sampled tokens."""
 
@@ -184,7 +187,7 @@ class CudaRunner:
             slot.end.record()
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         slot.in_use = True
-        return _StepFuture(self, batch, slot, logprobs, prompt, host_start)
+        return _StepFuture(slot, lambda: self.finish(batch, slot, logprobs, prompt, host_start), self.diagnose)
 
     def _decode(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> _Computed:
         bucket = round_up(len(rows), self._buckets)
@@ -316,12 +319,7 @@ class CudaRunner:
             )
 
     def finish(
-        self,
-        batch: ScheduledBatch,
-        slot: _Slot,
-        logprobs: list[TokenLogprobs | None] | None,
-        prompt: list[list[TokenLogprobs] | None] | None,
-        host_start: float,
+        self, batch: ScheduledBatch, slot: _Slot, logprobs: _Logprobs, prompt: _PromptLogprobs, host_start: float
     ) -> StepResult:
         """Waits for a step and reads what it left in host memory."""
         seconds, start_time = time.monotonic() - host_start, host_start
@@ -335,7 +333,7 @@ class CudaRunner:
                 self._clock_time = start_time + seconds
         sampled = slot.tokens.tolist()
         token_ids = [-1] * len(batch.rows)
-        found: list[TokenLogprobs | None] | None = None if logprobs is None else [None] * len(batch.rows)
+        found: _Logprobs = None if logprobs is None else [None] * len(batch.rows)
         for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
             token_ids[i] = sampled[j]
             if found is not None and logprobs is not None:
@@ -347,17 +345,10 @@ class _StepFuture(Future[StepResult]):
     """Resolved by whoever asks for it, by waiting for the device: no thread of its own, no hand-over."""
 
     def __init__(
-        self,
-        runner: CudaRunner,
-        batch: ScheduledBatch,
-        slot: _Slot,
-        logprobs: list[TokenLogprobs | None] | None,
-        prompt: list[list[TokenLogprobs] | None] | None,
-        host_start: float,
+        self, slot: _Slot, finish: Callable[[], StepResult], diagnose: Callable[[Exception], Exception]
     ) -> None:
         super().__init__()
-        self._parts = (batch, slot, logprobs, prompt, host_start)
-        self._runner = runner
+        self._slot, self._finish, self._diagnose = slot, finish, diagnose
 
     def result(self, timeout: float | None = None) -> StepResult:
         self._resolve()
@@ -371,10 +362,10 @@ class _StepFuture(Future[StepResult]):
         if self.done():
             return
         try:
-            self.set_result(self._runner.finish(*self._parts))
+            self.set_result(self._finish())
         except Exception as error:  # a kernel's fault surfaces here
-            self.set_exception(self._runner.diagnose(error))
-        self._parts[1].in_use = False
+            self.set_exception(self._diagnose(error))
+        self._slot.in_use = False
 
 
 def _record(event: torch.cuda.Event | None) -> None:

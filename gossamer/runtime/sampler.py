@@ -14,9 +14,6 @@ from torch import Tensor
 from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow, TokenLogprobs
 from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs, uniform
 
-# Rows of prompt log-probabilities handled at once; bounds the temporaries to a few times this many rows of logits.
-_PROMPT_CHUNK = 32
-
 
 class Sampler:
     """Samples the rows of each step on the device of its logits.
@@ -119,11 +116,9 @@ class Sampler:
         Args: logits: [num_positions, vocab_size]. next_ids: int64 [num_positions]. k: 0 or more.
         """
         ids = _upload(torch.as_tensor(next_ids, dtype=torch.int64), logits.device)
-        out: list[TokenLogprobs] = []
-        for start in range(0, len(ids), _PROMPT_CHUNK):
-            part = slice(start, start + _PROMPT_CHUNK)
-            out += _to_host(*token_logprobs(logits[part].float(), ids[part], min(k, self.vocab_size)))
-        return out
+        if not len(ids):
+            return []
+        return _to_host(*token_logprobs(logits.float(), ids, min(k, self.vocab_size)))
 
     def _greedy(self, logits: Tensor, slots: list[int]) -> Tensor:
         """The commonest step of all, with as few operations as it can have."""

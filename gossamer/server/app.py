@@ -27,6 +27,7 @@ from gossamer.config import EngineConfig, ServerConfig, flag
 from gossamer.core import EngineDead, SamplingParams, StartupError
 from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
+from gossamer.kv_cache.ledger import human
 from gossamer.server.async_llm import AsyncLLM
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class _Server:
         url = _url(self._config.host, self._listener)
         _say("Config: " + _flags(info.config))
         if info.ledger:
-            _say("Memory: " + ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in info.ledger))
+            _say("Memory: " + ", ".join(f"{name} {human(num_bytes)}" for name, num_bytes in info.ledger))
         defaults = dataclasses.asdict(self._llm.default_sampling)
         changed = [f"{name} {value}" for name, value in defaults.items() if value != getattr(SamplingParams(), name)]
         if changed:
@@ -243,12 +244,3 @@ def _flags(config: EngineConfig) -> str:
             elif isinstance(value, int | float | str) and value is not False and field.name != "model":
                 words.append(f"{flag(field.name)} {value}")
     return " ".join(words)
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -158,7 +158,7 @@ class Answer(ABC, Generic[R]):
 
     def __init__(self, serving: Serving, request: R, params: SamplingParams) -> None:
         self.serving, self.params = serving, params
-        self.request = request
+        self.request: R = request
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.started: set[int] = set()
         """Indices of the choices of which something was sent."""

@@ -4,7 +4,6 @@ What a checkpoint says about its tokenizer is spread over five files of several 
 `TokenizerParts`, the same that a GGUF file's metadata yields.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from gossamer.core import StartupError
+from gossamer.models.hf_folder import read_json
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -49,9 +49,9 @@ def read_hf_tokenizer(folder: Path) -> TokenizerParts:
         raise StartupError(f"{file} is not a tokenizer this version can read: {e}.") from e
     backend.no_padding()
     backend.no_truncation()
-    config = read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "tokenizer_config.json")
     _add_missing_tokens(backend, config, file)
-    special = _special_tokens(config, read_json(folder / "special_tokens_map.json"))
+    special = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
     ids = {name: backend.token_to_id(text) for name, text in special.items()}
     prefix, suffix = _surroundings(backend, config, ids)
     return TokenizerParts(
@@ -64,17 +64,9 @@ def read_hf_tokenizer(folder: Path) -> TokenizerParts:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file; raises StartupError if it cannot be read."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise StartupError(f"Cannot read {path}: {e}.") from e
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} does not hold a JSON object.")
-    return value
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _add_missing_tokens(backend: Backend, config: dict[str, Any], file: Path) -> None:
@@ -130,7 +122,7 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if file.is_file():
         templates["default"] = file.read_text(encoding="utf-8")
     elif not templates:
-        legacy = read_json(folder / "chat_template.json").get("chat_template")
+        legacy = _read_json(folder / "chat_template.json").get("chat_template")
         if isinstance(legacy, str):
             templates["default"] = legacy
     return templates

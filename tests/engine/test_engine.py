@@ -115,10 +115,10 @@ def test_the_queues_show_what_is_waiting_while_the_device_is_busy(overlap, depth
     stepper.start()
     assert executor.started.acquire(timeout=10)
     deadline = time.monotonic() + 10
-    while engine.input_queue.depth < depth and time.monotonic() < deadline:
+    while engine.input_queue.qsize() < depth and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert engine.input_queue.depth == depth
-    assert engine.result_queue.depth == 0
+    assert engine.input_queue.qsize() == depth
+    assert engine.result_queue.qsize() == 0
     executor.permits.release()
     stepper.join(10)
     assert engine.stats().num_generation_tokens == 1
