@@ -15,15 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 import zmq
 
 from gossamer.config import EngineConfig
-from gossamer.core import EngineOverloaded, GossamerError, InvalidRequest, TokenOutput
+from gossamer.core import EngineOverloaded, EngineStats, GossamerError, InvalidRequest, SamplingParams, TokenOutput
 from gossamer.engine import messages
-from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -33,13 +32,24 @@ HEARTBEAT_SECONDS = 0.5
 LINGER_MS = 1000
 
 
-Factory = Callable[[EngineConfig, ProgressCallback], tuple[Engine, EngineInfo]]
+class EngineLike(Protocol):
+    """What the loop below needs of `gossamer.engine.engine.Engine`, which this process must not import by itself."""
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, /, **options: Any) -> None: ...
+    def abort(self, request_id: str) -> bool: ...
+    def step(self) -> list[TokenOutput]: ...
+    def has_work(self) -> bool: ...
+    def stats(self) -> EngineStats: ...
+    def shutdown(self) -> None: ...
+
+
+Factory = Callable[[EngineConfig, ProgressCallback], tuple[EngineLike, EngineInfo]]
 
 
 class EngineServer:
     """The loop: take what has arrived, step, send what came out. One thread, so a step sees every earlier abort."""
 
-    def __init__(self, engine: Engine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: EngineLike, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
         self._engine = engine
         self._requests = requests
         self._outputs = outputs
@@ -121,7 +131,7 @@ def _load_factory(name: str) -> Factory:
     return factory
 
 
-def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> Engine | None:
+def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> EngineLike | None:
     """Builds the engine and says Ready, or says why it cannot and returns None."""
 
     def on_progress(stage: str, fraction: float) -> None:
