@@ -193,7 +193,7 @@ class Decoder:
         stream = ResidualStream(x, eps, backend)
         for block, planes in zip(self.blocks, pool.layers, strict=True):
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
-            fp8 = block.attention.gives_fp8(plan, shape[0])
+            fp8 = block.attention.gives_fp8(plan, planes, shape[0])
             if fp8 not in buffers:
                 buffers[fp8] = _empty_fp8(q) if fp8 else torch.empty_like(q)
             attended = buffers[fp8]

@@ -84,7 +84,7 @@ class AttentionLayer(Protocol):
         q: torch.Tensor,
     ) -> None: ...
 
-    def gives_fp8(self, plan: PagedPlan, num_tokens: int) -> bool:
+    def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
         """Whether `attend` is to leave its result in FP8."""
         ...
 

@@ -191,12 +191,15 @@ class GQALayer:
             backend=self._backend,
         )
 
-    def gives_fp8(self, plan: PagedPlan, num_tokens: int) -> bool:
-        """Steps of decode alone, where the output projection takes groups of a head's size."""
+    def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
+        """Steps of decode alone, where the output projection takes groups of a head's size.
+
+        Not over FP8 pages: what hides their latency is programs of few registers, which quantisation would fill.
+        """
         o = self.o.weight
         if not isinstance(o, Fp8Weight) or o.ue8m0 or o.per_token or self._config.head_dim != FP8_BLOCK:
             return False
-        return plan.num_decode == num_tokens and not o.folds(num_tokens, o.weight.shape[1])
+        return plan.num_decode == num_tokens and len(planes) == 2 and not o.folds(num_tokens, o.weight.shape[1])
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window
