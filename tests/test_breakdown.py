@@ -31,8 +31,8 @@ LAYERS = {
         ("FillFunctor<int>", "sort"),
         ("_rank_kernel", "sort"),
         ("_place_kernel", "sort"),
-        ("_grouped_kernel", "gate, up"),
-        ("_grouped_kernel", "down"),
+        ("_hopper_kernel", "gate, up"),
+        ("_hopper_kernel", "down"),
         ("_combine_kernel", "combine"),
     ],
 }

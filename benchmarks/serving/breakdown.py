@@ -48,7 +48,7 @@ def label(kernels: list[dict[str, Any]]) -> Iterator[str]:
             part = "qkv product"
         elif not part and "attention" in named[max(0, i - 2) : i] and i <= last + 2:
             part = "o product"
-        elif not part and re.search("group|expert|product", kernels[i]["name"]):
+        elif not part and re.search("_hopper_kernel|group|product", kernels[i]["name"]):
             part, grouped = ("down" if grouped else "gate, up"), grouped + 1
         elif not part and i > last and not headed:
             part, headed = "head", True
@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="a folder with a config.json")
     parser.add_argument("--out")
     args = parser.parse_args()
-    options = {"max_model_len": 2048, "skip_tokenizer_init": True, "disable_progress": True}
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 16 * PROMPT, "skip_tokenizer_init": True}
     table: dict[str, dict[str, float]] = {}
-    with LLM(args.model, load_format="dummy", seed=0, **options) as llm:
+    with LLM(args.model, load_format="dummy", seed=0, disable_progress=True, **options) as llm:
         for name, batch, decode in (("B=1", 1, True), ("B=32", 32, True), ("B=64", 64, True), ("16k", 16, False)):
             found = steps(llm, batch, STEPS if decode else 1)
             cost = work(llm.info.model, batch * (1 if decode else PROMPT), batch, decode)
