@@ -54,9 +54,7 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
     _set_up_logging(server.log_level)
     listener = claim_port(server)
     try:
-        llm = AsyncLLM.from_config(
-            engine, chat_template=server.chat_template, factory=factory, log_level=server.log_level
-        )
+        llm = AsyncLLM(config=engine, chat_template=server.chat_template, factory=factory, log_level=server.log_level)
         try:
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                 runner.run(_Server(server, engine, llm, listener).run())

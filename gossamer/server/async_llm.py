@@ -117,24 +117,18 @@ class AsyncLLM:
     used from one event loop.
     """
 
-    def __init__(self, model: str = "", *, chat_template: str | None = None, **options: Any) -> None:
-        self._init(make_engine_config(model=model, **options), chat_template, messages.DEFAULT_FACTORY, "info")
-
-    @classmethod
-    def from_config(
-        cls,
-        config: EngineConfig,
+    def __init__(
+        self,
+        model: str = "",
         *,
+        config: EngineConfig | None = None,
         chat_template: str | None = None,
         factory: str = messages.DEFAULT_FACTORY,
         log_level: str = "info",
-    ) -> AsyncLLM:
-        """As the constructor; `factory` names the function that builds the engine, as `module:function`."""
-        llm = cls.__new__(cls)
-        llm._init(config, chat_template, factory, log_level)
-        return llm
-
-    def _init(self, config: EngineConfig, chat_template: str | None, factory: str, log_level: str) -> None:
+        **options: Any,
+    ) -> None:
+        """`config` stands for `model` and `options`. `factory` names what builds the engine, as `module:function`."""
+        config = config or make_engine_config(model=model, **options)
         self.requested_model = config.load.model
         config = dataclasses.replace(config, load=resolve_paths(config.load))
         self.default_sampling = default_sampling(config.load)

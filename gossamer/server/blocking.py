@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Generator
+from typing import TypeVar
 
 from gossamer.config import EngineConfig
 from gossamer.core import SamplingParams
@@ -12,6 +13,8 @@ from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.engine.messages import DEFAULT_FACTORY
 from gossamer.server.async_llm import AsyncLLM, Prompt
 from gossamer.server.outputs import RequestOutput
+
+T = TypeVar("T")
 
 
 class BlockingLLM:
@@ -30,7 +33,7 @@ class BlockingLLM:
         factory: str = DEFAULT_FACTORY,
     ) -> None:
         """Returns when the engine is ready. Raises StartupError, saying why, if it cannot be."""
-        self._llm = AsyncLLM.from_config(config, chat_template=chat_template, log_level=log_level, factory=factory)
+        self._llm = AsyncLLM(config=config, chat_template=chat_template, log_level=log_level, factory=factory)
         self._exits = contextlib.ExitStack()
         self._runner = self._exits.enter_context(asyncio.Runner())
         self._exits.callback(lambda: self._runner.run(self._llm.shutdown()))
@@ -52,20 +55,24 @@ class BlockingLLM:
 
         Raises InvalidRequest, EngineOverloaded, RequestFailed or EngineDead.
         """
-        deltas = self._llm.generate(prompt, params, mode="delta")
-        try:
-            while (delta := self._runner.run(_next(deltas))) is not None:
-                yield delta
-        finally:
-            self._runner.run(deltas.aclose())
+        return iterate(self._runner, self._llm.generate(prompt, params, mode="delta"))
 
     def close(self) -> None:
         """Stops the engine process and the loop. Safe to call twice."""
         self._exits.close()
 
 
-async def _next(deltas: AsyncGenerator[RequestOutput, None]) -> RequestOutput | None:
-    return await anext(deltas, None)
+def iterate(runner: asyncio.Runner, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+    """What an asynchronous generator yields; it is closed with this one, or where Ctrl-C interrupts it."""
+
+    async def following() -> T | None:
+        return await anext(source, None)
+
+    try:
+        while (item := runner.run(following())) is not None:
+            yield item
+    finally:
+        runner.run(source.aclose())
 
 
 class EngineBackend:

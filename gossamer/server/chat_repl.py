@@ -4,18 +4,18 @@ The loop knows neither: it asks a backend for the pieces of an answer. Ctrl-C cl
 answer and frees its pages; the conversation goes on.
 """
 
+import asyncio
 import contextlib
 import dataclasses
-import http.client
 import importlib
-import json
 import sys
-import urllib.parse
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
-from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.core import GossamerError, SamplingParams
+from gossamer.server.blocking import iterate
 from gossamer.server.cli_options import closest
+from gossamer.server.http_client import Endpoint
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -23,7 +23,6 @@ COMMANDS = {
     "/help": "this list",
 }
 Message = dict[str, str]
-CONNECT_TIMEOUT_SECONDS = 600.0
 
 
 class ChatBackend(Protocol):
@@ -127,53 +126,20 @@ class HttpBackend:
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
         """Asks the server for its models. Raises StartupError if it does not answer."""
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise StartupError(f"--url {url}: not an address; give one like http://127.0.0.1:8000")
-        self.url = url
-        self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port = parts.hostname, parts.port
-        self._base = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json", "Connection": "close"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        listed = json.loads(self._request("GET", "/models").read())
-        self.name = model or str(listed["data"][0]["id"])
-
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
-        connection = self._connect(self._host, self._port, timeout=CONNECT_TIMEOUT_SECONDS)
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            connection.request(method, self._base + path, data, self._headers)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise StartupError(
-                f"--url {self.url}: no answer ({error}).\nStart a server with `gossamer serve`, or correct the address."
-            ) from error
-        if response.status != 200:
-            raise GossamerError(f"{self.url} answered {response.status}: {_error_message(response.read())}")
-        return response
+        self._endpoint = Endpoint(url, api_key, "--url")
+        listed = asyncio.run(self._endpoint.first_model())
+        self.name = model or listed
 
     def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]:
         body = {"model": self.name, "messages": messages, "stream": True, **_changed(params)}
-        response = self._request("POST", "/chat/completions", body)
+        source = self._endpoint.events("/v1/chat/completions", body)
         try:
-            for line in response:
-                if not line.startswith(b"data:"):
-                    continue
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise GossamerError(_error_message(data))
-                for choice in chunk["choices"]:
-                    yield choice["delta"].get("content") or ""
-        except (OSError, http.client.HTTPException) as error:
-            raise GossamerError(f"The connection to {self.url} broke: {error}") from error
-        finally:
-            response.close()
+            with asyncio.Runner() as runner, contextlib.closing(iterate(runner, source)) as events:
+                for event in events:
+                    for choice in event["choices"]:
+                        yield choice["delta"].get("content") or ""
+        except (OSError, ValueError) as error:
+            raise GossamerError(f"{self._endpoint.url}: {error}") from error
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:
@@ -183,11 +149,3 @@ def _changed(params: SamplingParams) -> dict[str, Any]:
     values = {item.name: getattr(params, item.name) for item in dataclasses.fields(SamplingParams)}
     always = ("temperature", "max_tokens")
     return {name: value for name, value in values.items() if name in always or value != getattr(default, name)}
-
-
-def _error_message(body: bytes) -> str:
-    try:
-        error = json.loads(body)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:200]

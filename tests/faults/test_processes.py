@@ -83,7 +83,7 @@ def test_stopped_engine_is_not_ready(model, monkeypatch):
 
     async def main():
         config = make_engine_config(model=model)
-        async with async_llm.AsyncLLM.from_config(config, factory=FAKE_ENGINE, log_level="critical") as llm:
+        async with async_llm.AsyncLLM(config=config, factory=FAKE_ENGINE, log_level="critical") as llm:
             await asyncio.sleep(1.5)
             await llm.check_health()
             os.kill(llm._client.pid, signal.SIGSTOP)

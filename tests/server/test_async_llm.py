@@ -34,7 +34,7 @@ def fake_engine_importable(monkeypatch):
 def with_llm(model, scenario, **options):
     async def main():
         config = make_engine_config(model=model, **({"seed": 2} | options))
-        async with AsyncLLM.from_config(config, factory=FAKE_ENGINE, log_level="critical") as llm:
+        async with AsyncLLM(config=config, factory=FAKE_ENGINE, log_level="critical") as llm:
             await scenario(llm)
             if llm.death is None:
                 await idle(llm)
@@ -257,8 +257,8 @@ def test_shutdown_ends_open_requests(model):
 
 def test_startup_failure(model):
     async def main():
-        llm = AsyncLLM.from_config(
-            make_engine_config(model=model), factory="fake_engine:build_failing", log_level="critical"
+        llm = AsyncLLM(
+            config=make_engine_config(model=model), factory="fake_engine:build_failing", log_level="critical"
         )
         with pytest.raises(StartupError, match="model folder is empty"):
             await llm.start()
