@@ -19,11 +19,7 @@ MAX_POPULARITY = 0.98
 
 
 def dummy_weights(
-    config: ModelConfig,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    routing: str = "uniform",
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", routing: str = "uniform"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The canonical stream of a model that exists only as a config, drawn on `device`.
 

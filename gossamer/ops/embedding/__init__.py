@@ -6,13 +6,9 @@ from gossamer.ops.embedding import reference
 
 
 def embed_tokens(
-    input_ids: torch.Tensor,
-    token_slots: torch.Tensor,
-    last_token: torch.Tensor,
-    weight: torch.Tensor,
-    *,
+    input_ids: torch.Tensor, token_slots: torch.Tensor, last_token: torch.Tensor, weight: torch.Tensor, *,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Rows of `weight` [vocab_size, hidden]; returns [num_tokens, hidden].
 
     input_ids: int32 [num_tokens]; -1 stands for `last_token[token_slots[t]]`, what the slot sampled last (int64

@@ -7,14 +7,9 @@ from gossamer.ops.gemm import reference
 
 
 def few_row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-    fp8: tuple[torch.Tensor, bool] | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out_dtype: torch.dtype | None = None,
+    fp8: tuple[torch.Tensor, bool] | None = None, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """x [M, K] weight [N, K]^T + bias [N] -> [M, N] in `out_dtype` (x's unless given), accumulated in fp32.
 
     M is at most 64 on a device. The weight may have another dtype than x (a float32 router). Where `use_few_row` is
@@ -31,18 +26,10 @@ def few_row_linear(
 
 
 def add_rms_norm_linear(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-    keep_normed: bool = False,
-    fp8: tuple[torch.Tensor, bool] | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype | None = None, keep_normed: bool = False,
+    fp8: tuple[torch.Tensor, bool] | None = None, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """`add_rms_norm` and `few_row_linear` in one launch.
 
     x, residual: [M, K]; norm_weight: [K]; weight: [N, K]; bias: [N]. Returns the product [M, N], the new residual

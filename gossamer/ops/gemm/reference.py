@@ -9,12 +9,9 @@ from gossamer.ops.quantize_fp8 import reference as quantize_fp8
 
 
 def few_row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype,
     fp8: tuple[torch.Tensor, bool] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     if fp8 is not None:
         q, scales = quantize_fp8.quantize_activation(x, ue8m0=fp8[1])
         return gemm_fp8.fp8_linear(q, scales, weight, fp8[0], bias, out_dtype=out_dtype, kind="block")
@@ -24,16 +21,9 @@ def few_row_linear(
 
 
 def add_rms_norm_linear(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    keep_normed: bool,
-    fp8: tuple[torch.Tensor, bool] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor | None, out_dtype: torch.dtype, keep_normed: bool, fp8: tuple[torch.Tensor, bool] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     if residual is None:
         summed, normed = x, rms_norm(x, norm_weight, eps)
     else:

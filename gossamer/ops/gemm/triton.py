@@ -175,13 +175,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, most_rows: int, *others: torch
 
 
 def few_row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    config: Config | None = None,
-    fp8: tuple[torch.Tensor, bool] | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype,
+    config: Config | None = None, fp8: tuple[torch.Tensor, bool] | None = None,
+) -> torch.Tensor:  # fmt: skip
     _check(x, weight, MOST_ROWS if fp8 is None else MOST_FUSED_ROWS, bias)
     (num_rows, width), num_out = x.shape, weight.shape[0]
     config = config or choose(num_rows, num_out, width, weight.element_size())
@@ -205,34 +201,20 @@ def few_row_linear(
 
 
 def add_rms_norm_linear(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    keep_normed: bool,
-    config: Config | None = None,
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor | None, out_dtype: torch.dtype, keep_normed: bool, config: Config | None = None,
     fp8: tuple[torch.Tensor, bool] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     _check(x, weight, MOST_FUSED_ROWS, bias, residual, norm_weight)
     config = config or choose(x.shape[0], weight.shape[0], x.shape[1], weight.element_size(), fused=True)
     return _launch_rows(x, residual, norm_weight, eps, weight, bias, out_dtype, keep_normed, fp8, config)
 
 
 def _launch_rows(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    keep_normed: bool,
-    fp8: tuple[torch.Tensor, bool] | None,
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor | None, out_dtype: torch.dtype, keep_normed: bool, fp8: tuple[torch.Tensor, bool] | None,
     config: Config,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     (num_rows, width), num_out = x.shape, weight.shape[0]
     out = x.new_empty(num_rows, num_out, dtype=out_dtype)
     summed = x if residual is None else torch.empty_like(residual)

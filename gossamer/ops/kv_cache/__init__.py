@@ -11,17 +11,10 @@ from gossamer.ops.kv_cache import reference
 
 
 def write_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
-    fresh_pages: torch.Tensor | None = None,
-    *,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor,
+    fresh_pages: torch.Tensor | None = None, *, k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """Stores new tokens' keys and values in place.
 
     k, v: [num_tokens, num_kv_heads, head_dim].
@@ -36,17 +29,10 @@ def write_kv(
 
 
 def write_kv_fp8(
-    kv: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-    *,
+    kv: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor, *,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Quantises new tokens' keys and values into their FP8 pages, whose scales grow where the tokens need it.
 
     kv: [num_tokens, 2, num_kv_heads, head_dim], keys and values; the rest as for `ops.rope.rope_write_kv`, but that a

@@ -6,15 +6,9 @@ _SMALLEST_SCALE = 2.0**-40
 
 
 def write_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    slots: torch.Tensor,
-    fresh_pages: torch.Tensor | None,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-) -> None:
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor,
+    fresh_pages: torch.Tensor | None, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     page_size = k_pages.shape[2]
     for new, pages, scales in ((k, k_pages, k_scales), (v, v_pages, v_scales)):
         if scales is not None:
@@ -30,15 +24,9 @@ def write_kv(
 
 
 def write_kv_fp8(
-    kv: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-) -> None:
+    kv: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor,
+) -> None:  # fmt: skip
     live = token_slots >= 0
     at, page_size = positions[live].long(), k_pages.shape[2]
     page = page_table[token_slots[live].long(), at // page_size].long()

@@ -107,15 +107,9 @@ def _write_kernel(
 
 
 def write_kv_fp8(
-    kv: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-) -> None:
+    kv: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor,
+) -> None:  # fmt: skip
     num_tokens, (num_kv_heads, page_size, head_dim) = kv.shape[0], k_pages.shape[1:]
     if not num_tokens:
         return

@@ -18,28 +18,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend
 
 
 def rope_write_kv(
-    qkv: torch.Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    q_out: torch.Tensor,
-    *,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    norm_full: bool = False,
-    clip: float | None = None,
-    backend: str = "auto",
-) -> None:
+    qkv: torch.Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
+    v_pages: torch.Tensor, q_out: torch.Tensor, *, k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6, norm_full: bool = False, clip: float | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """From the packed projection to rotated queries and to keys and values in their pages, in one pass.
 
     In this order: RMSNorm of queries and keys, clamp of all three to [-clip, clip], rotation of queries and keys.

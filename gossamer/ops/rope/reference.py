@@ -11,27 +11,11 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def rope_write_kv(
-    qkv: torch.Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    q_out: torch.Tensor,
-    *,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    norm_full: bool,
-    clip: float | None,
-) -> None:
+    qkv: torch.Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
+    v_pages: torch.Tensor, q_out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_full: bool, clip: float | None,
+) -> None:  # fmt: skip
     live = token_slots >= 0
     heads = qkv.view(-1, num_q_heads + 2 * num_kv_heads, head_dim)[live]
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)

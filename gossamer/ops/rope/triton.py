@@ -101,27 +101,11 @@ def _rope_write_kv_kernel(
 
 
 def rope_write_kv(
-    qkv: torch.Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    token_slots: torch.Tensor,
-    page_table: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    q_out: torch.Tensor,
-    *,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    norm_full: bool,
-    clip: float | None,
-) -> None:
+    qkv: torch.Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
+    v_pages: torch.Tensor, q_out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_full: bool, clip: float | None,
+) -> None:  # fmt: skip
     num_tokens = qkv.shape[0]
     if not num_tokens:
         return

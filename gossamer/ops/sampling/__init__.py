@@ -31,20 +31,10 @@ def workspace_size(num_rows: int, vocab: int) -> int:
 
 
 def sample_slots(
-    logits: Tensor,
-    slots: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    output_index: Tensor,
-    last_token: Tensor,
-    *,
-    workspace: Tensor | None = None,
-    out: Tensor | None = None,
+    logits: Tensor, slots: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
+    output_index: Tensor, last_token: Tensor, *, workspace: Tensor | None = None, out: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`sample` with parameters per slot, read where they lie: two launches, no host decision, for CUDA graphs.
 
     The token is `sample`'s for the uniform number of (seed, output_index), unless that lies within UNIFORM_TOLERANCE

@@ -34,12 +34,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def apply_penalties(
-    logits: Tensor,
-    prompt_mask: Tensor,
-    output_counts: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-    repetition: Tensor,
+    logits: Tensor, prompt_mask: Tensor, output_counts: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
 ) -> Tensor:
     """Lowers the logits of tokens that have occurred (OpenAI's presence and frequency, CTRL's repetition penalty).
 
@@ -121,17 +116,9 @@ def uniform(seeds: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArr
 
 
 def sample_slots(
-    logits: Tensor,
-    slots: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    output_index: Tensor,
-    last_token: Tensor,
-    out: Tensor,
-) -> Tensor:
+    logits: Tensor, slots: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
+    output_index: Tensor, last_token: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
     """Waits for the device: the parameters of `sample` are host values."""
     real = (slots >= 0).nonzero().squeeze(1)
     slot = slots[real].long()

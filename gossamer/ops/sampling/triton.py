@@ -339,18 +339,9 @@ def workspace_size(num_rows: int, vocab: int) -> int:
 
 
 def sample_slots(
-    logits: Tensor,
-    slots: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    output_index: Tensor,
-    last_token: Tensor,
-    workspace: Tensor,
-    out: Tensor,
-) -> Tensor:
+    logits: Tensor, slots: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
+    output_index: Tensor, last_token: Tensor, workspace: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
     num_rows, vocab = logits.shape
     num_blocks = triton.cdiv(vocab, BLOCK.value)
     items = workspace[: 2 * _CAPACITY * num_rows].view(torch.int64)
