@@ -239,7 +239,7 @@ def choose_grouped(
         return Config(block_m, 128, 2, 8, 3, True), Config(block_m, 128, 2, 8, 3, True)
     if hopper:
         return HopperConfig(2, 2, 1), HopperConfig(2, 2, 1)
-    return Config(128, 128, 2, 8, 4, False, 1, True), Config(128, 128, 2, 8, 4, False, 1, True)
+    return (Config(128, 128, 2, 8, 3, False, 1, True),) * 2  # results in fp32 leave room for three stages
 
 
 def _strides(scales: torch.Tensor) -> tuple[int, int]:
