@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import (
@@ -35,6 +35,9 @@ from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from gossamer.server.metrics import ServerMetrics
+
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -49,17 +52,6 @@ class RequestTimes(NamedTuple):
     total: float
     queue: float
     decode: float
-
-
-class MetricsSink(Protocol):
-    """Where latencies are observed: `gossamer.server.metrics.ServerMetrics`."""
-
-    def on_first_token(self, seconds: float, num_prompt_tokens: int) -> None: ...
-    def on_tokens(self, num_tokens: int) -> None: ...
-    def on_later_tokens(self, seconds: float, num_tokens: int) -> None: ...
-    def on_finished(
-        self, reason: FinishReason, times: RequestTimes, num_prompt_tokens: int, num_tokens: int
-    ) -> None: ...
 
 
 @dataclass(slots=True)
@@ -146,7 +138,7 @@ class AsyncLLM:
         self.max_prompt_chars = 0
         """A longer text cannot fit into the context, whatever its tokens are."""
         self.stats = EngineStats()
-        self.metrics: MetricsSink | None = None
+        self.metrics: ServerMetrics | None = None
         self.death: str | None = None
         """Why the engine died, if it has."""
 

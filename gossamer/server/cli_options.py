@@ -90,18 +90,14 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def _parse_int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a whole number; got {text!r}.") from None
+def _number_parser(kind: type, what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants {what}; got {text!r}.") from None
 
-
-def _parse_float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a number; got {text!r}.") from None
+    return parse
 
 
 def _choice_parser(choices: tuple[str, ...]) -> Callable[[str], str]:
@@ -155,9 +151,12 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
         choices = get_args(kind)
         options |= {"type": _choice_parser(choices), "metavar": "{" + ",".join(choices) + "}"}
     elif kind is int:
-        options |= {"type": parse_size if size else _parse_int, "metavar": "SIZE" if size else "N"}
+        options |= {
+            "type": parse_size if size else _number_parser(int, "a whole number"),
+            "metavar": "SIZE" if size else "N",
+        }
     elif kind is float:
-        options |= {"type": _parse_float, "metavar": "X"}
+        options |= {"type": _number_parser(float, "a number"), "metavar": "X"}
     elif kind is str:
         options |= {"metavar": "TEXT"}
     else:  # str | list[str]

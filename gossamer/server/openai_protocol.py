@@ -4,6 +4,7 @@ Every field of that API is known here. One that Gossamer does not implement is a
 so that nothing a client asks for is silently ignored.
 """
 
+import dataclasses
 import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -18,6 +19,7 @@ MAX_SEQUENCES = 256
 """Most continuations of one HTTP request: prompts times n."""
 MAX_CACHE_SALT = 128
 MAX_NEUTRAL_BYTES = 256
+_SAMPLING_FIELDS = frozenset(item.name for item in dataclasses.fields(SamplingParams))
 
 V = TypeVar("V")
 T = TypeVar("T")
@@ -100,28 +102,9 @@ class GenerationRequest(_Request, kw_only=True):
     store: bool | None = None
 
     def _sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        return SamplingParams(
-            n=_or(self.n, defaults.n),
-            presence_penalty=_or(self.presence_penalty, defaults.presence_penalty),
-            frequency_penalty=_or(self.frequency_penalty, defaults.frequency_penalty),
-            repetition_penalty=_or(self.repetition_penalty, defaults.repetition_penalty),
-            temperature=_or(self.temperature, defaults.temperature),
-            top_p=_or(self.top_p, defaults.top_p),
-            top_k=_or(self.top_k, defaults.top_k),
-            min_p=_or(self.min_p, defaults.min_p),
-            seed=self.seed,
-            stop=self.stop,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            max_tokens=max_tokens,
-            min_tokens=_or(self.min_tokens, defaults.min_tokens),
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-            skip_special_tokens=self.skip_special_tokens,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            logit_bias=self.logit_bias,
-            allowed_token_ids=self.allowed_token_ids,
-        )
+        names = _SAMPLING_FIELDS.intersection(self.__struct_fields__)
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(defaults, **own | {"max_tokens": max_tokens, "logprobs": logprobs})
 
     def check(self) -> None:
         super().check()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from gossamer.core import DeviceCeilings, EngineStats, StartupError
 from gossamer.server.bench import BenchConfig
@@ -92,8 +93,13 @@ def publish(runs: list[Figures], model: str, bench: BenchConfig, device: str) ->
     if bench.output_json is not None:
         shapes = {"model": model, **{k: v for k, v in dataclasses.asdict(bench).items() if v is not None}}
         report = {**environment(device), "shapes": shapes, "repeats": len(runs), "median": median, "all": runs}
-        try:
-            Path(bench.output_json).write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise StartupError(f"--output-json {bench.output_json}: {error.strerror}.") from error
+        write_report(bench.output_json, report)
     return median
+
+
+def write_report(path: str, report: dict[str, Any]) -> None:
+    """Writes what --output-json asked for. Raises StartupError if the file cannot be written."""
+    try:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise StartupError(f"--output-json {path}: {error.strerror}.") from error

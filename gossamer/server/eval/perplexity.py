@@ -6,7 +6,6 @@ The text passes through the engine itself, in this process: what is measured is 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from gossamer.engine.build import build_engine
 from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.models.resolve import resolve_paths
-from gossamer.server.bench.report import environment
+from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.progress import progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
@@ -117,7 +116,13 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
         found[name if name not in found else f"{name}, {flags}"] = prediction.against(base)
     _print(found)
     if options.output_json is not None and info is not None:
-        _write(options, configs[""], info, len(token_ids) - 1, found)
+        shapes = (
+            f"{Path(configs[''].load.model).stem}; {Path(options.text).name}: {len(token_ids) - 1} tokens scored, "
+            f"windows of {options.context}, stride {options.stride}"
+        )
+        figures = {"repeats": 1, "median": found, "all": [found]}
+        facts = {**environment(info.device_name), "unit": "change: of perplexity, relative", "shapes": shapes}
+        write_report(options.output_json, facts | figures)
     return found
 
 
@@ -157,18 +162,3 @@ def _print(found: Mapping[str, Mapping[str, float]]) -> None:
     print(" " * width, *(f"{column:>20}" for column in columns))
     for name, row in found.items():
         print(f"{name:<{width}}", *(f"{value:>20.5g}" for value in row.values()))
-
-
-def _write(
-    options: EvalConfig, config: EngineConfig, info: EngineInfo, scored: int, found: Mapping[str, Mapping[str, float]]
-) -> None:
-    shapes = (
-        f"{Path(config.load.model).stem}; {Path(options.text).name}: {scored} tokens scored, windows of "
-        f"{options.context}, stride {options.stride}"
-    )
-    figures = {"repeats": 1, "median": found, "all": [found]}
-    report = {**environment(info.device_name), "unit": "change: of perplexity, relative", "shapes": shapes, **figures}
-    try:
-        Path(str(options.output_json)).write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise StartupError(f"--output-json {options.output_json}: {error.strerror}.") from error
