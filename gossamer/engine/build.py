@@ -1,6 +1,7 @@
 """Builds an engine from a config: inspect the model, resolve what is automatic, load, divide memory, start the loop."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -12,7 +13,7 @@ from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.engine.trace import Trace
 from gossamer.kv_cache.ledger import MemoryPlan, plan_memory, require_context
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.linear import WeightFormat
+from gossamer.layers.linear import Part, WeightFormat
 from gossamer.layers.moe import ExpertUse, MoELayer
 from gossamer.models.cost import StepCost, bytes_per_weight
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
@@ -151,15 +152,14 @@ def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
 
 def _load(decoder: Decoder, source: ModelSource, config: EngineConfig, report: ProgressCallback) -> None:
     total = len(expected_shapes(source.config))
-    loaded = 0
 
-    def on_tensor(_: str) -> None:
-        nonlocal loaded
-        loaded += 1
-        report("Loading weights", loaded / total)
+    def reported() -> Iterator[tuple[str, Part]]:
+        for number, weight in enumerate(iter_weights(source, config.load, decoder.fmt.device), 1):
+            yield weight
+            report("Loading weights", number / total)
 
     with torch.inference_mode():
-        decoder.load(iter_weights(source, config.load, decoder.fmt.device), on_tensor)
+        decoder.load(reported())
 
 
 def _with_plan(config: EngineConfig, plan: MemoryPlan, page_bytes: int, fmt: WeightFormat) -> EngineConfig:

@@ -19,16 +19,7 @@ from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention import gqa
 from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
-from gossamer.layers.linear import (
-    DenseWeight,
-    Linear,
-    Part,
-    Weight,
-    WeightFormat,
-    dense,
-    make_head,
-    storage_bytes,
-)
+from gossamer.layers.linear import DenseWeight, Linear, Part, Weight, WeightFormat, dense, make_head, storage_bytes
 from gossamer.layers.mlp import GatedMLP
 from gossamer.layers.moe import MoELayer
 from gossamer.layers.residual import ResidualStream
@@ -38,6 +29,7 @@ from gossamer.ops.norm import rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 
 ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
+Loader = Callable[[str, Part], None]
 
 
 class Block:
@@ -81,25 +73,20 @@ class Decoder:
         self._rotary = RotaryTable(config.rope, config.head_dim, max_model_len, fmt.dtype, fmt.device)
         self._loaders = self._collect_loaders()
 
-    def _collect_loaders(self) -> dict[str, Callable[[str, Part], None]]:
-        loaders: dict[str, Callable[[str, Part], None]] = {
-            "embed.weight": self._load_embed,
-            "final_norm.weight": lambda _, t: setattr(self, "final_norm", dense(t, self.fmt)),
-        }
+    def _collect_loaders(self) -> dict[str, Loader]:
+        loaders = {"embed.weight": self._load_embed, "final_norm.weight": self._setter(self, "final_norm")}
         if not self.config.tie_word_embeddings:
             loaders["lm_head.weight"] = lambda _, t: setattr(self, "head", make_head(t, self.fmt))
         for i, block in enumerate(self.blocks):
             for attribute in ("attn_norm", "mlp_norm"):
-                loaders[f"layers.{i}.{attribute}.weight"] = self._norm_loader(block, attribute)
-            for name in block.attention.norms:
-                loaders[name] = self._layer_loader(block.attention)
+                loaders[f"layers.{i}.{attribute}.weight"] = self._setter(block, attribute)
+            loaders |= dict.fromkeys(block.attention.norms, self._into(block.attention))
             if isinstance(block.mlp, MoELayer):
                 loaders[block.mlp.router_name] = self._router_loader(block.mlp)
                 if block.mlp.stacked is not None:
-                    loaders |= dict.fromkeys(block.mlp.stacked.names, self._stacked_loader(block.mlp.stacked))
+                    loaders |= dict.fromkeys(block.mlp.stacked.names, self._into(block.mlp.stacked))
             for linear in [*block.attention.linears, *block.mlp.linears]:
-                for name in linear.expected_names():
-                    loaders[name] = self._linear_loader(linear)
+                loaders |= dict.fromkeys(linear.expected_names(), self._into(linear))
         return loaders
 
     def _load_embed(self, _: str, tensor: Part) -> None:
@@ -108,16 +95,13 @@ class Decoder:
             return
         self.head = make_head(self.embed if self.fmt.quantization in ("none", "fp8") else tensor, self.fmt)
 
-    def _norm_loader(self, block: Block, attribute: str) -> Callable[[str, Part], None]:
-        return lambda _, tensor: setattr(block, attribute, dense(tensor, self.fmt))
+    def _setter(self, owner: object, attribute: str) -> Loader:
+        return lambda _, tensor: setattr(owner, attribute, dense(tensor, self.fmt))
 
-    def _layer_loader(self, attention: gqa.GQALayer) -> Callable[[str, Part], None]:
-        return lambda name, tensor: attention.load(name, tensor, self.fmt)
+    def _into(self, part: Linear | StackedExperts | gqa.GQALayer) -> Loader:
+        return lambda name, tensor: part.load(name, tensor, self.fmt)
 
-    def _stacked_loader(self, experts: StackedExperts) -> Callable[[str, Part], None]:
-        return lambda name, tensor: experts.load(name, tensor, self.fmt)
-
-    def _router_loader(self, layer: MoELayer) -> Callable[[str, Part], None]:
+    def _router_loader(self, layer: MoELayer) -> Loader:
         def load(_: str, part: Part) -> None:
             # Its products are in fp32 either way: on a GPU a 16-bit checkpoint's router is half as much to read.
             narrow = self.paged and isinstance(part, torch.Tensor) and part.dtype == self.fmt.dtype
@@ -126,10 +110,7 @@ class Decoder:
 
         return load
 
-    def _linear_loader(self, linear: Linear) -> Callable[[str, Part], None]:
-        return lambda name, tensor: linear.load(name, tensor, self.fmt)
-
-    def load(self, weights: Iterable[tuple[str, Part]], on_tensor: Callable[[str], None] | None = None) -> None:
+    def load(self, weights: Iterable[tuple[str, Part]]) -> None:
         """Takes the canonical weight stream. Raises StartupError for a name that is unknown or never came."""
         missing = dict.fromkeys(self._loaders)
         for name, tensor in weights:
@@ -138,8 +119,6 @@ class Decoder:
                 raise StartupError(f"The checkpoint has a tensor {name} that a {self.config.family} model does not.")
             loader(name, tensor)
             missing.pop(name, None)
-            if on_tensor is not None:
-                on_tensor(name)
         if missing:
             raise StartupError(f"The checkpoint lacks {len(missing)} tensors, the first is {next(iter(missing))}.")
 
