@@ -94,15 +94,9 @@ class StackedExperts:
         return fp8_moe_mlp(*inputs, scales[0], w_down, scales[1], quantized=quantized, backend=self._backend)
 
     def add_rms_norm(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        quantized: Quantized | None,
-        residual: torch.Tensor,
-        norm: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
+        residual: torch.Tensor, norm: torch.Tensor, eps: float,
+    ) -> torch.Tensor:  # fmt: skip
         """The norm of residual + what the experts make of x; the residual becomes the sum."""
         w_gate_up, w_down, scales = self._weights()
         inputs, after = (x, topk_weights, topk_ids, w_gate_up), (residual, norm, eps)
@@ -113,15 +107,9 @@ class StackedExperts:
         return cast("torch.Tensor", normed)
 
     def add_rms_norm_fp8(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        quantized: Quantized | None,
-        residual: torch.Tensor,
-        norm: torch.Tensor,
-        eps: float,
-    ) -> Quantized:
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
+        residual: torch.Tensor, norm: torch.Tensor, eps: float,
+    ) -> Quantized:  # fmt: skip
         """`add_rms_norm` of FP8 experts, its result as 1 x 128 groups."""
         w_gate_up, w_down, scales = self._weights()
         if scales is None:

@@ -77,37 +77,23 @@ class ResidualStream:
                 return held.quantized(*pending.add_rms_norm_fp8(self._x, weight, self._eps), self._x.dtype)
             added = self._take()
             q, scales, _ = add_rms_norm_fp8(
-                self._x if added is None else added,
-                None if added is None else self._x,
-                weight,
-                self._eps,
-                per_token=held.per_token,
-                ue8m0=held.ue8m0,
-                backend=self._backend,
-            )
+                self._x if added is None else added, None if added is None else self._x, weight, self._eps,
+                per_token=held.per_token, ue8m0=held.ue8m0, backend=self._backend,
+            )  # fmt: skip
             return held.quantized(q, scales, self._x.dtype)
         if isinstance(held, DenseWeight) and held.kernels and use_fused_norm(*self._x.shape):
             return self._folded(weight, held.weight, held.bias)
         return linear(self.normed(weight))
 
     def _folded(
-        self,
-        norm: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        self, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         fp8: tuple[torch.Tensor, bool] | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         added = self._take()
         result, self._x, _ = add_rms_norm_linear(
-            self._x if added is None else added,
-            None if added is None else self._x,
-            norm,
-            self._eps,
-            weight,
-            bias,
-            fp8=fp8,
-            backend=self._backend,
-        )
+            self._x if added is None else added, None if added is None else self._x, norm, self._eps, weight, bias,
+            fp8=fp8, backend=self._backend,
+        )  # fmt: skip
         return result
 
     def routed(

@@ -74,15 +74,9 @@ class AttentionLayer(Protocol):
     ) -> torch.Tensor: ...
 
     def project(
-        self,
-        stream: ResidualStream,
-        norm: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        plan: PagedPlan,
-        planes: Sequence[torch.Tensor],
-        q: torch.Tensor,
-    ) -> None: ...
+        self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
+        planes: Sequence[torch.Tensor], q: torch.Tensor,
+    ) -> None: ...  # fmt: skip
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
         """Whether `attend` is to leave its result in FP8."""

@@ -123,13 +123,8 @@ class GQALayer:
         next(linear for linear in self.linears if name in linear.expected_names()).load(name, tensor, fmt)
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        plan: GQAPlan,
-        planes: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
         config, backend = self._config, self._backend
         num_q, num_kv = config.num_q_heads, config.num_kv_heads
         k_pages, v_pages, scales = _cache(planes)
@@ -154,15 +149,9 @@ class GQALayer:
         return self.o(out.flatten(1))
 
     def project(
-        self,
-        stream: ResidualStream,
-        norm: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        plan: PagedPlan,
-        planes: Sequence[torch.Tensor],
-        q: torch.Tensor,
-    ) -> None:
+        self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
+        planes: Sequence[torch.Tensor], q: torch.Tensor,
+    ) -> None:  # fmt: skip
         """Fills `q` [num_tokens, num_q_heads, head_dim] from the normed stream and writes keys and values.
 
         cos, sin: whole tables, by position.
@@ -170,26 +159,11 @@ class GQALayer:
         config = self._config
         k_pages, v_pages, scales = _cache(planes)
         rope_write_kv(
-            stream.product(norm, self.qkv),
-            config.num_q_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            cos,
-            sin,
-            plan.positions,
-            plan.token_slots,
-            plan.page_table,
-            k_pages,
-            v_pages,
-            q,
-            **scales,
-            q_norm=self.norms.get(self._q_norm),
-            k_norm=self.norms.get(self._k_norm),
-            eps=config.rms_norm_eps,
-            norm_full=config.qk_norm == "full",
-            clip=config.clip_qkv,
-            backend=self._backend,
-        )
+            stream.product(norm, self.qkv), config.num_q_heads, config.num_kv_heads, config.head_dim, cos, sin,
+            plan.positions, plan.token_slots, plan.page_table, k_pages, v_pages, q, **scales,
+            q_norm=self.norms.get(self._q_norm), k_norm=self.norms.get(self._k_norm), eps=config.rms_norm_eps,
+            norm_full=config.qk_norm == "full", clip=config.clip_qkv, backend=self._backend,
+        )  # fmt: skip
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
         """Steps of decode alone, where the output projection takes groups of a head's size.
@@ -208,37 +182,14 @@ class GQALayer:
         table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
         if n:
             paged_decode(
-                q[:n],
-                k_pages,
-                v_pages,
-                table,
-                slots[:n],
-                lens[:n],
-                scale,
-                dense[:n],
-                out_scales=out_scales,
-                **scales,
-                window=window,
-                workspace=plan.workspace,
-                max_seq_len=plan.max_seq_len,
-                backend=self._backend,
-            )
+                q[:n], k_pages, v_pages, table, slots[:n], lens[:n], scale, dense[:n], out_scales=out_scales, **scales,
+                window=window, workspace=plan.workspace, max_seq_len=plan.max_seq_len, backend=self._backend,
+            )  # fmt: skip
         if len(slots) > n:
             paged_prefill(
-                q[n:],
-                k_pages,
-                v_pages,
-                table,
-                slots[n:],
-                plan.cu_seqlens_q,
-                lens[n:],
-                plan.max_q_len,
-                scale,
-                dense[n:],
-                **scales,
-                window=window,
-                backend=self._backend,
-            )
+                q[n:], k_pages, v_pages, table, slots[n:], plan.cu_seqlens_q, lens[n:], plan.max_q_len, scale,
+                dense[n:], **scales, window=window, backend=self._backend,
+            )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:
         if isinstance(attended, torch.Tensor):
