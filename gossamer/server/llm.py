@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -32,26 +32,12 @@ _PROGRESS_AFTER_SECONDS = 2.0
 
 @dataclass(slots=True)
 class _Job:
-    """A validated prompt that waits for its turn."""
+    """A validated prompt."""
 
-    index: int
     text: str | None
     token_ids: list[int]
     params: SamplingParams
     cache_salt: str | None
-
-
-@dataclass(slots=True)
-class _Run:
-    """The state of one call of `generate`."""
-
-    jobs: deque[_Job]
-    processor: OutputProcessor
-    samples: deque[tuple[str, SamplingParams, _Job]] = field(default_factory=deque)
-    """Samples of jobs begun that did not fit into the engine's queue yet."""
-    index_of: dict[str, int] = field(default_factory=dict)
-    """Request id -> position in the results, for requests in flight."""
-    results: dict[int, RequestOutput] = field(default_factory=dict)
 
 
 class LLM:
@@ -105,7 +91,7 @@ class LLM:
             # Cheap checks first: a prompt is encoded only for parameters that can be served.
             self._engine.limits.check_params(params)
             text, token_ids, cache_salt = self._read_prompt(prompt, index)
-            jobs.append(_Job(index, text, token_ids, params, cache_salt))
+            jobs.append(_Job(text, token_ids, params, cache_salt))
         return self._run(jobs, use_tqdm)
 
     def chat(
@@ -188,45 +174,42 @@ class LLM:
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
         for job in jobs:
             self._engine.limits.check(job.token_ids, job.params)
-        run = _Run(deque(jobs), OutputProcessor(self._tokenizer))
+        processor = OutputProcessor(self._tokenizer)
+        index_of: dict[str, int] = {}
+        samples: deque[tuple[str, SamplingParams, _Job]] = deque()
+        for index, job in enumerate(jobs):
+            request_id = f"llm-{next(self._ids)}"
+            index_of[request_id] = index
+            children = processor.add_request(request_id, job.text, job.token_ids, job.params, mode="final")
+            samples.extend((child, params, job) for child, params in children)
+        results: dict[int, RequestOutput] = {}
         try:
             with contextlib.closing(_ProgressBar(len(jobs), use_tqdm and self._show_progress)) as progress:
-                while len(run.results) < len(jobs):
-                    self._feed(run)
-                    self._step(run)
-                    progress.update(len(run.results))
+                while index_of:
+                    self._feed(samples)
+                    finished, to_abort = processor.process(self._engine.step())
+                    for child in to_abort:
+                        self._engine.abort(child)
+                    for output in finished:
+                        results[index_of.pop(output.request_id)] = output
+                    progress.update(len(results))
         finally:
             # After an error or Ctrl-C too, the engine is left empty and usable.
-            for request_id in run.index_of:
-                for child in run.processor.abort(request_id):
+            for request_id in index_of:
+                for child in processor.abort(request_id):
                     self._engine.abort(child)
             with contextlib.suppress(EngineDead):
                 while self._engine.has_work():
                     self._engine.step()
-        return [run.results[index] for index in range(len(jobs))]
+        return [results[index] for index in range(len(jobs))]
 
-    def _feed(self, run: _Run) -> None:
+    def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one."""
-        if not run.jobs and not run.samples:
-            return
-        room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
-        while room > 0 and (run.jobs or run.samples):
-            if not run.samples:
-                job = run.jobs.popleft()
-                request_id = f"llm-{next(self._ids)}"
-                run.index_of[request_id] = job.index
-                children = run.processor.add_request(request_id, job.text, job.token_ids, job.params, mode="final")
-                run.samples.extend((child, params, job) for child, params in children)
-            child, params, job = run.samples.popleft()
-            self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
-            room -= 1
-
-    def _step(self, run: _Run) -> None:
-        finished, to_abort = run.processor.process(self._engine.step())
-        for request_id in to_abort:
-            self._engine.abort(request_id)
-        for output in finished:
-            run.results[run.index_of.pop(output.request_id)] = output
+        if samples:
+            room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
+            for _ in range(min(room, len(samples))):
+                child, params, job = samples.popleft()
+                self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
