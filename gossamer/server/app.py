@@ -56,7 +56,9 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
     try:
         llm = AsyncLLM(config=engine, chat_template=server.chat_template, factory=factory, log_level=server.log_level)
         try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            import uvloop
+
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_Server(server, engine, llm, listener).run())
         finally:
             llm.close()
@@ -204,15 +206,6 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
             timeout_graceful_shutdown=math.ceil(config.drain_timeout),
         )
     )
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
-    import uvloop
-
-    loop: type[asyncio.AbstractEventLoop] = uvloop.Loop
-    return loop
 
 
 def _set_up_logging(level: str) -> None:

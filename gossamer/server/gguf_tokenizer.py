@@ -88,7 +88,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], path: Path) -> TokenizerPa
         )
     _add_special(backend, tokens, types)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: _special_id(get, f"{key}_token_id", len(tokens)) for name, key in names.items()}
+    ids = {name: get.special_id(key, len(tokens)) for name, key in names.items()}
     bos, end = ids["bos_token"], ids["eos_token"]
     return TokenizerParts(
         backend=backend,
@@ -115,17 +115,12 @@ class _Metadata:
             raise self.error(f"its tokenizer.ggml.{key} is not of type {kind.__name__}.")
         return value
 
-    def get_id(self, key: str) -> int | None:
-        value = self._metadata.get(f"tokenizer.ggml.{key}")
-        return value if type(value) is int else None
+    def special_id(self, key: str, num_tokens: int) -> int | None:
+        value = self._metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return value if type(value) is int and 0 <= value < num_tokens else None
 
     def error(self, message: str) -> StartupError:
         return StartupError(f"Cannot build a tokenizer from {self._path}: {message}")
-
-
-def _special_id(get: _Metadata, key: str, num_tokens: int) -> int | None:
-    value = get.get_id(key)
-    return value if value is not None and 0 <= value < num_tokens else None
 
 
 def _byte_level(get: _Metadata, vocab: dict[str, int]) -> tuple[Backend, bool]:

@@ -214,7 +214,7 @@ async def respond(
             usage.add(index, output)
         return json_response(answer.whole(finished, usage.usage()))
 
-    return await unless_disconnected(http, run())
+    return await unless_disconnected(http.receive, run())
 
 
 async def _events(outputs: IndexedOutputs, answer: Answer[Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
