@@ -20,46 +20,35 @@ class FakeGraphs:
     """Takes the place of `GraphPool`. Captures of the sizes in `refused` fail."""
 
     def __init__(self, refused: Iterable[int] = ()) -> None:
-        self.steps: dict[int, Callable[[], Any]] = {}
-        self.pieces: dict[int, Callable[[list[torch.Tensor]], Iterator[Any]]] = {}
+        self.captured: dict[tuple[str, int], Callable[[list[Any]], Iterator[Any]]] = {}
         self.num_replays = 0
         self._refused = set(refused)
         self._static: dict[tuple[str, int], tuple[torch.Tensor | None, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self.steps) + len(self.pieces)
+        return len(self.captured)
 
-    def has_step(self, bucket: int) -> bool:
-        return bucket in self.steps
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self.captured
 
-    def has_pieces(self, bucket: int) -> bool:
-        return bucket in self.pieces
+    def sizes(self, kind: str) -> set[int]:
+        return {bucket for name, bucket in self.captured if name == kind}
 
-    def capture_step(self, bucket: int, step: Callable[[], Any]) -> None:
-        self._refuse(bucket)
-        self.steps[bucket] = step
+    def capture(self, key: tuple[str, int], pieces: Callable[[list[Any]], Iterator[Any]]) -> None:
+        if key[1] in self._refused:
+            raise CaptureFailed(f"no graph of {key[1]}")
+        self.captured[key] = pieces
 
-    def capture_pieces(self, bucket: int, pieces: Callable[[list[torch.Tensor]], Iterator[Any]]) -> None:
-        self._refuse(bucket)
-        self.pieces[bucket] = pieces
-
-    def replay_step(self, bucket: int) -> Any:
-        return self._keep(("step", bucket), self.steps[bucket]())
-
-    def replay_pieces(self, bucket: int, plan: Any) -> torch.Tensor:
-        result: list[torch.Tensor] = []
-        for attend in self.pieces[bucket](result):
+    def replay(self, key: tuple[str, int], plan: Any = None) -> Any:
+        result: list[Any] = []
+        for attend in self.captured[key](result):
             attend(plan)
-        return self._keep(("pieces", bucket), (result[0],))[0]
+        found = result[0]
+        return self._keep(key, found) if isinstance(found, tuple) else self._keep(key, (found,))[0]
 
     def clear(self) -> None:
-        self.steps.clear()
-        self.pieces.clear()
+        self.captured.clear()
         self._static.clear()
-
-    def _refuse(self, bucket: int) -> None:
-        if bucket in self._refused:
-            raise CaptureFailed(f"no graph of {bucket}")
 
     def _keep(self, key: tuple[str, int], found: tuple[torch.Tensor | None, ...]) -> Any:
         self.num_replays += 1

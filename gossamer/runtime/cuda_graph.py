@@ -6,10 +6,14 @@ Whole decode steps are one graph each; of a mixed step the pieces between its at
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
-from gossamer.layers.attention.base import Attend, PagedPlan
+from gossamer.layers.attention.base import Attend
+
+Key = tuple[str, int]
+"""The kind of step, decode or mixed, and its bucket."""
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
@@ -36,40 +40,23 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._device = device
-        self._whole: dict[int, tuple[torch.cuda.CUDAGraph, object]] = {}
-        self._pieces: dict[int, tuple[list[torch.cuda.CUDAGraph], list[Attend], torch.Tensor]] = {}
+        self._graphs: dict[Key, tuple[list[torch.cuda.CUDAGraph], list[Attend], Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._whole) + len(self._pieces)
+        return len(self._graphs)
 
-    def has_step(self, bucket: int) -> bool:
-        return bucket in self._whole
+    def __contains__(self, key: Key) -> bool:
+        return key in self._graphs
 
-    def has_pieces(self, bucket: int) -> bool:
-        return bucket in self._pieces
-
-    def capture_step(self, bucket: int, step: Callable[[], object]) -> None:
-        """`step` must have run once (kernels compiled) and reads its inputs from static memory."""
-        graph = torch.cuda.CUDAGraph()
-        with self._pool_kept():
-            with self._capturing(graph):
-                result = step()
-            self._whole[bucket] = (graph, result)
-
-    def replay_step(self, bucket: int) -> object:
-        """Runs the step; what it returned at capture, now filled anew."""
-        graph, result = self._whole[bucket]
-        graph.replay()
-        return result
-
-    def capture_pieces(self, bucket: int, pieces: Callable[[list[torch.Tensor]], Iterator[Attend]]) -> None:
+    def capture(self, key: Key, pieces: Callable[[list[Any]], Iterator[Attend]]) -> None:
         """`pieces(result)` yields its attention calls and appends what it computes to `result`.
 
         Each stretch up to a yield becomes a graph; the attention calls, whose grids follow the batch, stay outside.
+        It must have run once (kernels compiled) and reads its inputs from static memory.
         """
         graphs: list[torch.cuda.CUDAGraph] = []
         attends: list[Attend] = []
-        result: list[torch.Tensor] = []
+        result: list[Any] = []
         iterator = pieces(result)
         with self._pool_kept():
             while True:
@@ -80,11 +67,11 @@ class GraphPool:
                 if attend is None:
                     break
                 attends.append(attend)
-            self._pieces[bucket] = (graphs, attends, result[0])
+            self._graphs[key] = (graphs, attends, result[0])
 
-    def replay_pieces(self, bucket: int, plan: PagedPlan) -> torch.Tensor:
-        """Runs the pieces with the attention of this step's plan between them; what the last piece computed."""
-        graphs, attends, result = self._pieces[bucket]
+    def replay(self, key: Key, plan: Any = None) -> Any:
+        """Runs the pieces with the attention of this step's plan between them; what they computed, filled anew."""
+        graphs, attends, result = self._graphs[key]
         for graph, attend in zip(graphs, attends, strict=False):
             graph.replay()
             attend(plan)
@@ -94,8 +81,7 @@ class GraphPool:
     def clear(self) -> None:
         """Frees all graphs: what they point to is about to move."""
         torch.cuda.synchronize(self._device)
-        self._whole.clear()
-        self._pieces.clear()
+        self._graphs.clear()
         # A pool ends with its last graph.
         self._pool = torch.cuda.graph_pool_handle()
 

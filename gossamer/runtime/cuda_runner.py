@@ -6,20 +6,23 @@ thread, while the worker already enqueues the next. On CPU tensors, without stre
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention.base import PagedPlan
+from gossamer.layers.attention.base import Attend, PagedPlan
 from gossamer.models.decoder import Decoder
 from gossamer.ops.attention import DecodeWorkspace
 from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
 from gossamer.runtime.device_sampler import DeviceSampler
+from gossamer.runtime.executor import step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 from gossamer.runtime.step_inputs import RING, StepInputs
@@ -199,31 +202,25 @@ class CudaRunner:
             return self._decode_step(len(rows))
         self.inputs.load_decode(rows, bucket)
         _record(start)
-        result: _Computed = self._graphs.replay_step(bucket)  # type: ignore[assignment]
+        result: _Computed = self._graphs.replay(("decode", bucket))
         return result
 
     def _decode_step(self, bucket: int) -> _Computed:
         """One step over the first `bucket` rows of the static inputs."""
         device = self.inputs.device
         slots = device["slots"][:bucket]
-        plan = self._plan(bucket, bucket, device["row_positions"][:bucket], slots, 0)
-        input_ids = torch.full_like(slots, -1)
-        hidden = self.decoder.forward_paged(input_ids, self.last_token, plan, self._pool())
+        plan = self._plan(device["row_positions"][:bucket], slots, bucket, bucket, 0)
+        hidden = self.decoder.forward_paged(torch.full_like(slots, -1), self.last_token, plan, self._pool())
         logits, sampled = self._sample(hidden, bucket)
         return hidden, hidden, logits if bucket <= MAX_KEPT_LOGITS else None, sampled
 
     def _ready(self, kind: str, bucket: int) -> bool:
         """Whether the graph of a size exists, captured now if it was never tried; else its steps run without."""
-        graphs = self._graphs
-        if graphs is None or (kind, bucket) in self._uncaptured:
+        if self._graphs is None or (kind, bucket) in self._uncaptured:
             return False
-        has, capture = (
-            (graphs.has_step, self.warm_up_decode) if kind == "decode" else (graphs.has_pieces, self.warm_up_mixed)
-        )
-        if has(bucket):
-            return True
         try:
-            capture(bucket)
+            if (kind, bucket) not in self._graphs:
+                (self.warm_up_decode if kind == "decode" else self.warm_up_mixed)(bucket)
         except Exception as error:
             if self._device_fault() is not None:
                 raise
@@ -244,9 +241,9 @@ class CudaRunner:
         num_decode = sum(row.is_decode for row in rows)
         plan = self._token_plan(bucket, num_decode, len(rows), max(row.num_tokens for row in rows))
         if has_graph and self._graphs is not None:
-            hidden: torch.Tensor = self._graphs.replay_pieces(bucket, plan)
+            hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
         else:
-            hidden = self.decoder.forward_paged(self._ids(bucket), self.last_token, plan, self._pool())
+            hidden = self._forward(bucket, plan)
         num_sampling = sum(row.samples for row in rows)
         if not num_sampling:
             return hidden, hidden[:0], None, self.last_token[:0]
@@ -260,16 +257,17 @@ class CudaRunner:
         slots, index = device["sample_slots"][:num_rows], device["output_index"][:num_rows]
         return logits, self.device_sampler.sample(logits, slots, index, self.last_token)
 
-    def _ids(self, num_tokens: int) -> torch.Tensor:
-        return self.inputs.device["input_ids"][:num_tokens]
+    def _forward(self, num_tokens: int, plan: PagedPlan) -> torch.Tensor:
+        ids = self.inputs.device["input_ids"][:num_tokens]
+        return self.decoder.forward_paged(ids, self.last_token, plan, self._pool())
 
     def _token_plan(self, num_tokens: int, num_decode: int, num_rows: int, longest: int) -> PagedPlan:
         device = self.inputs.device
         positions, slots = device["positions"][:num_tokens], device["token_slots"][:num_tokens]
-        return self._plan(num_decode, num_rows, positions, slots, longest)
+        return self._plan(positions, slots, num_decode, num_rows, longest)
 
     def _plan(
-        self, num_decode: int, num_rows: int, positions: torch.Tensor, token_slots: torch.Tensor, longest: int
+        self, positions: torch.Tensor, token_slots: torch.Tensor, num_decode: int, num_rows: int, longest: int
     ) -> PagedPlan:
         device = self.inputs.device
         return PagedPlan(
@@ -298,25 +296,23 @@ class CudaRunner:
     def warm_up_decode(self, bucket: int) -> None:
         """Captures the graph of a decode batch size, after a run of padding that compiles its kernels."""
         self.warm_up_decode_eagerly(bucket)
-        if self._graphs is not None and not self._graphs.has_step(bucket):
-            self._graphs.capture_step(bucket, lambda: self._decode_step(bucket))
+        if self._graphs is not None and ("decode", bucket) not in self._graphs:
+            self._graphs.capture(("decode", bucket), partial(_in_one_piece, partial(self._decode_step, bucket)))
 
     def warm_up_prefill(self, num_tokens: int) -> None:
         """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
         self.inputs.pad(len(self._sequences), num_tokens)
         plan = self._token_plan(num_tokens, 0, 1, num_tokens)
-        hidden = self.decoder.forward_paged(self._ids(num_tokens), self.last_token, plan, self._pool())
+        hidden = self._forward(num_tokens, plan)
         self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
 
     def warm_up_mixed(self, bucket: int) -> None:
         """Captures the graphs of a token count, after a run of padding that compiles its kernels."""
         self.warm_up_prefill(bucket)
-        plan = self._token_plan(bucket, 0, 0, 0)
-        if self._graphs is not None and not self._graphs.has_pieces(bucket):
-            self._graphs.capture_pieces(
-                bucket,
-                lambda result: self.decoder.pieces(self._ids(bucket), self.last_token, plan, self._pool(), result),
-            )
+        if self._graphs is not None and ("mixed", bucket) not in self._graphs:
+            ids, plan = self.inputs.device["input_ids"][:bucket], self._token_plan(bucket, 0, 0, 0)
+            pieces = partial(self.decoder.pieces, ids, self.last_token, plan, self._pool())
+            self._graphs.capture(("mixed", bucket), pieces)
 
     def finish(
         self, batch: ScheduledBatch, slot: _Slot, logprobs: _Logprobs, prompt: _PromptLogprobs, host_start: float
@@ -331,14 +327,7 @@ class CudaRunner:
             if elapsed > CLOCK_SECONDS:
                 self._clock_event, slot.end = slot.end, self._clock_event
                 self._clock_time = start_time + seconds
-        sampled = slot.tokens.tolist()
-        token_ids = [-1] * len(batch.rows)
-        found: _Logprobs = None if logprobs is None else [None] * len(batch.rows)
-        for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
-            token_ids[i] = sampled[j]
-            if found is not None and logprobs is not None:
-                found[i] = logprobs[j]
-        return StepResult(batch.step_id, token_ids, found, prompt, seconds, start_time)
+        return step_result(batch, slot.tokens.tolist(), logprobs, prompt, seconds, start_time)
 
 
 class _StepFuture(Future[StepResult]):
@@ -366,6 +355,12 @@ class _StepFuture(Future[StepResult]):
         except Exception as error:  # a kernel's fault surfaces here
             self.set_exception(self._diagnose(error))
         self._slot.in_use = False
+
+
+def _in_one_piece(step: Callable[[], Any], result: list[Any]) -> Iterator[Attend]:
+    """A step of which nothing stays outside its graph, for GraphPool.capture."""
+    result.append(step())
+    yield from ()
 
 
 def _record(event: torch.cuda.Event | None) -> None:

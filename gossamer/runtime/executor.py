@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 from typing import Protocol
 
-from gossamer.core import ScheduledBatch, StepResult
+from gossamer.core import ScheduledBatch, StepResult, TokenLogprobs
 
 
 class Executor(Protocol):
@@ -15,5 +15,22 @@ class Executor(Protocol):
     """
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]: ...
-
     def shutdown(self) -> None: ...
+
+
+def step_result(
+    batch: ScheduledBatch,
+    tokens: list[int],
+    logprobs: list[TokenLogprobs | None] | None,
+    prompt_logprobs: list[list[TokenLogprobs] | None] | None,
+    device_seconds: float,
+    start_time: float,
+) -> StepResult:
+    """The result of a step from the tokens and log-probabilities of the rows that sample; more tokens may follow."""
+    token_ids = [-1] * len(batch.rows)
+    found: list[TokenLogprobs | None] | None = None if logprobs is None else [None] * len(batch.rows)
+    for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
+        token_ids[i] = tokens[j]
+        if found is not None and logprobs is not None:
+            found[i] = logprobs[j]
+    return StepResult(batch.step_id, token_ids, found, prompt_logprobs, device_seconds, start_time)

@@ -9,6 +9,7 @@ from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepRe
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.models.decoder import Decoder
+from gossamer.runtime.executor import step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 
@@ -50,22 +51,17 @@ class ModelRunner:
         self._update_slots(batch)
         hidden = self._forward(batch.rows)
         sampling = [i for i, row in enumerate(batch.rows) if row.samples]
-        token_ids = [-1] * len(batch.rows)
+        tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] | None = None
         if sampling:
             logits = self.decoder.logits(self._last_rows(hidden, batch.rows))
             rows = batch.rows if len(sampling) == len(batch.rows) else [batch.rows[i] for i in sampling]
-            sampled, sampled_logprobs = self.sampler.sample(logits, rows)
+            sampled, logprobs = self.sampler.sample(logits, rows)
             self._remember(rows, sampled)
-            for i, token in zip(sampling, sampled.tolist(), strict=True):
-                token_ids[i] = token
-            if sampled_logprobs is not None:
-                logprobs = [None] * len(batch.rows)
-                for i, entry in zip(sampling, sampled_logprobs, strict=True):
-                    logprobs[i] = entry
+            tokens = sampled.tolist()
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         seconds = time.monotonic() - start_time
-        return StepResult(batch.step_id, token_ids, logprobs, prompt, seconds, start_time)
+        return step_result(batch, tokens, logprobs, prompt, seconds, start_time)
 
     def _update_slots(self, batch: ScheduledBatch) -> None:
         for seq in batch.admitted:

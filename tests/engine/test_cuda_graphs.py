@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from gossamer.core import SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.engine.engine import Engine
 from gossamer.runtime.cuda_graph import GraphPool
-from gossamer.runtime.cuda_runner import MAX_KEPT_LOGITS, CudaRunner
+from gossamer.runtime.cuda_runner import MAX_KEPT_LOGITS, CudaRunner, _in_one_piece
 
 pytestmark = pytest.mark.gpu
 
@@ -92,7 +93,7 @@ def test_a_replayed_decode_step_is_the_eager_one_to_the_bit(folder: Path, bucket
         eager = [t.clone() for t in runner._decode_step(bucket) if t is not None]
         runner.last_token.copy_(before)
         assert runner._graphs is not None
-        replayed = [t for t in runner._graphs.replay_step(bucket) if t is not None]
+        replayed = [t for t in runner._graphs.replay(("decode", bucket)) if t is not None]
         torch.cuda.synchronize()
     assert len(replayed) == (4 if bucket <= MAX_KEPT_LOGITS else 3)
     for one, other in zip(eager, replayed, strict=True):
@@ -158,9 +159,9 @@ def test_graphs_of_a_pool_start_anew_after_the_first_one_failed() -> None:
             raise ValueError(f"planned, {y.shape}")
 
         with pytest.raises(ValueError, match="planned"):
-            graphs.capture_step(1, fails)
-        graphs.capture_step(1, lambda: x * 2)
-        result = graphs.replay_step(1)
+            graphs.capture(("decode", 1), partial(_in_one_piece, fails))
+        graphs.capture(("decode", 1), partial(_in_one_piece, lambda: x * 2))
+        result = graphs.replay(("decode", 1))
         torch.cuda.synchronize()
     assert isinstance(result, torch.Tensor)
     assert result.tolist() == [2.0] * 8

@@ -176,8 +176,8 @@ def test_graphs_serve_the_steps_that_they_are_captured_for(oracle: tuple[Path, l
     tokens = drain(engine, list(range(len(PROMPTS))))
     assert [tokens[i] for i in range(len(PROMPTS))] == alone
     assert graphs.num_replays > engine.stats().num_steps // 2
-    assert set(graphs.steps) <= {1, 2, 4}
-    assert set(graphs.pieces) <= {16, 32, 48, 64}
+    assert graphs.sizes("decode") <= {1, 2, 4}
+    assert graphs.sizes("mixed") <= {16, 32, 48, 64}
     engine.shutdown()
     assert not len(graphs)
 
