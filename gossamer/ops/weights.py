@@ -31,14 +31,15 @@ class QuantizedTensor:
 
     def dequantize(self) -> torch.Tensor:
         """The values as fp32 `shape`."""
-        known = {"Q4_0": _dequantize_int4, "Q4_1": _dequantize_int4, "Q4_K": _dequantize_int4, "Q8_0": _dequantize_q8_0}
-        if self.ggml_type in known:
-            return torch.from_numpy(known[self.ggml_type](self)).reshape(self.shape)
-        # The package takes 0.3 s to import; the types above are the common ones and do without it.
-        from gguf import GGMLQuantizationType, dequantize
+        if self.ggml_type in INT4_TYPES:
+            values = _dequantize_int4(self)
+        elif self.ggml_type == "Q8_0":
+            values = _dequantize_q8_0(self)
+        else:  # the package takes 0.3 s to import; the types above are the common ones and do without it
+            from gguf import GGMLQuantizationType, dequantize
 
-        values = dequantize(self.data, GGMLQuantizationType[self.ggml_type])
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(self.shape)
+            values = np.ascontiguousarray(dequantize(self.data, GGMLQuantizationType[self.ggml_type]), np.float32)
+        return torch.from_numpy(values).reshape(self.shape)
 
     def to_int4(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """`(q, scale, zero)` with w = (q - 8) * scale + zero, the stored values without loss (zero is rounded to
@@ -49,13 +50,8 @@ class QuantizedTensor:
         if self.ggml_type not in INT4_TYPES or len(self.shape) != 2:
             return None
         q, scale, minimum = _INT4_DECODERS[self.ggml_type](self.data.reshape(self.shape[0], -1))
-        rows, columns = self.shape
-        zero = minimum + 8.0 * scale
-        return (
-            torch.from_numpy(q.reshape(rows, columns)),
-            torch.from_numpy(scale.reshape(rows, -1)),
-            torch.from_numpy(zero.reshape(rows, -1)),
-        )
+        rows = [torch.from_numpy(values.reshape(self.shape[0], -1)) for values in (q, scale, minimum + 8.0 * scale)]
+        return rows[0], rows[1], rows[2]
 
     @property
     def numel(self) -> int:

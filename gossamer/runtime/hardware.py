@@ -32,13 +32,10 @@ def detect(device: str) -> Hardware:
 def _cuda_obstacle() -> str | None:
     """Why no CUDA device can be used, with the remedy; None if one can."""
     if not torch.cuda.is_available():
-        build = (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-            if torch.version.cuda
-            else (f"torch {torch.__version__} is a build without CUDA")
-        )
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return (
-            f"torch sees no CUDA device here ({build}).\nInstall a matching CUDA build and driver, or use --device cpu."
+            f"torch sees no CUDA device here (torch {torch.__version__} is {build}).\n"
+            "Install a matching CUDA build and driver, or use --device cpu."
         )
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
