@@ -4,8 +4,6 @@ The loop of this process only moves messages, detokenises and wakes readers, so 
 keeps the engine waiting.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import logging
@@ -14,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import (
@@ -142,7 +140,7 @@ class AsyncLLM:
         self.death: str | None = None
         """Why the engine died, if it has."""
 
-    async def __aenter__(self) -> AsyncLLM:
+    async def __aenter__(self) -> Self:
         try:
             await self.start()
         except BaseException:

@@ -1,18 +1,17 @@
 """`AsyncLLM` for programs without an event loop: the loop turns while the caller waits for the next output."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Generator
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from gossamer.config import EngineConfig
 from gossamer.core import SamplingParams
-from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
 from gossamer.server.async_llm import AsyncLLM, Prompt
 from gossamer.server.outputs import RequestOutput
+from gossamer.server.progress import progress_on_terminal
 
 T = TypeVar("T")
 
@@ -29,7 +28,6 @@ class BlockingLLM:
         *,
         chat_template: str | None = None,
         log_level: str = "warning",
-        on_progress: ProgressCallback | None = None,
         factory: str = DEFAULT_FACTORY,
     ) -> None:
         """Returns when the engine is ready. Raises StartupError, saying why, if it cannot be."""
@@ -38,13 +36,14 @@ class BlockingLLM:
         self._runner = self._exits.enter_context(asyncio.Runner())
         self._exits.callback(lambda: self._runner.run(self._llm.shutdown()))
         try:
-            self.info: EngineInfo = self._runner.run(self._llm.start(on_progress))
+            with progress_on_terminal(not config.disable_progress) as on_progress:
+                self.info: EngineInfo = self._runner.run(self._llm.start(on_progress))
         except BaseException:
             self.close()
             raise
         self.tokenizer = self._llm.tokenizer
 
-    def __enter__(self) -> BlockingLLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

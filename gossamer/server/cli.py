@@ -237,11 +237,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
     from gossamer.server.blocking import BlockingLLM, text_pieces
-    from gossamer.server.progress import progress_on_terminal
 
-    with progress_on_terminal(not config.disable_progress) as on_progress:
-        llm = BlockingLLM(config, log_level=log_level, on_progress=on_progress)
-    with llm:
+    with BlockingLLM(config, log_level=log_level) as llm:
         for piece in text_pieces(llm.stream(prompt, params)):
             print(piece, end="", flush=True)
     print()
@@ -270,13 +267,8 @@ def _chat(args: argparse.Namespace) -> int:
         return 0
     config = engine_config(args)
     from gossamer.server.blocking import BlockingLLM, EngineBackend
-    from gossamer.server.progress import progress_on_terminal
 
-    with progress_on_terminal(not config.disable_progress) as on_progress:
-        llm = BlockingLLM(
-            config, chat_template=server.chat_template, log_level=_log_level(args), on_progress=on_progress
-        )
-    with llm:
+    with BlockingLLM(config, chat_template=server.chat_template, log_level=_log_level(args)) as llm:
         run_on_terminal(EngineBackend(llm, Path(config.load.model).stem), params, args.system)
     return 0
 

@@ -114,8 +114,9 @@ class GenerationRequest(_Request, kw_only=True):
             for name in ("include_obfuscation", "continuous_usage_stats"):
                 if getattr(self.stream_options, name):
                     raise InvalidRequest(f"stream_options.{name} is not supported.", f"stream_options.{name}")
-        if self.cache_salt is not None:
-            _check_cache_salt(self.cache_salt)
+        salt = self.cache_salt
+        if salt is not None and not (0 < len(salt) <= MAX_CACHE_SALT and salt.isascii() and salt.isprintable()):
+            raise InvalidRequest(f"cache_salt must be 1 to {MAX_CACHE_SALT} printable ASCII characters.", "cache_salt")
 
     @property
     def include_usage(self) -> bool:
@@ -271,11 +272,6 @@ def _is_neutral(value: object, neutral: tuple[bytes, ...]) -> bool:
     if len(raw) > MAX_NEUTRAL_BYTES:
         return False
     return msgspec.json.encode(msgspec.json.decode(raw)) in neutral
-
-
-def _check_cache_salt(salt: str) -> None:
-    if not 0 < len(salt) <= MAX_CACHE_SALT or not salt.isascii() or not salt.isprintable():
-        raise InvalidRequest(f"cache_salt must be 1 to {MAX_CACHE_SALT} printable ASCII characters.", "cache_salt")
 
 
 def _or(value: V | None, default: V) -> V:

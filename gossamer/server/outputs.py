@@ -3,13 +3,11 @@
 A streaming reader takes deltas, which cost O(new text) per token whatever the length of the output.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from gossamer.core import MAX_SEED, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs, TokenOutput
 from gossamer.server.detokenizer import Detokenizer
@@ -56,7 +54,7 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def followed_by(self, delta: CompletionOutput) -> CompletionOutput:
+    def followed_by(self, delta: Self) -> Self:
         """This delta and the next in one."""
         logprobs = None if self.logprobs is None or delta.logprobs is None else self.logprobs + delta.logprobs
         return dataclasses.replace(
@@ -81,7 +79,7 @@ class RequestOutput:
 
     mode: OutputMode = "cumulative"
 
-    def merge(self, newer: RequestOutput) -> None:
+    def merge(self, newer: Self) -> None:
         """Becomes the request's next output, for a reader that has fallen behind: no delta is lost."""
         outputs = newer.outputs
         if self.mode == "delta":
@@ -218,7 +216,6 @@ class OutputProcessor:
         prompt: str | None,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        arrival_time: float | None = None,
         mode: OutputMode = "cumulative",
     ) -> list[tuple[str, SamplingParams]]:
         """Registers a validated request and returns the engine requests it stands for: (id, params), one per sample.
@@ -234,7 +231,7 @@ class OutputProcessor:
             prompt_token_ids,
             [_Sequence(i, self._tokenizer, prompt_token_ids, params) for i in range(params.n)],
             mode,
-            RequestMetrics(self._clock() if arrival_time is None else arrival_time),
+            RequestMetrics(self._clock()),
             None if params.prompt_logprobs is None else [None],
             open_children={child: i for i, child in enumerate(children)},
         )

@@ -34,6 +34,7 @@ _POST_ROUTES: tuple[tuple[str, Handler, type[msgspec.Struct]], ...] = (
     ("/detokenize", serving_tokens.detokenize, DetokenizeRequest),
 )
 _PROTECTED = ("/v1", "/tokenize", "/detokenize")
+_REF = "#/components/schemas/{name}"
 _LOADING = "The model is still loading."
 
 
@@ -67,6 +68,8 @@ def create_app(state: AppState) -> ASGIApp:
 def _add_post_route(
     app: FastAPI, state: AppState, path: str, handler: Handler, request_type: type[msgspec.Struct]
 ) -> None:
+    schema = {"$ref": _REF.format(name=request_type.__name__)}
+
     async def endpoint(request: Request) -> Response:
         try:
             serving = state.ready_serving()
@@ -81,15 +84,9 @@ def _add_post_route(
         methods=["POST"],
         name=request_type.__name__,
         description=request_type.__doc__,
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request_type)}}}
-        },
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         response_model=None,
     )
-
-
-def _ref(request_type: type[msgspec.Struct]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{request_type.__name__}"}
 
 
 class _Application(FastAPI):
@@ -98,7 +95,7 @@ class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
         _, components = msgspec.json.schema_components(
-            [request_type for _, _, request_type in _POST_ROUTES], ref_template="#/components/schemas/{name}"
+            [request_type for _, _, request_type in _POST_ROUTES], ref_template=_REF
         )
         schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
         return schema

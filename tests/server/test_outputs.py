@@ -358,9 +358,9 @@ def test_logprobs() -> None:
 
 
 def test_errors_and_metrics() -> None:
-    times = iter(range(100, 200))
+    times = iter(range(90, 200, 10))
     processor = OutputProcessor(bpe(), clock=lambda: float(next(times)))
-    processor.add_request("r", None, [1], SamplingParams(), arrival_time=90.0)
+    processor.add_request("r", None, [1], SamplingParams())
     processor.process([TokenOutput("r", [100])])
     [output], aborts = processor.process([TokenOutput("r", [], "error", error="the step failed")])
     assert aborts == []

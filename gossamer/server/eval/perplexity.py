@@ -3,12 +3,11 @@
 The text passes through the engine itself, in this process: what is measured is what would be served.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
@@ -35,7 +34,7 @@ class Prediction:
     def perplexity(self) -> float:
         return math.exp(-math.fsum(self.logprobs) / len(self.logprobs))
 
-    def against(self, base: Prediction) -> dict[str, float]:
+    def against(self, base: Self) -> dict[str, float]:
         """Figures of this prediction; agreement is the share of positions whose greedy token is the base's."""
         same = sum(a == b for a, b in zip(self.likeliest, base.likeliest, strict=True))
         shift = math.fsum(abs(a - b) for a, b in zip(self.logprobs, base.logprobs, strict=True))
