@@ -4,15 +4,11 @@ from typing import Any
 
 from gossamer.config import ModelConfig
 from gossamer.models.hf_config import ConfigReader, decoder_config, uniform_windows
-from gossamer.models.weight_names import HF_WEIGHTS
-
-DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2}
-WEIGHTS = HF_WEIGHTS
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """`attention_bias` covers q, k, v and o; `mlp_bias` all three projections."""
-    reader = ConfigReader(DEFAULTS | config)
+    reader = ConfigReader({"bos_token_id": 1, "eos_token_id": 2} | config)
     bias, mlp_bias = reader.flag("attention_bias"), reader.flag("mlp_bias")
     reader.require("sliding_window", ())
     windows = uniform_windows(reader)

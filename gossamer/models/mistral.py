@@ -4,13 +4,9 @@ from typing import Any
 
 from gossamer.config import ModelConfig
 from gossamer.models.hf_config import ConfigReader, decoder_config, uniform_windows
-from gossamer.models.weight_names import HF_WEIGHTS
-
-DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096}
-WEIGHTS = HF_WEIGHTS
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """An absent `sliding_window` means 4096 (the first release had one), an explicit null means none."""
-    reader = ConfigReader(DEFAULTS | config)
+    reader = ConfigReader({"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096} | config)
     return decoder_config(reader, "mistral", sliding_windows=uniform_windows(reader))

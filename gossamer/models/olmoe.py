@@ -6,13 +6,12 @@ from gossamer.config import ModelConfig
 from gossamer.models.hf_config import ConfigReader, decoder_config, routed_experts, uniform_windows
 from gossamer.models.weight_names import HF_WEIGHTS, hf_experts
 
-DEFAULTS = {"eos_token_id": 50279, "rms_norm_eps": 1e-5}
 WEIGHTS = HF_WEIGHTS | hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """`clip_qkv` bounds q, k and v after their norms; `intermediate_size` is an expert's."""
-    reader = ConfigReader(DEFAULTS | config)
+    reader = ConfigReader({"eos_token_id": 50279, "rms_norm_eps": 1e-5} | config)
     bias = reader.flag("attention_bias")
     reader.require("sliding_window", ())
     clip = reader.optional_number("clip_qkv")

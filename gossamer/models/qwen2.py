@@ -4,13 +4,9 @@ from typing import Any
 
 from gossamer.config import ModelConfig
 from gossamer.models.hf_config import ConfigReader, decoder_config, layered_windows
-from gossamer.models.weight_names import HF_WEIGHTS
-
-DEFAULTS = {"sliding_window": 4096}
-WEIGHTS = HF_WEIGHTS
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """The biases are part of the architecture; no key of the config mentions them."""
-    reader = ConfigReader(DEFAULTS | config)
+    reader = ConfigReader({"sliding_window": 4096} | config)
     return decoder_config(reader, "qwen2", qkv_bias=True, sliding_windows=layered_windows(reader))

@@ -7,13 +7,12 @@ from gossamer.core import StartupError
 from gossamer.models.hf_config import ConfigReader, decoder_config, routed_experts, uniform_windows
 from gossamer.models.weight_names import HF_WEIGHTS, hf_experts
 
-DEFAULTS = {"num_key_value_heads": 4, "sliding_window": 4096}
 WEIGHTS = HF_WEIGHTS | hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """A layer is dense if `mlp_only_layers` names it or if it is not a multiple of `decoder_sparse_step`, from 1."""
-    values = DEFAULTS | config
+    values = {"num_key_value_heads": 4, "sliding_window": 4096} | config
     if values.get("use_sliding_window") is not True:
         values["sliding_window"] = None
     reader = ConfigReader(values)

@@ -7,7 +7,7 @@ from typing import Any
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.models import llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
-from gossamer.models.weight_names import WeightMap
+from gossamer.models.weight_names import HF_WEIGHTS, WeightMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +17,17 @@ class Family:
     model_type: str
     architecture: str
     from_hf: Callable[[dict[str, Any]], ModelConfig]
-    weights: WeightMap
+    weights: WeightMap = HF_WEIGHTS
     gguf: str | None = None
 
 
 FAMILIES = (
-    Family("llama", "LlamaForCausalLM", llama.from_hf, llama.WEIGHTS, gguf="llama"),
-    Family("mistral", "MistralForCausalLM", mistral.from_hf, mistral.WEIGHTS),
+    Family("llama", "LlamaForCausalLM", llama.from_hf, gguf="llama"),
+    Family("mistral", "MistralForCausalLM", mistral.from_hf),
     Family("mixtral", "MixtralForCausalLM", mixtral.from_hf, mixtral.WEIGHTS),
     Family("olmoe", "OlmoeForCausalLM", olmoe.from_hf, olmoe.WEIGHTS, gguf="olmoe"),
-    Family("qwen2", "Qwen2ForCausalLM", qwen2.from_hf, qwen2.WEIGHTS, gguf="qwen2"),
-    Family("qwen3", "Qwen3ForCausalLM", qwen3.from_hf, qwen3.WEIGHTS, gguf="qwen3"),
+    Family("qwen2", "Qwen2ForCausalLM", qwen2.from_hf, gguf="qwen2"),
+    Family("qwen3", "Qwen3ForCausalLM", qwen3.from_hf, gguf="qwen3"),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe.from_hf, qwen3_moe.WEIGHTS, gguf="qwen3moe"),
 )
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
