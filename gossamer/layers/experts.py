@@ -1,7 +1,5 @@
 """The experts of one MoE layer as two stacked tensors, the form that a GPU's grouped products take."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

@@ -3,8 +3,6 @@
 Merged projections (q, k, v; gate, up) are loaded part by part from the unfused canonical checkpoint names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

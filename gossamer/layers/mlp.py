@@ -1,7 +1,5 @@
 """The gated MLP: down(silu(gate(x)) * up(x)), gate and up as one product."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.layers.linear import Fp8Weight, Linear

@@ -1,7 +1,5 @@
 """The routed-experts layer: router, top-k choice, grouped expert MLP."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The residual stream of a pre-norm model: what a sublayer adds waits until the next norm, which takes it in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

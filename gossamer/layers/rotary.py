@@ -3,8 +3,6 @@
 Definitions follow the checkpoints' own: Llama 3.1's frequency bands, YaRN (Peng et al. 2023) equations 21-25.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

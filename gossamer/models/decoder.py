@@ -3,8 +3,6 @@
 Families differ in their config alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial

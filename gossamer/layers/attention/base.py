@@ -1,7 +1,5 @@
 """The attention contract: what a kind offers, and the host-side description of a step that its `plan` receives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Grouped-query attention (MHA and MQA are its ends) over the paged cache, with optional window and QK norm."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

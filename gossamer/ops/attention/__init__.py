@@ -4,8 +4,6 @@ One page holds `page_size` tokens: k_pages, v_pages [num_pages, num_kv_heads, pa
 FP8 (e4m3) with k_scales, v_scales, fp32 [num_pages, num_kv_heads]: a key is its stored number times its page's scale.
 """
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.attention import reference

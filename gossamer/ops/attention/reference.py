@@ -5,8 +5,6 @@ decode rows run through flash attention, on views where their pages are consecut
 queries, by products and a softmax: twice as fast on a CPU as torch's flash attention.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

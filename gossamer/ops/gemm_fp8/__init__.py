@@ -3,8 +3,6 @@
 w ~ q * scale with scale = amax / 448 of the numbers that share it. See docs/techniques/fp8.md.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """Torch reference of the FP8 products: fp32 partial sums of 128 with their scales, in order."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """The MoE block: routing to top-k experts and the grouped expert MLP (TECHNIQUES 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Torch reference of the MoE block: permute, one product per expert that has tokens, un-permute."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

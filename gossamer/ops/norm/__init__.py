@@ -1,7 +1,5 @@
 """RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
 
-from __future__ import annotations
-
 import torch
 
 from gossamer.ops.dispatch import use_kernel

@@ -1,7 +1,5 @@
 """Torch reference of RMSNorm."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -3,8 +3,6 @@
 The kernels round as the reference does, to the bit. Norm, activation and experts quantise in their own kernels.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Torch reference of FP8 quantisation; the kernels give the same bits."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
