@@ -8,5 +8,6 @@ from gossamer.models.hf_config import ConfigReader, decoder_config, uniform_wind
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """An absent `sliding_window` means 4096 (the first release had one), an explicit null means none."""
-    reader = ConfigReader({"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096} | config)
+    defaults = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "sliding_window": 4096}
+    reader = ConfigReader(defaults | config)
     return decoder_config(reader, "mistral", sliding_windows=uniform_windows(reader))

@@ -1,7 +1,7 @@
 """Which module implements which architecture: one line per family."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gossamer.config import ModelConfig
@@ -17,7 +17,7 @@ class Family:
     model_type: str
     architecture: str
     from_hf: Callable[[dict[str, Any]], ModelConfig]
-    weights: WeightMap = HF_WEIGHTS
+    weights: WeightMap = field(default_factory=lambda: HF_WEIGHTS)
     gguf: str | None = None
 
 
