@@ -5,7 +5,6 @@ imports nothing heavy until a command runs, so that `--help` answers at once.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -21,7 +20,6 @@ from typing import Any
 
 from gossamer import __version__
 from gossamer.config import (
-    SECTIONS,
     CacheConfig,
     EngineConfig,
     LoadConfig,
@@ -151,13 +149,6 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
     return make_engine_config(**options)
 
 
-def engine_options(config: EngineConfig) -> dict[str, Any]:
-    """The config as the flat keyword arguments of `LLM(...)`."""
-    parts = (config, config.load, config.cache, config.scheduler)
-    flat = {item.name: getattr(part, item.name) for part in parts for item in dataclasses.fields(part)}
-    return {name: value for name, value in flat.items() if name not in SECTIONS}
-
-
 def _hub_cache() -> str | None:
     """Where the Hugging Face tools keep models, as their environment variables say."""
     if os.environ.get("HF_HUB_CACHE"):
@@ -216,7 +207,7 @@ def _generate(args: argparse.Namespace) -> int:
         return 0
     from gossamer.server.llm import LLM
 
-    with LLM(**engine_options(config)) as llm:
+    with LLM(config=config) as llm:
         outputs = llm.generate(prompts, params)
     for output in outputs:
         completion = output.outputs[0]

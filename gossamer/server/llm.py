@@ -12,7 +12,7 @@ from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from gossamer.config import make_engine_config
+from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import EngineDead, EngineStats, InvalidRequest, SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.models.hf_folder import default_sampling
@@ -45,6 +45,7 @@ class LLM:
 
     Args:
         model: folder, .gguf file or hub id.
+        config: stands for model and options.
         chat_template: file with a Jinja template to use instead of the model's own.
         skip_tokenizer_init: do without a tokenizer; prompts are then token ids, and outputs have no text.
         options: any field of EngineConfig and its sections, such as max_model_len or dtype.
@@ -54,9 +55,15 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, chat_template: str | None = None, skip_tokenizer_init: bool = False, **options: Any
+        self,
+        model: str = "",
+        *,
+        config: EngineConfig | None = None,
+        chat_template: str | None = None,
+        skip_tokenizer_init: bool = False,
+        **options: Any,
     ) -> None:
-        config = make_engine_config(model=model, **options)
+        config = config or make_engine_config(model=model, **options)
         load = resolve_paths(config.load)
         config = dataclasses.replace(config, load=load)
         self._default_sampling = default_sampling(load)
