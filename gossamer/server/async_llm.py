@@ -237,10 +237,19 @@ class AsyncLLM:
         params = params or self.default_sampling
         text, token_ids = await self._tokenize(prompt)
         self.info.limits.check(token_ids, params)
+        scheduler = self.info.config.scheduler
+        if params.n > scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - len(self._samples):
+            raise EngineOverloaded(f"{len(self._samples)} sequences are open already. Try again later.")
+        if not self._client.alive:
+            raise EngineDead(self.death or "The engine has been shut down.")
+        now, finished = time.monotonic(), False
         request_id = request_id or f"request-{uuid.uuid4().hex}"
-        stream = self._open(request_id, text, token_ids, params, cache_salt, mode)
+        children = self._processor.add_request(request_id, text, token_ids, params, mode=mode)
+        stream = self._streams[request_id] = _OutputStream()
         try:
-            finished = False
+            for child_id, child_params in children:
+                self._samples[child_id] = _Sample(request_id, len(token_ids), now)
+                self._client.add_request(child_id, token_ids, child_params, cache_salt)
             while not finished:
                 output = await stream.get()
                 finished = output.finished
@@ -273,29 +282,6 @@ class AsyncLLM:
         if len(token_ids) < len(prompt):
             raise InvalidRequest("A prompt is text or a list of integer token ids.", "prompt")
         return None, token_ids
-
-    def _open(
-        self,
-        request_id: str,
-        text: str | None,
-        token_ids: list[int],
-        params: SamplingParams,
-        cache_salt: str | None,
-        mode: OutputMode,
-    ) -> _OutputStream:
-        scheduler = self.info.config.scheduler
-        room = scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - len(self._samples)
-        if params.n > room:
-            raise EngineOverloaded(f"{len(self._samples)} sequences are open already. Try again later.")
-        if not self._client.alive:
-            raise EngineDead(self.death or "The engine has been shut down.")
-        now = time.monotonic()
-        children = self._processor.add_request(request_id, text, token_ids, params, mode=mode)
-        stream = self._streams[request_id] = _OutputStream()
-        for child_id, child_params in children:
-            self._samples[child_id] = _Sample(request_id, len(token_ids), now)
-            self._client.add_request(child_id, token_ids, child_params, cache_salt)
-        return stream
 
     def _on_message(self, message: messages.FromEngine) -> None:
         match message:

@@ -117,13 +117,11 @@ class Tokenizer:
             raise InvalidRequest(str(e).replace(mark, ""), e.param) from e
         if mark not in text:
             return self.encode(text, add_special_tokens=False)
-        return self._encode_marked(_well_formed(text), mark)
-
-    def _encode_marked(self, rendered: str, mark: str) -> list[int]:
-        """Encodes a rendered template in which only the special tokens without a mark are real."""
+        # Only the special tokens without a mark are real.
+        text = _well_formed(text)
         if self._guard.pattern is not None:
-            rendered = self._guard.pattern.sub(lambda m: self._plain.stand_ins[m.group()], rendered)
-        return self._plain.encode(rendered.replace(mark, ""))
+            text = self._guard.pattern.sub(lambda m: self._plain.stand_ins[m.group()], text)
+        return self._plain.encode(text.replace(mark, ""))
 
     @property
     def has_chat_template(self) -> bool:
