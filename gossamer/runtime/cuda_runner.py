@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
+from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import Attend, PagedPlan
 from gossamer.models.decoder import Decoder
 from gossamer.ops.attention import DecodeWorkspace
 from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
 from gossamer.runtime.device_sampler import DeviceSampler
-from gossamer.runtime.executor import step_result
+from gossamer.runtime.executor import Logprobs, PromptLogprobs, step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 from gossamer.runtime.step_inputs import RING, StepInputs
@@ -36,8 +36,6 @@ MAX_KEPT_LOGITS = 16
 CLOCK_SECONDS = 10.0
 """The device's clock is read against an event at most this old: its differences are float32 milliseconds."""
 
-_Logprobs = list[TokenLogprobs | None] | None
-_PromptLogprobs = list[list[TokenLogprobs] | None] | None
 _Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Hidden states of all tokens and of the rows that sample, the latter's logits if they were kept, sampled tokens."""
 
@@ -315,7 +313,7 @@ class CudaRunner:
             self._graphs.capture(("mixed", bucket), pieces)
 
     def finish(
-        self, batch: ScheduledBatch, slot: _Slot, logprobs: _Logprobs, prompt: _PromptLogprobs, host_start: float
+        self, batch: ScheduledBatch, slot: _Slot, logprobs: Logprobs, prompt: PromptLogprobs, host_start: float
     ) -> StepResult:
         """Waits for a step and reads what it left in host memory."""
         seconds, start_time = time.monotonic() - host_start, host_start

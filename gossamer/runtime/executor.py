@@ -5,6 +5,10 @@ from typing import Protocol
 
 from gossamer.core import ScheduledBatch, StepResult, TokenLogprobs
 
+Logprobs = list[TokenLogprobs | None] | None
+PromptLogprobs = list[list[TokenLogprobs] | None] | None
+"""Of the rows of a step, as in StepResult."""
+
 
 class Executor(Protocol):
     """Computes batches strictly in the order they are submitted.
@@ -19,18 +23,13 @@ class Executor(Protocol):
 
 
 def step_result(
-    batch: ScheduledBatch,
-    tokens: list[int],
-    logprobs: list[TokenLogprobs | None] | None,
-    prompt_logprobs: list[list[TokenLogprobs] | None] | None,
-    device_seconds: float,
-    start_time: float,
+    batch: ScheduledBatch, tokens: list[int], logprobs: Logprobs, prompt: PromptLogprobs, seconds: float, start: float
 ) -> StepResult:
     """The result of a step from the tokens and log-probabilities of the rows that sample; more tokens may follow."""
     token_ids = [-1] * len(batch.rows)
-    found: list[TokenLogprobs | None] | None = None if logprobs is None else [None] * len(batch.rows)
+    found: Logprobs = None if logprobs is None else [None] * len(batch.rows)
     for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
         token_ids[i] = tokens[j]
         if found is not None and logprobs is not None:
             found[i] = logprobs[j]
-    return StepResult(batch.step_id, token_ids, found, prompt_logprobs, device_seconds, start_time)
+    return StepResult(batch.step_id, token_ids, found, prompt, seconds, start)

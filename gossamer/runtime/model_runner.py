@@ -5,11 +5,11 @@ from concurrent.futures import Future
 
 import torch
 
-from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepResult, TokenLogprobs
+from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepResult
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.models.decoder import Decoder
-from gossamer.runtime.executor import step_result
+from gossamer.runtime.executor import Logprobs, step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 
@@ -52,7 +52,7 @@ class ModelRunner:
         hidden = self._forward(batch.rows)
         sampling = [i for i, row in enumerate(batch.rows) if row.samples]
         tokens: list[int] = []
-        logprobs: list[TokenLogprobs | None] | None = None
+        logprobs: Logprobs = None
         if sampling:
             logits = self.decoder.logits(self._last_rows(hidden, batch.rows))
             rows = batch.rows if len(sampling) == len(batch.rows) else [batch.rows[i] for i in sampling]

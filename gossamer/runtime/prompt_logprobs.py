@@ -6,6 +6,7 @@ import torch
 
 from gossamer.core import AdmittedSequence, ScheduledRow, TokenLogprobs
 from gossamer.models.decoder import Decoder
+from gossamer.runtime.executor import PromptLogprobs
 from gossamer.runtime.sampler import Sampler
 
 _CHUNK = 64
@@ -18,12 +19,12 @@ def prompt_logprobs(
     sequences: Sequence[AdmittedSequence | None],
     hidden: torch.Tensor,
     rows: list[ScheduledRow],
-) -> list[list[TokenLogprobs] | None] | None:
+) -> PromptLogprobs:
     """Per row of the step, of each prompt token that follows a computed position; None if no request asks.
 
     `sequences` by slot; `hidden` [num_tokens, hidden_size] of the packed rows.
     """
-    result: list[list[TokenLogprobs] | None] | None = None
+    result: PromptLogprobs = None
     start = 0
     for i, row in enumerate(rows):
         first, start = start, start + row.num_tokens

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow, TokenLogprobs
 from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs, uniform
+from gossamer.runtime.executor import Logprobs
+
+_SLOT = np.dtype([
+    ("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8"), ("seed", "u8"), ("min_tokens", "i8"),
+    ("num_logprobs", "i8"), ("edited", "?"), ("simple", "?"),
+])  # fmt: skip
+"""Edited: its logits are changed before the draw. Simple: greedy, and nothing else is asked for."""
 
 
 class Sampler:
@@ -32,15 +39,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._draw = self._draw_on_host if draw is None else draw
-        self._temperature = np.ones(max_num_seqs, np.float64)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float64)
-        self._min_p = np.zeros(max_num_seqs, np.float64)
-        self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._min_tokens = np.zeros(max_num_seqs, np.int64)
-        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
-        self._has_edits = np.zeros(max_num_seqs, np.bool_)
-        self._is_simple = np.zeros(max_num_seqs, np.bool_)
+        self._slots = np.zeros(max_num_seqs, _SLOT)
         self._allowed: dict[int, Tensor] = {}
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
         self._stops: dict[int, Tensor] = {}
@@ -49,22 +48,17 @@ class Sampler:
     def admit(self, seq: AdmittedSequence) -> None:
         """Sets up a slot, whatever it held before."""
         p, slot = seq.params, seq.slot
-        self._temperature[slot] = p.temperature
-        self._top_k[slot] = max(p.top_k, 0)
-        self._top_p[slot] = p.top_p
-        self._min_p[slot] = p.min_p
-        self._seed[slot] = seq.seed % 2**64
-        self._num_logprobs[slot] = -1 if p.logprobs is None else p.logprobs
-        self._set_masks(slot, p, seq.stop_token_ids)
+        min_tokens = self._set_masks(slot, p, seq.stop_token_ids)
         self._penalties.drop(slot)
         if p.has_penalties:
             self._penalties.add(slot, p, seq.prompt_token_ids, seq.output_token_ids)
-        self._has_edits[slot] = (
-            p.has_penalties or slot in self._allowed or slot in self._bias or self._min_tokens[slot] > 0
-        )
-        self._is_simple[slot] = p.greedy and p.logprobs is None and not self._has_edits[slot]
+        edited = p.has_penalties or slot in self._allowed or slot in self._bias or min_tokens > 0
+        simple = p.greedy and p.logprobs is None and not edited
+        draw = (p.temperature, max(p.top_k, 0), p.top_p, p.min_p, seq.seed % 2**64)
+        self._slots[slot] = (*draw, min_tokens, -1 if p.logprobs is None else p.logprobs, edited, simple)
 
-    def _set_masks(self, slot: int, p: SamplingParams, stop_token_ids: frozenset[int]) -> None:
+    def _set_masks(self, slot: int, p: SamplingParams, stop_token_ids: frozenset[int]) -> int:
+        """Returns how many tokens the request must have before one of its stop tokens, which are masked until then."""
         for table in (self._allowed, self._bias, self._stops):
             table.pop(slot, None)
         stops = sorted(stop_token_ids)
@@ -78,19 +72,17 @@ class Sampler:
             ids = torch.tensor(list(p.logit_bias), dtype=torch.int64)
             values = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
             self._bias[slot] = (_upload(ids, self.device), _upload(values, self.device))
-        self._min_tokens[slot] = p.min_tokens if stops else 0
-        if self._min_tokens[slot] > 0:
+        min_tokens = p.min_tokens if stops else 0
+        if min_tokens > 0:
             self._stops[slot] = _upload(torch.tensor(stops, dtype=torch.int64), self.device)
+        return min_tokens
 
-    def sample(
-        self, logits: Tensor, rows: list[ScheduledRow], want_logprobs: bool = True
-    ) -> tuple[Tensor, list[TokenLogprobs | None] | None]:
+    def sample(self, logits: Tensor, rows: list[ScheduledRow]) -> tuple[Tensor, Logprobs]:
         """Draws the next token of each row.
 
         Args:
             logits: [num_rows, vocab_size], one row per entry of `rows`; not modified.
             rows: the rows of the step that sample.
-            want_logprobs: false skips log-probabilities even where requests ask for them.
         Returns: int64 [num_rows] token ids on the logits' device, -1 where a row's largest logit is not finite, and
             the log-probabilities of the rows that ask for them, or None if none does. They are of the raw logits,
             before any bias, mask, penalty or temperature.
@@ -98,15 +90,15 @@ class Sampler:
         slots = [row.slot for row in rows]
         if logits.shape != (len(slots), self.vocab_size):
             raise ValueError(f"logits must be [{len(slots)}, {self.vocab_size}], got {list(logits.shape)}")
-        if self._is_simple[slots].all() and slots:
+        if self._slots["simple"][slots].all() and slots:
             return self._greedy(logits, slots), None
         raw = logits.float()
         output_index = np.array([row.output_index for row in rows], np.int64)
-        edited = self._edit(raw, slots, output_index) if self._has_edits[slots].any() else raw
+        edited = self._edit(raw, slots, output_index) if self._slots["edited"][slots].any() else raw
         token_ids = self._draw(edited, slots, output_index)
         self._penalties.count(slots, token_ids)
-        wanted = self._num_logprobs[slots]
-        if not want_logprobs or not (wanted >= 0).any():
+        wanted = self._slots["num_logprobs"][slots]
+        if not (wanted >= 0).any():
             return token_ids, None
         return token_ids, self._logprobs(raw, token_ids, wanted.tolist())
 
@@ -127,9 +119,9 @@ class Sampler:
         return torch.where(largest.isfinite(), token_ids, -1)
 
     def _draw_on_host(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
-        host = (self._temperature, self._top_k, self._top_p, self._min_p)
-        temperature, top_k, top_p, min_p = (torch.from_numpy(values[slots]) for values in host)
-        numbers = torch.from_numpy(uniform(self._seed[slots], output_index))
+        names = ("temperature", "top_k", "top_p", "min_p")
+        temperature, top_k, top_p, min_p = (torch.from_numpy(self._slots[name][slots]) for name in names)
+        numbers = torch.from_numpy(uniform(self._slots["seed"][slots], output_index))
         return sample(logits, temperature, top_k, top_p, min_p, numbers)
 
     def _edit(self, logits: Tensor, slots: list[int], output_index: NDArray[np.int64]) -> Tensor:
@@ -144,7 +136,7 @@ class Sampler:
         if biased:
             rows, ids = _coordinates(biased, [self._bias[slots[i]][0] for i in biased])
             logits[rows, ids] += torch.cat([self._bias[slots[i]][1] for i in biased])
-        early = [i for i, slot in enumerate(slots) if output_index[i] < self._min_tokens[slot]]
+        early = np.flatnonzero(output_index < self._slots["min_tokens"][slots]).tolist()
         if early:
             where = _coordinates(early, [self._stops[slots[i]] for i in early])
             # A plain number would be copied to a GPU, which waits for its queue.

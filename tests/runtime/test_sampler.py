@@ -145,7 +145,6 @@ def test_logprobs_are_of_the_raw_logits_and_only_where_asked() -> None:
     assert logprobs[0].logprobs == pytest.approx(exact[0, logprobs[0].token_ids].tolist(), abs=1e-5)
     assert logprobs[0].ranks[0] == 1 + int((logits[0] > logits[0, 11]).sum())
     assert logprobs[2].token_ids == [int(ids[2])]
-    assert sampler.sample(logits, [row(i) for i in range(3)], want_logprobs=False)[1] is None
 
 
 def test_prompt_logprobs() -> None:
