@@ -26,7 +26,7 @@ from gossamer.core import (
     TokenOutput,
 )
 from gossamer.engine.account import StepAccount
-from gossamer.engine.trace import Trace, TracedExecutor
+from gossamer.engine.trace import Trace
 from gossamer.engine.worker import Submitted, Worker, WorkerMode
 from gossamer.runtime.executor import Executor
 from gossamer.scheduler.scheduler import Scheduler
@@ -67,15 +67,14 @@ class Engine:
         )
         self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
         self.result_queue: SimpleQueue[Submitted] = SimpleQueue()
+        submit = executor.submit
         self._schedule, self._commit_step = self.scheduler.schedule, self.scheduler.commit
         if trace is not None:
-            executor = TracedExecutor(executor, trace)
+            submit = trace.timed("submit", submit)
             self._schedule = trace.timed("schedule", self._schedule)
             self._commit_step = trace.timed("commit", self._commit_step)
-        self._account, self._trace = account, trace
-        self._executor = executor
-        self._worker = Worker(executor, self.input_queue, self.result_queue, worker_mode)
-        self._observer = observer
+        self._executor, self._observer, self._account, self._trace = executor, observer, account, trace
+        self._worker = Worker(submit, self.input_queue, self.result_queue, worker_mode)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_in_flight = 2 if config.scheduler.overlap else 1
         self._awaited: Submitted | None = None

@@ -5,12 +5,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gossamer.core import ScheduledBatch, StartupError, StepResult
-from gossamer.runtime.executor import Executor
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +76,3 @@ class Trace:
         if len(self._events) < MAX_EVENTS:
             at = (seconds - self._start) * 1e6
             self._events.append({"ph": phase, "name": name, "ts": at, "pid": 1, "tid": track, **more})
-
-
-class TracedExecutor:
-    """An executor whose submissions are spans of the trace."""
-
-    def __init__(self, executor: Executor, trace: Trace) -> None:
-        self.submit: Callable[[ScheduledBatch], Future[StepResult]] = trace.timed("submit", executor.submit)
-        self.shutdown: Callable[[], None] = executor.shutdown

@@ -5,34 +5,32 @@ that lives on a virtual clock.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Literal, TypeAlias
 
 from gossamer.core import ScheduledBatch, StepResult
-from gossamer.runtime.executor import Executor
 
 WorkerMode = Literal["thread", "inline"]
 Submitted: TypeAlias = tuple[ScheduledBatch, "Future[StepResult]"]
 
 
 class Worker:
-    """Submits batches to the executor in order and puts each, with its future, on the result queue.
+    """Submits batches in order, by the executor's `submit`, and puts each, with its future, on the result queue.
 
-    An exception of `executor.submit` becomes that batch's future; the worker goes on. `None` in the input queue
+    An exception of `submit` becomes that batch's future; the worker goes on. `None` in the input queue
     stops it.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        submit: Callable[[ScheduledBatch], "Future[StepResult]"],
         input_queue: SimpleQueue[ScheduledBatch | None],
         result_queue: SimpleQueue[Submitted],
         mode: WorkerMode = "thread",
     ) -> None:
-        self._executor = executor
-        self._input = input_queue
-        self._results = result_queue
+        self._submit, self._input, self._results = submit, input_queue, result_queue
         self._thread: threading.Thread | None = None
         if mode == "thread":
             self._thread = threading.Thread(target=self._loop, name="gossamer-worker", daemon=True)
@@ -40,9 +38,9 @@ class Worker:
 
     def pump(self) -> None:
         """Inline mode: submits all that is queued. With a thread there is nothing to do."""
-        if self._thread is None:
-            while self._input.qsize():
-                self._carry(self._input.get())
+        while self._thread is None and self._input.qsize():
+            if (batch := self._input.get()) is not None:
+                self._carry(batch)
 
     def stop(self) -> None:
         """Lets the batches already queued run, then ends the thread. Idempotent."""
@@ -51,16 +49,13 @@ class Worker:
             self._thread.join()
 
     def _loop(self) -> None:
-        while self._carry(self._input.get()):
-            pass
+        for batch in iter(self._input.get, None):
+            self._carry(batch)
 
-    def _carry(self, batch: ScheduledBatch | None) -> bool:
-        if batch is None:
-            return False
+    def _carry(self, batch: ScheduledBatch) -> None:
         try:
-            future = self._executor.submit(batch)
+            future = self._submit(batch)
         except BaseException as error:  # whatever it is, the engine must hear of it: it waits for this batch
             future = Future()
             future.set_exception(error)
         self._results.put((batch, future))
-        return True

@@ -6,7 +6,6 @@ scheduled before the results of the one before it are known.
 
 import dataclasses
 from collections import deque
-from dataclasses import dataclass
 
 from gossamer.config import SchedulerConfig
 from gossamer.core import (
@@ -29,13 +28,6 @@ _NO_TOKEN = (
     "The model's logits for this request are NaN or infinite, so no token can be sampled. The weights may be damaged; "
     "--dtype float32 rules out overflow."
 )
-
-
-@dataclass(slots=True)
-class _InFlight:
-    batch: ScheduledBatch
-    void: bool = False
-    """An earlier batch failed: whatever this one computes is discarded."""
 
 
 class Scheduler:
@@ -71,7 +63,9 @@ class Scheduler:
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
         )
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[ScheduledBatch] = deque()
+        self._num_void = 0
+        """Oldest batches in flight whose results are discarded, for an earlier one failed."""
         self._next_step_id = 0
         self._counted = EngineStats(num_pages=num_pages)
 
@@ -129,7 +123,7 @@ class Scheduler:
         for request in batch.requests[num_decodes:]:
             self._sequences.register_full_pages(request)
         self._next_step_id += 1
-        self._in_flight.append(_InFlight(batch))
+        self._in_flight.append(batch)
         return batch
 
     def commit(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
@@ -139,10 +133,10 @@ class Scheduler:
         """
         if result.step_id != batch.step_id or len(result.token_ids) != len(batch.rows):
             raise ValueError(f"result of step {result.step_id} does not match batch {batch.step_id}")
-        entry = self._pop_oldest(batch)
+        void = self._pop_oldest(batch)
         self._counted.num_steps += 1
         self._counted.device_seconds += result.device_seconds
-        if entry.void:
+        if void:
             return []
         outputs = []
         for index, (row, request) in enumerate(zip(batch.rows, batch.requests, strict=True)):
@@ -163,17 +157,15 @@ class Scheduler:
         Later batches in flight may have read what it failed to write: their results will be discarded, and so is
         the content of the prefix cache.
         """
-        entry = self._pop_oldest(batch)
+        void = self._pop_oldest(batch)
         self._counted.num_steps += 1
-        if entry.void:
+        if void:
             return []
-        outputs = []
-        for request in batch.requests:
-            if request.status is not RequestStatus.FINISHED:
-                outputs.append(self._finish_with_error(request, message))
+        unfinished = [request for request in batch.requests if request.status is not RequestStatus.FINISHED]
+        outputs = [self._finish_with_error(request, message) for request in unfinished]
+        self._num_void = len(self._in_flight)
         for later in self._in_flight:
-            later.void = True
-            for request in later.batch.requests:
+            for request in later.requests:
                 request.num_in_flight = 0
         for request in self._sequences.running.copy():
             self._sequences.preempt(request)
@@ -193,10 +185,14 @@ class Scheduler:
             num_preemptions=sequences.num_preemptions,
         )
 
-    def _pop_oldest(self, batch: ScheduledBatch) -> _InFlight:
-        if not self._in_flight or self._in_flight[0].batch is not batch:
+    def _pop_oldest(self, batch: ScheduledBatch) -> bool:
+        """Takes a batch out of flight; true if its result is void."""
+        if not self._in_flight or self._in_flight[0] is not batch:
             raise ValueError(f"batch {batch.step_id} is not the oldest in flight")
-        return self._in_flight.popleft()
+        self._in_flight.popleft()
+        void = self._num_void > 0
+        self._num_void -= void
+        return void
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         if token_id < 0:
