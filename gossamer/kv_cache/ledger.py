@@ -42,13 +42,9 @@ def temporaries(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def plan_memory(
-    config: EngineConfig,
-    hardware: Hardware,
-    model: ModelConfig,
-    layout: KVLayout,
-    weight_bytes: int,
+    config: EngineConfig, hardware: Hardware, model: ModelConfig, layout: KVLayout, weight_bytes: int,
     measured: Mapping[str, int] | None = None,
-) -> MemoryPlan:
+) -> MemoryPlan:  # fmt: skip
     """Divides the device's free memory. Raises StartupError, with the sum and the flags that mend it, if it cannot fit.
 
     `config` is resolved. An explicit --max-model-len must fit; the model's own is shortened to what does. `measured`

@@ -18,15 +18,9 @@ class KVPool:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        layout: KVLayout,
-        num_pages: int,
-        page_size: int,
-        device: torch.device,
-        *,
+        self, num_layers: int, layout: KVLayout, num_pages: int, page_size: int, device: torch.device, *,
         heads_first: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         planes, heads, dim = layout.entry_shape
         outer = (heads, num_pages) if heads_first else (num_pages, heads)
         memory = _zeros((num_layers, planes, *outer, page_size, dim), getattr(torch, layout.dtype), device)

@@ -65,13 +65,9 @@ class StepCost:
         return self._num_experts * (1.0 - self._miss**num_tokens)
 
     def __call__(
-        self,
-        num_decode: int,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        num_sampled: int,
+        self, num_decode: int, starts: Sequence[int], lengths: Sequence[int], num_sampled: int,
         experts_touched: float | None = None,
-    ) -> OpCost:
+    ) -> OpCost:  # fmt: skip
         """One step: row i has lengths[i] new tokens from position starts[i] on; the first num_decode rows have one.
 
         `experts_touched` is the measured mean per MoE layer; without it, the expectation under even routing.

@@ -52,13 +52,9 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        fmt: WeightFormat,
-        max_model_len: int,
-        backend: str = "auto",
+        self, config: ModelConfig, fmt: WeightFormat, max_model_len: int, backend: str = "auto",
         paged: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config = config
         self.fmt = fmt
         self.paged = fmt.device.type == "cuda" if paged is None else paged
@@ -149,13 +145,9 @@ class Decoder:
         return rms_norm(x, _loaded(self.final_norm), eps, backend=backend)
 
     def pieces(
-        self,
-        input_ids: torch.Tensor,
-        last_token: torch.Tensor,
-        plan: PagedPlan,
-        pool: KVPool,
+        self, input_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool,
         result: list[torch.Tensor],
-    ) -> Iterator[Attend]:
+    ) -> Iterator[Attend]:  # fmt: skip
         """The forward pass on a GPU, broken at each layer's attention: call what is yielded, then go on.
 
         input_ids: int32 [num_tokens], -1 for what the token's slot sampled last (`last_token`, int64 [num_slots]).

@@ -124,15 +124,10 @@ def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:
     if dummy:
         return ModelSource("dummy", path, config, config)
     return ModelSource(
-        "gguf",
-        path,
-        config,
-        config,
-        quantization=suggested_quantization(files),
-        plan=tuple(plan_weights(config, GGUF_WEIGHTS, stored_shapes(files), GGUF_IGNORABLE)),
-        gguf=tuple(files),
+        "gguf", path, config, config, quantization=suggested_quantization(files),
+        plan=tuple(plan_weights(config, GGUF_WEIGHTS, stored_shapes(files), GGUF_IGNORABLE)), gguf=tuple(files),
         interleaved_heads=interleaved_heads(files[0].metadata["general.architecture"], config),
-    )
+    )  # fmt: skip
 
 
 def _upcycled(config: ModelConfig, num_experts: int, top_k: int) -> MoEConfig:

@@ -55,15 +55,9 @@ class CudaRunner:
     """Runs batches in order on one device. `max_num_tokens` is the scheduler's token budget."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        max_num_seqs: int,
-        max_num_tokens: int,
-        max_model_len: int,
-        page_size: int,
+        self, decoder: Decoder, *, max_num_seqs: int, max_num_tokens: int, max_model_len: int, page_size: int,
         enforce_eager: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.decoder = decoder
         self.device = device = decoder.fmt.device
         self._on_gpu = device.type == "cuda"
@@ -269,17 +263,11 @@ class CudaRunner:
     ) -> PagedPlan:
         device = self.inputs.device
         return PagedPlan(
-            num_decode=num_decode,
-            positions=positions,
-            token_slots=token_slots,
-            slots=device["slots"][:num_rows],
-            seq_lens=device["seq_lens"][:num_rows],
-            cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
-            max_q_len=longest,
-            page_table=self.inputs.page_table,
-            max_seq_len=self._max_model_len,
+            num_decode=num_decode, positions=positions, token_slots=token_slots, slots=device["slots"][:num_rows],
+            seq_lens=device["seq_lens"][:num_rows], cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
+            max_q_len=longest, page_table=self.inputs.page_table, max_seq_len=self._max_model_len,
             workspace=self._workspace,
-        )
+        )  # fmt: skip
 
     def _pool(self) -> KVPool:
         if self.pool is None:

@@ -14,12 +14,9 @@ _CHUNK = 64
 
 
 def prompt_logprobs(
-    decoder: Decoder,
-    sampler: Sampler,
-    sequences: Sequence[AdmittedSequence | None],
-    hidden: torch.Tensor,
+    decoder: Decoder, sampler: Sampler, sequences: Sequence[AdmittedSequence | None], hidden: torch.Tensor,
     rows: list[ScheduledRow],
-) -> PromptLogprobs:
+) -> PromptLogprobs:  # fmt: skip
     """Per row of the step, of each prompt token that follows a computed position; None if no request asks.
 
     `sequences` by slot; `hidden` [num_tokens, hidden_size] of the packed rows.

@@ -29,12 +29,9 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        max_num_seqs: int,
-        device: torch.device | str,
+        self, vocab_size: int, max_num_seqs: int, device: torch.device | str,
         draw: Callable[[Tensor, list[int], NDArray[np.int64]], Tensor] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`draw` (logits, slots, output indices -> token ids) replaces the reference's draw: the GPU's kernel."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)

@@ -26,17 +26,10 @@ __all__ = [
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    sequences: list[PrefillSequence],
-    scale: float,
-    out: torch.Tensor,
-    *,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sequences: list[PrefillSequence], scale: float,
+    out: torch.Tensor, *, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Causal attention of each sequence's new tokens to its pages, their own (already written) keys included.
 
     q, out: contiguous [num_tokens, num_q_heads, head_dim], sequences packed without padding. Rows outside them are
@@ -48,17 +41,10 @@ def prefill_attention(
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    groups: list[DecodeGroup],
-    scale: float,
-    out: torch.Tensor,
-    *,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, groups: list[DecodeGroup], scale: float,
+    out: torch.Tensor, *, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """One new token per sequence attends to its pages, its own (already written) key included.
 
     q, out: [batch, num_q_heads, head_dim]. Each group is a set of rows with about as many pages each.
@@ -69,24 +55,12 @@ def decode_attention(
 
 
 def paged_decode(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    out_scales: torch.Tensor | None = None,
-    window: int | None = None,
-    sinks: torch.Tensor | None = None,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None = None,
-    max_seq_len: int,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None = None,
+    window: int | None = None, sinks: torch.Tensor | None = None, k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None, workspace: DecodeWorkspace | None = None, max_seq_len: int,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """One new token per row attends to its pages, its own (already written) key included; no host sync.
 
     q, out [num_rows, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim];
@@ -112,23 +86,11 @@ def paged_decode(
 
 
 def paged_prefill(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_q_len: int,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    window: int | None = None,
-    sinks: torch.Tensor | None = None,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
+    window: int | None = None, sinks: torch.Tensor | None = None, k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """Causal attention of each row's new tokens to all of its pages, where their keys already are; no host sync.
 
     q, out [num_tokens, num_q_heads, head_dim], rows packed: row r holds tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1]

@@ -334,18 +334,10 @@ def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
 
 
 def paged_prefill(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale_log2: float,
-    out: torch.Tensor,
-    window: int | None,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, scale_log2: float, out: torch.Tensor, window: int | None,
     sinks: torch.Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """`ops.attention.paged_prefill` of what `serves` accepts, checked by the caller, with a token and a row at least.
 
     scale_log2: the scale times log2(e).

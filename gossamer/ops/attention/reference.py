@@ -78,12 +78,9 @@ def _tokens(plane: _Plane, index: torch.Tensor | slice, dtype: torch.dtype) -> t
 
 
 def plan_decode(
-    page_tables: Sequence[Sequence[int]],
-    seq_lens: Sequence[int],
-    page_size: int,
-    window: int | None,
+    page_tables: Sequence[Sequence[int]], seq_lens: Sequence[int], page_size: int, window: int | None,
     dtype: torch.dtype,
-) -> list[DecodeGroup]:
+) -> list[DecodeGroup]:  # fmt: skip
     """Groups decode rows by page count so that padding stays small.
 
     `page_tables[i]` holds at least ceil(seq_lens[i] / page_size) pages; `seq_lens[i]` counts the new token. With a
@@ -126,15 +123,9 @@ def _decode_row(
 
 
 def _decode_group(
-    rows: list[int],
-    batch: int,
-    spans: list[tuple[int, int]],
-    page_tables: Sequence[Sequence[int]],
-    seq_lens: Sequence[int],
-    page_size: int,
-    window: int | None,
-    dtype: torch.dtype,
-) -> DecodeGroup:
+    rows: list[int], batch: int, spans: list[tuple[int, int]], page_tables: Sequence[Sequence[int]],
+    seq_lens: Sequence[int], page_size: int, window: int | None, dtype: torch.dtype,
+) -> DecodeGroup:  # fmt: skip
     width = max(_num_pages(spans, r) for r in rows)
     page_ids: list[int] = []
     starts, ends = [], []
@@ -164,15 +155,9 @@ def plan_prefill(
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    groups: list[DecodeGroup],
-    scale: float,
-    out: torch.Tensor,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, groups: list[DecodeGroup], scale: float,
+    out: torch.Tensor, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     planes = (k_pages, k_scales), (v_pages, v_scales)
     for group in groups:
         if group.mask is None:
@@ -213,15 +198,9 @@ def _decode_batch(
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    sequences: list[PrefillSequence],
-    scale: float,
-    out: torch.Tensor,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, sequences: list[PrefillSequence], scale: float,
+    out: torch.Tensor, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     num_kv_heads, head_dim = k_pages.shape[1], q.shape[-1]
     q = (q * scale).view(len(q), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     out = out.view(len(out), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
@@ -259,22 +238,10 @@ def _visible_pages(
 
 
 def paged_prefill(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_q_len: int,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    window: int | None,
-    sinks: torch.Tensor | None,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
+    window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+) -> None:  # fmt: skip
     """The definition, row by row and in float64 where q is, else in fp32; waits for the device."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k_pages.shape[1]
@@ -299,23 +266,11 @@ def paged_prefill(
 
 
 def paged_decode(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    out_scales: torch.Tensor | None,
-    window: int | None,
-    sinks: torch.Tensor | None,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-    workspace: DecodeWorkspace | None,
-    max_seq_len: int,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, window: int | None,
+    sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    workspace: DecodeWorkspace | None, max_seq_len: int,
+) -> None:  # fmt: skip
     """Prefill of one token a row; rows of length 0 are padding."""
     present = torch.where(seq_lens > 0, slots, -1)
     cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32)

@@ -225,22 +225,10 @@ def row_block(num_rows: int) -> int:
 
 
 def paged_prefill(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_q_len: int,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    window: int | None,
-    sinks: torch.Tensor | None,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
+    window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+) -> None:  # fmt: skip
     indices = {"page_table": page_table, "slots": slots, "cu_seqlens_q": cu_seqlens_q, "seq_lens": seq_lens}
     check(q, k_pages, v_pages, out, window, indices)
     num_tokens, num_q_heads, head_dim = q.shape

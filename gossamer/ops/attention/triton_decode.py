@@ -261,23 +261,11 @@ def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int, scal
 
 
 def paged_decode(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    *,
-    out_scales: torch.Tensor | None,
-    window: int | None,
-    sinks: torch.Tensor | None,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
-    workspace: DecodeWorkspace | None,
-    max_seq_len: int,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, window: int | None,
+    sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    workspace: DecodeWorkspace | None, max_seq_len: int,
+) -> None:  # fmt: skip
     check(q, k_pages, v_pages, out, window, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]

@@ -35,14 +35,9 @@ class DecodeWorkspace:
 
     @classmethod
     def allocate(
-        cls,
-        max_rows: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
+        cls, max_rows: int, num_q_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str,
         num_programs: int | None = None,
-    ) -> DecodeWorkspace:
+    ) -> DecodeWorkspace:  # fmt: skip
         """For batches of up to `max_rows`; `num_programs` per KV head, None: as many as fill the device."""
         device = torch.device(device)
         if num_programs is None:

@@ -35,16 +35,9 @@ __all__ = [
 
 
 def fp8_linear(
-    q: torch.Tensor,
-    scales: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype,
-    kind: Fp8Kind = "block",
-    backend: str = "auto",
-) -> torch.Tensor:
+    q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: Fp8Kind = "block", backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """Quantised x [M, K] by weight [N, K]^T, plus bias [N] -> [M, N] of `out_dtype`.
 
     fp32 results keep all of fp32; for others FP8 tensor cores add, on Hopper in 14 bits within groups of 128.
@@ -71,17 +64,10 @@ def fp8_linear(
 
 
 def fp8_moe_mlp(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    gate_up_scales: torch.Tensor,
-    w_down: torch.Tensor,
-    down_scales: torch.Tensor,
-    *,
-    quantized: Quantized | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, *,
+    quantized: Quantized | None = None, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """`ops.moe.moe_mlp` with FP8 experts and activations: inputs of both products are quantised 1 x 128.
 
     x [num_tokens, hidden]; w_gate_up FP8 [num_experts, 2 * inter, hidden], rows of gate and up in turn, with scales
@@ -99,21 +85,11 @@ def fp8_moe_mlp(
 
 
 def fp8_moe_mlp_add_rms_norm(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    gate_up_scales: torch.Tensor,
-    w_down: torch.Tensor,
-    down_scales: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    *,
-    quantized: Quantized | None = None,
-    quantize: bool = False,
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, residual: torch.Tensor,
+    norm_weight: torch.Tensor, eps: float, *, quantized: Quantized | None = None, quantize: bool = False,
     backend: str = "auto",
-) -> torch.Tensor | Quantized:
+) -> torch.Tensor | Quantized:  # fmt: skip
     """`fp8_moe_mlp` and `ops.norm.add_rms_norm` of its result: residual += it in place, then the norm.
 
     Returns the normed rows or, to `quantize`, what `quantize_activation` makes of them.

@@ -60,12 +60,9 @@ def _line_layout(width):
     bits = width.bit_length() - 1
     near, high = [[0, 1 << bit] for bit in range(bits)], [[0, 1 << bit] for bit in range(bits + 2, 7)]
     return gl.DistributedLinearLayout(
-        reg_bases=[*near, [8, 0], *high],
-        lane_bases=[[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 128],
-    )
+        reg_bases=[*near, [8, 0], *high], lane_bases=[[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 128],
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -9,15 +9,9 @@ _BLOCK = 128
 
 
 def fp8_linear(
-    q: torch.Tensor,
-    scales: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype,
-    kind: str,
-) -> torch.Tensor:
+    q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str,
+) -> torch.Tensor:  # fmt: skip
     out = torch.zeros(q.shape[0], weight.shape[0], dtype=torch.float32, device=q.device)
     if kind == "block":
         row_scales = weight_scales.repeat_interleave(_BLOCK, 0)[: weight.shape[0]]
@@ -36,15 +30,10 @@ def fp8_linear(
 
 
 def fp8_moe_mlp(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    gate_up_scales: torch.Tensor,
-    w_down: torch.Tensor,
-    down_scales: torch.Tensor,
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     q, scales = quantized or quantize_activation(x)
     for expert in topk_ids.unique().tolist():

@@ -299,17 +299,10 @@ def _product(
 
 
 def fp8_linear(
-    q: torch.Tensor,
-    scales: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scales: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    out_dtype: torch.dtype,
-    kind: str,
-    config: Config | HopperConfig | None = None,
+    q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str, config: Config | HopperConfig | None = None,
     promote: bool = True,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """`promote=False` leaves sums over all of K to the tensor cores, for the test that shows what that costs."""
     (num_rows, width), num_out = q.shape, weight.shape[0]
     out = q.new_empty(num_rows, num_out, dtype=out_dtype)
@@ -343,19 +336,11 @@ def fp8_linear(
 
 
 def fp8_moe_mlp(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    gate_up_scales: torch.Tensor,
-    w_down: torch.Tensor,
-    down_scales: torch.Tensor,
-    quantized: Quantized | None = None,
-    residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, quantized: Quantized | None = None,
+    residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
     quantize: bool = False,
-) -> torch.Tensor | Quantized:
+) -> torch.Tensor | Quantized:  # fmt: skip
     """With a residual the norm after it is part of the sum over experts, as for `moe.triton.combine`."""
     if x.shape[0] == 0:
         return fp8_like(x) if quantize else torch.empty_like(x)

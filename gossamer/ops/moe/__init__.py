@@ -14,14 +14,9 @@ MAX_EXPERTS, MAX_TOP_K = 512, 16
 
 
 def route_topk(
-    router_logits: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str = "softmax",
-    token_slots: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax",
+    token_slots: torch.Tensor | None = None, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Chooses experts. router_logits [num_tokens, num_experts] -> weights fp32, ids int32 [num_tokens, top_k].
 
     Scores are softmax or sigmoid of the logits in fp32; of equal logits the lower id wins; `renormalize` makes the kept
@@ -40,16 +35,9 @@ def route_topk(
 
 
 def router(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str = "softmax",
-    token_slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax",
+    token_slots: torch.Tensor | None = None, arrivals: torch.Tensor | None = None, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
 
     arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time.
@@ -69,20 +57,10 @@ def router(
 
 
 def add_rms_norm_router(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str = "softmax",
-    token_slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None,
-    quantize: bool = False,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:
+    x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int, *,
+    renormalize: bool, score_func: str = "softmax", token_slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None, quantize: bool = False, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """`ops.norm.add_rms_norm` and `router` of what it returns, for few tokens in one launch.
 
     x, residual [num_tokens, hidden]; norm_weight [hidden]; else as `router`. Returns the router's weights and ids, the
@@ -116,14 +94,9 @@ def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def moe_mlp(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """sum_k topk_weights[t, k] * down(silu(gate(x[t])) * up(x[t])) with the matrices of expert topk_ids[t, k].
 
     x [num_tokens, hidden]; topk_weights fp32, topk_ids int32 [num_tokens, top_k], ids distinct within a token, -1 for
@@ -139,17 +112,9 @@ def moe_mlp(
 
 
 def moe_mlp_add_rms_norm(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """`moe_mlp` and `ops.norm.add_rms_norm` of its result: residual [num_tokens, hidden] += it in place, then the norm.
 
     norm_weight [hidden]; bit for bit what the two ops give. Returns the normed rows [num_tokens, hidden].
@@ -167,13 +132,9 @@ def moe_mlp_add_rms_norm(
 
 
 def grouped_mlp(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]], *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """sum_k topk_weights[t, k] * experts[topk_ids[t, k]](x[t]) for x [num_tokens, hidden].
 
     Tokens are permuted so that each expert sees its own as one contiguous matrix; experts without tokens cost nothing.

@@ -41,12 +41,9 @@ def _line_layout(columns):
     """
     high = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *high],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, columns],
-    )
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *high], lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, columns],
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -7,13 +7,9 @@ import torch.nn.functional as F
 
 
 def route_topk(
-    router_logits: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str,
+    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
     token_slots: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     logits = router_logits.float()
     scores = torch.softmax(logits, -1) if score_func == "softmax" else torch.sigmoid(logits)
     # Both functions are monotone; topk leaves the order of equal logits open, a stable sort does not.
@@ -28,14 +24,9 @@ def route_topk(
 
 
 def router(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    score_func: str,
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
     token_slots: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     logits = F.linear(x.float(), weight.float())
     return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
 

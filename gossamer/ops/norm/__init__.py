@@ -32,16 +32,9 @@ def add_rms_norm(
 
 
 def add_rms_norm_fp8(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    keep_normed: bool = False,
-    per_token: bool = False,
-    ue8m0: bool = False,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, keep_normed: bool = False,
+    per_token: bool = False, ue8m0: bool = False, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """`add_rms_norm` (`rms_norm` without a residual) and `quantize_activation` of its result in one launch.
 
     x, residual: [M, D]. Returns q E4M3 [M, D], scales fp32 [M, ceil(D / 128)] ([M, 1] with `per_token`), and, with

@@ -18,13 +18,9 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    *,
-    per_token: bool = False,
-    ue8m0: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    x: torch.Tensor, *, per_token: bool = False, ue8m0: bool = False, dtype: torch.dtype = torch.float8_e4m3fn,
     backend: str = "auto",
-) -> Quantized:
+) -> Quantized:  # fmt: skip
     """x [M, K] -> q [M, K] of an FP8 `dtype` and fp32 scales [M, ceil(K / 128)], or [M, 1] with `per_token`.
 
     The largest number of a group becomes the largest of `dtype` (448 or 57344). A group of zeros has scale 1. What is
@@ -39,13 +35,9 @@ def quantize_activation(
 
 
 def quantize_weight(
-    weight: torch.Tensor,
-    *,
-    kind: Fp8Kind = "block",
-    ue8m0: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    weight: torch.Tensor, *, kind: Fp8Kind = "block", ue8m0: bool = False, dtype: torch.dtype = torch.float8_e4m3fn,
     backend: str = "auto",
-) -> Quantized:
+) -> Quantized:  # fmt: skip
     """weight [N, K] -> q [N, K] and the fp32 scales of what `kind` says shares one.
 
     "block": 128 x 128, scales [ceil(N / 128), ceil(K / 128)]; "channel": a row, [N, 1]; "tensor": all of it, [1, 1].

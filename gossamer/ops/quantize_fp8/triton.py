@@ -98,12 +98,8 @@ def fp8_like(
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    *,
-    per_token: bool = False,
-    ue8m0: bool = False,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, *, per_token: bool = False, ue8m0: bool = False, dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"quantize_activation needs a contiguous matrix, not {tuple(x.shape)}")
     (num_rows, width), (q, scales) = x.shape, fp8_like(x, per_token, dtype)
