@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from math import prod
 
 import torch
 
@@ -41,9 +42,9 @@ def build_engine(
     report = on_progress or (lambda stage, fraction: None)
     report("Inspecting model", 0.0)
     source = inspect_model(config.load)
-    hardware = detect(config.device)
+    model, hardware = source.config, detect(config.device)
     requested = config.load.max_model_len
-    config = resolve(config, hardware, source.config)
+    config = resolve(config, hardware, model)
     trace = Trace(config.profile_trace) if config.profile_trace else None
     # One thread until the worker runs: OpenMP keeps a team of threads for each thread that ever used several, and
     # with more team members than cores its barriers stop spinning, which makes a decode step three times slower.
@@ -51,22 +52,22 @@ def build_engine(
     fmt = weight_format(config, hardware, source)
     if config.cache.kv_cache_dtype == "fp8":
         require_fp8(hardware, "--kv-cache-dtype auto")
-    layout = ATTENTION_KINDS[source.config.attention].kv_layout(source.config, config.cache.kv_cache_dtype)
-    plan_memory(config, hardware, source.config, layout, estimate_weight_bytes(source.config, fmt))
-    decoder = Decoder(source.config, fmt, config.load.max_model_len or 1, config.ops_backend, paged)
+    layout = ATTENTION_KINDS[model.attention].kv_layout(model, config.cache.kv_cache_dtype)
+    plan_memory(config, hardware, model, layout, estimate_weight_bytes(model, fmt))
+    decoder = Decoder(model, fmt, config.load.max_model_len or 1, config.ops_backend, paged)
     _load(decoder, source, config, report)
-    cost = StepCost(source.config, ATTENTION_KINDS[source.config.attention], fmt, layout.itemsize)
+    cost = StepCost(model, ATTENTION_KINDS[model.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
-    page_bytes = layout.page_bytes(config.cache.page_size) * source.config.num_layers
+    page_bytes = layout.page_bytes(config.cache.page_size) * model.num_layers
     paged_runner = _paged_runner(config, decoder) if decoder.paged else None
     measured: dict[str, int] | None = None
     if paged_runner is not None and fmt.device.type == "cuda":
         report("Compiling kernels", 0.0)
         measured = cuda_memory.measure(paged_runner, layout, config)
-    plan = plan_memory(config, hardware, source.config, layout, decoder.num_bytes, measured)
+    plan = plan_memory(config, hardware, model, layout, decoder.num_bytes, measured)
     require_context(plan, requested, config.cache.page_size, page_bytes)
     config = _with_plan(config, plan, page_bytes, fmt)
-    size = (source.config.num_layers, layout, plan.num_pages, config.cache.page_size)
+    size = (model.num_layers, layout, plan.num_pages, config.cache.page_size)
     pool = KVPool(*size, fmt.device, heads_first=not decoder.paged)
     runner: Executor
     if paged_runner is not None:
@@ -74,19 +75,14 @@ def build_engine(
         runner = paged_runner
     else:
         runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads)
-    limits = RequestLimits(vocab_size=source.config.vocab_size, max_model_len=plan.max_model_len)
+    limits = RequestLimits(vocab_size=model.vocab_size, max_model_len=plan.max_model_len)
+    ends = model.eos_token_ids
     engine = Engine(
-        config,
-        runner,
-        num_pages=plan.num_pages,
-        limits=limits,
-        eos_token_ids=source.config.eos_token_ids,
-        account=account,
-        trace=trace,
+        config, runner, num_pages=plan.num_pages, limits=limits, eos_token_ids=ends, account=account, trace=trace
     )
     report("Ready", 1.0)
     best = ceilings.load(config.cache_dir, hardware, config.load.dtype)
-    info = EngineInfo(config, source.config, limits, plan.num_pages, list(plan.entries), hardware.name, best)
+    info = EngineInfo(config, model, limits, plan.num_pages, list(plan.entries), hardware.name, best)
     return engine, info
 
 
@@ -126,13 +122,9 @@ def weight_format(config: EngineConfig, hardware: Hardware, source: ModelSource)
     elif quantization != "none":
         if hardware.device != "cpu":
             raise StartupError(f"--quantization {quantization} runs on a CPU only; use --quantization none.")
-        dense_bytes = _num_parameters(source.config) * dtype.itemsize
+        dense_bytes = sum(map(prod, expected_shapes(source.config).values())) * dtype.itemsize
         fmt = dataclasses.replace(fmt, keep_dense=dense_bytes <= _DENSE_COPY_FRACTION * hardware.memory_bytes)
     return fmt
-
-
-def _num_parameters(model: ModelConfig) -> int:
-    return sum(torch.Size(shape).numel() for shape in expected_shapes(model).values())
 
 
 def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
@@ -142,7 +134,7 @@ def estimate_weight_bytes(model: ModelConfig, fmt: WeightFormat) -> int:
     copy = fmt.dtype.itemsize if fmt.keep_dense else 0
     total = 0.0
     for name, shape in expected_shapes(model).items():
-        size = torch.Size(shape).numel()
+        size = prod(shape)
         per_weight = bytes_per_weight(fmt, name) if len(shape) == 2 else fmt.dtype.itemsize
         total += size * (per_weight + (copy if len(shape) == 2 and name != "embed.weight" else 0))
         if name == "embed.weight" and model.tie_word_embeddings and own_head:

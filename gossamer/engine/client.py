@@ -41,8 +41,7 @@ class EngineClient:
 
     def __init__(self, config: EngineConfig, *, factory: str = messages.DEFAULT_FACTORY, log_level: str = "info"):
         self._directory = _private_directory()
-        requests_address = f"ipc://{self._directory / 'requests'}"
-        outputs_address = f"ipc://{self._directory / 'outputs'}"
+        requests, outputs = (f"ipc://{self._directory / name}" for name in ("requests", "outputs"))
         self._context = zmq.Context()
         self._requests: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._outputs: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -51,8 +50,8 @@ class EngineClient:
             # Unlimited: the number of open requests is bounded instead, and neither side may block on a send.
             sock.set(zmq.SNDHWM if sock is self._requests else zmq.RCVHWM, 0)
         self._outputs.set(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
-        self._outputs.bind(outputs_address)
-        self._requests.connect(requests_address)
+        self._outputs.bind(outputs)
+        self._requests.connect(requests)
         self._decoder = messages.client_side_decoder()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -66,11 +65,7 @@ class EngineClient:
         self._stopping = False
         self.last_heard = time.monotonic()
         start = messages.StartConfig(
-            engine=config,
-            requests_address=requests_address,
-            outputs_address=outputs_address,
-            factory=factory,
-            log_level=log_level,
+            engine=config, requests_address=requests, outputs_address=outputs, factory=factory, log_level=log_level
         )
         self._process = _spawn(start)
 
