@@ -108,15 +108,9 @@ class AsyncLLM:
     """
 
     def __init__(
-        self,
-        model: str = "",
-        *,
-        config: EngineConfig | None = None,
-        chat_template: str | None = None,
-        factory: str = messages.DEFAULT_FACTORY,
-        log_level: str = "info",
-        **options: Any,
-    ) -> None:
+        self, model: str = "", *, config: EngineConfig | None = None, chat_template: str | None = None,
+        factory: str = messages.DEFAULT_FACTORY, log_level: str = "info", **options: Any,
+    ) -> None:  # fmt: skip
         """`config` stands for `model` and `options`. `factory` names what builds the engine, as `module:function`."""
         config = config or make_engine_config(model=model, **options)
         self.requested_model = config.load.model
@@ -219,14 +213,9 @@ class AsyncLLM:
         await self._dead.wait()
 
     async def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        request_id: str | None = None,
-        *,
-        cache_salt: str | None = None,
-        mode: OutputMode = "cumulative",
-    ) -> AsyncGenerator[RequestOutput, None]:
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, *,
+        cache_salt: str | None = None, mode: OutputMode = "cumulative",
+    ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
         """Yields the request's output whenever it has grown since the last one taken, until it is finished.
 
         `prompt` is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `mode` says whether an output holds

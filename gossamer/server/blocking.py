@@ -23,13 +23,9 @@ class BlockingLLM:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        chat_template: str | None = None,
-        log_level: str = "warning",
+        self, config: EngineConfig, *, chat_template: str | None = None, log_level: str = "warning",
         factory: str = DEFAULT_FACTORY,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Returns when the engine is ready. Raises StartupError, saying why, if it cannot be."""
         self._llm = AsyncLLM(config=config, chat_template=chat_template, log_level=log_level, factory=factory)
         self._exits = contextlib.ExitStack()

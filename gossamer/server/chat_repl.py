@@ -37,14 +37,9 @@ class ChatLoop:
     """One conversation. `read` returns the next line or raises EOFError; `write` shows text at once."""
 
     def __init__(
-        self,
-        backend: ChatBackend,
-        params: SamplingParams,
-        system: str | None = None,
-        *,
-        read: Callable[[], str],
+        self, backend: ChatBackend, params: SamplingParams, system: str | None = None, *, read: Callable[[], str],
         write: Callable[[str], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.backend = backend
         self.params = params
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []

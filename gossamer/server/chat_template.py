@@ -39,13 +39,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True, options: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """The prompt text. `options` are further template variables (enable_thinking, ...).
 
         Raises: InvalidRequest where the template refuses the messages, with the template's own words.
@@ -136,12 +132,9 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
-) -> str:
+) -> str:  # fmt: skip
     # Jinja's own filter escapes for HTML, which would change what the model reads.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -21,16 +21,9 @@ class ApiError(Exception):
     """An error with its HTTP status. `close` also ends the connection: the rest of the request is not wanted."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str | None = None,
-        retry_after: int | None = None,
-        close: bool = False,
-    ) -> None:
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str | None = None,
+        retry_after: int | None = None, close: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after

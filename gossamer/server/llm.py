@@ -55,14 +55,9 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str = "",
-        *,
-        config: EngineConfig | None = None,
-        chat_template: str | None = None,
-        skip_tokenizer_init: bool = False,
-        **options: Any,
-    ) -> None:
+        self, model: str = "", *, config: EngineConfig | None = None, chat_template: str | None = None,
+        skip_tokenizer_init: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         config = config or make_engine_config(model=model, **options)
         load = resolve_paths(config.load)
         config = dataclasses.replace(config, load=load)
@@ -102,15 +97,11 @@ class LLM:
         return self._run(jobs, use_tqdm)
 
     def chat(
-        self,
-        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        *,
-        add_generation_prompt: bool = True,
-        tools: list[dict[str, Any]] | None = None,
+        self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True, *,
+        add_generation_prompt: bool = True, tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutput]:  # fmt: skip
         """Continues one conversation, or each of a list of them, in the model's chat template.
 
         Raises: InvalidRequest for malformed messages or a model without a chat template.

@@ -158,14 +158,10 @@ class _Sequence:
         pieces, tokens, _ = self._sent if mode == "delta" else (0, 0, False)
         self._sent = (len(self.text_pieces), len(self.token_ids), self.finish_reason is not None)
         return CompletionOutput(
-            self.index,
-            "".join(self.text_pieces[pieces:]),
-            self.token_ids[tokens:],
+            self.index, "".join(self.text_pieces[pieces:]), self.token_ids[tokens:],
             None if self.logprobs is None else self._total_logprob,
-            None if self.logprobs is None else self.logprobs[tokens:],
-            self.finish_reason,
-            self.stop_reason,
-        )
+            None if self.logprobs is None else self.logprobs[tokens:], self.finish_reason, self.stop_reason,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -185,17 +181,10 @@ class _RequestState:
     def output(self) -> RequestOutput:
         fresh = [sequence for sequence in self.sequences if self.mode != "delta" or sequence.has_news()]
         return RequestOutput(
-            self.request_id,
-            self.prompt,
-            self.prompt_token_ids,
-            [sequence.output(self.mode) for sequence in fresh],
-            not self.open_children,
-            self.num_cached_tokens,
-            self.prompt_logprobs,
-            dataclasses.replace(self.metrics),
-            self.error,
-            self.mode,
-        )
+            self.request_id, self.prompt, self.prompt_token_ids, [sequence.output(self.mode) for sequence in fresh],
+            not self.open_children, self.num_cached_tokens, self.prompt_logprobs, dataclasses.replace(self.metrics),
+            self.error, self.mode,
+        )  # fmt: skip
 
 
 class OutputProcessor:
@@ -211,13 +200,9 @@ class OutputProcessor:
         self._parents: dict[str, _RequestState] = {}
 
     def add_request(
-        self,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams,
         mode: OutputMode = "cumulative",
-    ) -> list[tuple[str, SamplingParams]]:
+    ) -> list[tuple[str, SamplingParams]]:  # fmt: skip
         """Registers a validated request and returns the engine requests it stands for: (id, params), one per sample.
 
         Raises: InvalidRequest if the id is in use.
@@ -226,15 +211,11 @@ class OutputProcessor:
         if request_id in self._requests or any(child in self._parents for child in children):
             raise InvalidRequest(f"The request id {request_id!r} is in use.", "request_id")
         state = _RequestState(
-            request_id,
-            prompt,
-            prompt_token_ids,
-            [_Sequence(i, self._tokenizer, prompt_token_ids, params) for i in range(params.n)],
-            mode,
-            RequestMetrics(self._clock()),
-            None if params.prompt_logprobs is None else [None],
+            request_id, prompt, prompt_token_ids,
+            [_Sequence(i, self._tokenizer, prompt_token_ids, params) for i in range(params.n)], mode,
+            RequestMetrics(self._clock()), None if params.prompt_logprobs is None else [None],
             open_children={child: i for i, child in enumerate(children)},
-        )
+        )  # fmt: skip
         self._requests[request_id] = state
         self._parents.update(dict.fromkeys(children, state))
         return [(child, _sample_params(params, i)) for i, child in enumerate(children)]

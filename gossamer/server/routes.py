@@ -79,14 +79,10 @@ def _add_post_route(
             return _response_to(exc)
 
     app.add_api_route(
-        path,
-        endpoint,
-        methods=["POST"],
-        name=request_type.__name__,
-        description=request_type.__doc__,
+        path, endpoint, methods=["POST"], name=request_type.__name__, description=request_type.__doc__,
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         response_model=None,
-    )
+    )  # fmt: skip
 
 
 class _Application(FastAPI):

@@ -192,12 +192,9 @@ class Answer(ABC, Generic[R]):
 
 
 async def respond(
-    decoder: msgspec.json.Decoder[R],
-    make: Callable[[Serving, R, SamplingParams], Answer[R]],
-    serving: Serving,
-    body: bytes,
-    http: Request,
-) -> Response:
+    decoder: msgspec.json.Decoder[R], make: Callable[[Serving, R, SamplingParams], Answer[R]], serving: Serving,
+    body: bytes, http: Request,
+) -> Response:  # fmt: skip
     """Runs a request and answers it. Raises ApiError or GossamerError for what goes wrong before the answer begins."""
     answer = make(serving, *serving.accept(body, decoder))
 

@@ -72,12 +72,9 @@ class _Chat(Answer[ChatRequest]):
 
     def _choice(self, choice: CompletionOutput) -> _Choice:
         return _Choice(
-            choice.index,
-            logprobs=self._logprobs(choice),
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
-            token_ids=choice.token_ids if self.request.return_token_ids else UNSET,
-        )
+            choice.index, logprobs=self._logprobs(choice), finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason, token_ids=choice.token_ids if self.request.return_token_ids else UNSET,
+        )  # fmt: skip
 
     def _logprobs(self, choice: CompletionOutput) -> dict[str, Any] | None:
         if self.params.logprobs is None or choice.logprobs is None:

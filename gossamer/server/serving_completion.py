@@ -108,12 +108,8 @@ class _Completion(Answer[CompletionRequest]):
         return text
 
     def _add_logprobs(
-        self,
-        target: _Logprobs,
-        token_ids: Sequence[int],
-        positions: Sequence[dict[int, Logprob] | None],
-        offset: int,
-    ) -> int:
+        self, target: _Logprobs, token_ids: Sequence[int], positions: Sequence[dict[int, Logprob] | None], offset: int,
+    ) -> int:  # fmt: skip
         """Appends one entry per token; returns the text offset after the last."""
         for token_id, position in zip(token_ids, positions, strict=False):
             if position is None:

@@ -96,13 +96,9 @@ class Tokenizer:
         return text
 
     def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of a conversation. Text of the request that spells special tokens is encoded as text.
 
         Raises: InvalidRequest for malformed messages, a refusing template, or a model without one.

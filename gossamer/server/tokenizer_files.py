@@ -55,13 +55,9 @@ def read_hf_tokenizer(folder: Path) -> TokenizerParts:
     ids = {name: backend.token_to_id(text) for name, text in special.items()}
     prefix, suffix = _surroundings(backend, config, ids)
     return TokenizerParts(
-        backend=backend,
-        prefix_ids=prefix,
-        suffix_ids=suffix,
-        bos_token_id=ids.get("bos_token"),
-        special_tokens=special,
-        chat_templates=_chat_templates(folder, config),
-    )
+        backend=backend, prefix_ids=prefix, suffix_ids=suffix, bos_token_id=ids.get("bos_token"),
+        special_tokens=special, chat_templates=_chat_templates(folder, config),
+    )  # fmt: skip
 
 
 def _read_json(path: Path) -> dict[str, Any]:
