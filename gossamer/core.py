@@ -55,8 +55,8 @@ class SamplingParams:
     """How to sample a continuation. Field names, defaults and meanings are vLLM's.
 
     `temperature == 0` is greedy. `top_k` of 0 or -1 is off. `logprobs=k` returns the k most likely tokens and the
-    sampled one. `seed` fixes the request's random
-    numbers whatever else is in its batch; bf16 and quantised logits may still round differently with the batch's size.
+    sampled one. `seed` fixes the request's random numbers whatever else is in its batch; bf16 and quantised logits may
+    still round differently with the batch's size.
     """
 
     n: int = 1
@@ -297,10 +297,7 @@ class Request:
 
 @dataclass(slots=True)
 class AdmittedSequence:
-    """Sent to the executor once, in the batch that (re)admits a request into a slot: all that the slot needs.
-
-    `output_token_ids` is non-empty when a preempted request comes back.
-    """
+    """All that a slot needs, sent to the executor in the batch that (re)admits a request, then perhaps with output."""
 
     slot: int
     request_id: str
@@ -338,8 +335,7 @@ class ScheduledRow:
 class ScheduledBatch:
     """What one step computes. Decode rows come first, then prefill chunks; never empty.
 
-    Executors run batches strictly in order, so a page freed by the host while a batch is in flight may be handed
-    to a later batch at once.
+    Executors run batches in order, so a page freed while a batch is in flight may go to a later batch at once.
     """
 
     step_id: int

@@ -19,10 +19,7 @@ class ExpertUse(Protocol):
 
 
 class StepAccount:
-    """Takes every step that was committed; `fill` writes the totals into a snapshot of the engine's statistics.
-
-    `uses` has a counter for each MoE layer if experts are counted.
-    """
+    """Adds up the steps that were committed. `uses` has a counter for each MoE layer if experts are counted."""
 
     def __init__(self, cost: CostOfStep, uses: Sequence[ExpertUse] = ()) -> None:
         self._cost, self._uses = cost, uses
@@ -54,10 +51,7 @@ class StepAccount:
         return stats
 
     def experts_touched(self) -> tuple[int, int] | None:
-        """Distinct experts, summed over MoE layers and steps, and the number of terms; None if they are not counted.
-
-        Waits for the device: for when the engine is idle.
-        """
+        """Distinct experts, summed over MoE layers and steps, and the number of terms. Waits for the device."""
         if not self._uses:
             return None
         totals = [use.touched.tolist() for use in self._uses]

@@ -26,10 +26,7 @@ T = TypeVar("T")
 
 
 class StartConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """First line of the engine process's standard input, as JSON.
-
-    `factory` is `module:function`, called as `build_engine(config, on_progress)`.
-    """
+    """First line of the engine process's standard input, as JSON. `factory`: `module:function` like `build_engine`."""
 
     engine: EngineConfig
     requests_address: str

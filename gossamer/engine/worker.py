@@ -19,8 +19,7 @@ Submitted: TypeAlias = tuple[ScheduledBatch, "Future[StepResult]"]
 class Worker:
     """Submits batches in order, by the executor's `submit`, and puts each, with its future, on the result queue.
 
-    An exception of `submit` becomes that batch's future; the worker goes on. `None` in the input queue
-    stops it.
+    An exception of `submit` becomes that batch's future; the worker goes on. `None` in the input queue stops it.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ class KVPool:
     """`layers[i]` is the tuple of layer i's planes (GQA: keys, values), each [num_pages, heads, page_size, dim].
 
     After them come, for a layout that is `scaled`, as many planes of fp32 scales [num_pages, heads].
-
     On a CPU it is zeroed lazily by the operating system: a page costs memory, and time, once it is written.
     `heads_first` puts the heads outermost in memory, so that a head's consecutive pages are one [tokens, dim] matrix.
     """

@@ -48,8 +48,7 @@ def draw(out: torch.Tensor, name: str, seed: int, std: float | None = None) -> t
     """Fills `out` in place and returns it: ones for a norm, N(0, std) else.
 
     std is 1 / sqrt(fan-in) for a matrix [rows, fan-in], so that inputs of unit variance give outputs of unit
-    variance: a router's logits too, which chooses every expert about equally often. A contiguous slice of a larger
-    buffer may be given, such as one expert of a stacked [num_experts, rows, hidden].
+    variance: a router's logits too, which chooses every expert about equally often.
     """
     if name.endswith("norm.weight"):
         return out.fill_(1.0)

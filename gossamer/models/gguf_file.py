@@ -176,7 +176,10 @@ class _Reader:
     def _name(self, what: str) -> str:
         length = self._count(f"length of a {what}", MAX_NAME_BYTES)
         start = self._advance(length)
-        return _utf8(self._buffer[start : start + length], what)
+        try:
+            return self._buffer[start : start + length].decode()
+        except UnicodeDecodeError:
+            raise _Corrupt(f"a {what} is not UTF-8") from None
 
     def _value(self, key: str, type_id: int, depth: int) -> Any:
         if type_id == _STRING:
@@ -222,10 +225,3 @@ class _Reader:
             raise _Corrupt(f"a string of {key!r} is not UTF-8") from None
         self._pos = pos
         return out
-
-
-def _utf8(raw: bytes, what: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        raise _Corrupt(f"a {what} is not UTF-8") from None

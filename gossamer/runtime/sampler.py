@@ -75,14 +75,11 @@ class Sampler:
         return min_tokens
 
     def sample(self, logits: Tensor, rows: list[ScheduledRow]) -> tuple[Tensor, Logprobs]:
-        """Draws the next token of each row.
+        """Draws the next token of each of a step's rows that sample; logits [num_rows, vocab_size] are not modified.
 
-        Args:
-            logits: [num_rows, vocab_size], one row per entry of `rows`; not modified.
-            rows: the rows of the step that sample.
-        Returns: int64 [num_rows] token ids on the logits' device, -1 where a row's largest logit is not finite, and
-            the log-probabilities of the rows that ask for them, or None if none does. They are of the raw logits,
-            before any bias, mask, penalty or temperature.
+        Returns int64 [num_rows] token ids on the logits' device, -1 where a row's largest logit is not finite, and the
+        log-probabilities of the rows that ask for them (None if none does): of the logits before any bias, mask,
+        penalty or temperature.
         """
         slots = [row.slot for row in rows]
         if logits.shape != (len(slots), self.vocab_size):
@@ -100,10 +97,7 @@ class Sampler:
         return token_ids, self._logprobs(raw, token_ids, wanted.tolist())
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Tensor | list[int], k: int) -> list[TokenLogprobs]:
-        """Log-probabilities of the prompt token that follows each position, with the k likeliest.
-
-        Args: logits: [num_positions, vocab_size]. next_ids: int64 [num_positions]. k: 0 or more.
-        """
+        """Log-probabilities of the prompt token that follows each position of `logits`, with the k >= 0 likeliest."""
         ids = _upload(torch.as_tensor(next_ids, dtype=torch.int64), logits.device)
         if not len(ids):
             return []

@@ -141,7 +141,8 @@ class Scheduler:
         outputs = []
         for index, (row, request) in enumerate(zip(batch.rows, batch.requests, strict=True)):
             if row.token_ids:
-                self._count_prompt_tokens(row, request)
+                prompt_end = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
+                self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
             if request.status is RequestStatus.FINISHED:
                 continue
             if result.prompt_logprobs is not None:
@@ -224,10 +225,6 @@ class Scheduler:
         self._sequences.finish(request)
         num_cached = max(request.num_cached_tokens, 0)
         return TokenOutput(request.request_id, [], "error", num_cached_tokens=num_cached, error=message)
-
-    def _count_prompt_tokens(self, row: ScheduledRow, request: Request) -> None:
-        stop = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
-        self._counted.num_prompt_tokens += max(stop - row.start_pos, 0)
 
 
 def _keep_prompt_logprobs(request: Request, row: ScheduledRow, entries: list[TokenLogprobs] | None) -> None:

@@ -1,7 +1,5 @@
 """Gated activations on the device: elementwise, bound by memory."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ Both give the query heads of one KV head to one program as rows of its products,
 work on the device, so that launch parameters depend on shapes alone.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Triton kernel of split-KV decode: the query heads of one KV head are the rows of a program's products."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Triton kernel of the token embedding: one program per token and block of the hidden dimension."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

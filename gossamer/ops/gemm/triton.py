@@ -5,8 +5,6 @@ them and, for FP8 weights, the quantisation of x folded in. `_tiles` streams wei
 tensor cores.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ One kernel holds tiles of either operand in front: with few rows the weight's ar
 x's. Experts' gate and up rows alternate in memory; a tile reads both as matrices of twice the row length.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

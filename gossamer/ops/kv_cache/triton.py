@@ -1,7 +1,5 @@
 """The write into FP8 pages: a program owns a page and head, so that its scale can grow without a race."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

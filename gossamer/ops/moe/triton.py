@@ -4,8 +4,6 @@ Grids follow from shapes alone; what only the device knows ends programs early. 
 start before the end of the one before it (`overlap_options`) and waits for it before it reads or writes.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

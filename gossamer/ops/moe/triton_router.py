@@ -1,7 +1,5 @@
 """Triton kernels of the router: logits in fp32, the best experts of each token. Its rules are those of `triton.py`."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """RMSNorm on the device: one program a row, the row in registers; optionally the residual add before it."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Every path gives the reference's bits.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

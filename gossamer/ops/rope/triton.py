@@ -1,7 +1,5 @@
 """QK norm, clamp, rotary embedding and the paged KV write in one pass over the packed projection."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

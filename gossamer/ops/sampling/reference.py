@@ -22,11 +22,7 @@ _PROBE = 128
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Index of each row's largest value, the lowest of equals.
-
-    Args: logits: [num_rows, vocab].
-    Returns: int64 [num_rows].
-    """
+    """Index of each row's largest value, the lowest of equals: int64 [num_rows] of [num_rows, vocab]."""
     if logits.is_cuda or logits.dtype != torch.float32:
         return logits.argmax(-1)
     # numpy's is vectorised, and an order of magnitude faster than torch's on a CPU.
@@ -106,10 +102,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
 
 
 def uniform(seeds: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Number `output_index` of each seed's stream, in [0, 1): 53 random bits, a hash of the two and of nothing else.
-
-    Arithmetic is modulo 2**64.
-    """
+    """Number `output_index` of each seed's stream, in [0, 1): 53 bits, a hash (modulo 2**64) of the two alone."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     step = (output_index.astype(np.uint64) + np.uint64(1)) * golden
     return (_mix(_mix(seeds + golden) + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -158,9 +151,8 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-softmax of the given tokens and of the k likeliest.
+    """Log-softmax of logits float32 [num_rows, vocab] at token_ids int64 [num_rows] and the k (0 to vocab) likeliest.
 
-    Args: logits: float32 [num_rows, vocab]. token_ids: int64 [num_rows]. k: 0 to vocab.
     Returns: ids int64, log-probabilities float32 and 1-based ranks int64, each [num_rows, 1 + k], the given token
         first. Ranks order equal values by rising id.
     """

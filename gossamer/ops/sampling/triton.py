@@ -4,8 +4,6 @@ Launch one reads the logits once, all rows spread over the chip: per block of 12
 weights. Launch two, one program a row, has only to pick a block and a token, or to search a few candidates first.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
