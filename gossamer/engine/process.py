@@ -125,12 +125,6 @@ def _watch_parent(stdin: BinaryIO, socket_directory: Path) -> None:
     os._exit(1)
 
 
-def _load_factory(name: str) -> Factory:
-    module, _, function = name.partition(":")
-    factory: Factory = getattr(importlib.import_module(module), function)
-    return factory
-
-
 def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> EngineLike | None:
     """Builds the engine and says Ready, or says why it cannot and returns None."""
 
@@ -138,7 +132,9 @@ def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> EngineLi
         outputs.send(messages.encode(messages.Progress(stage, fraction)))
 
     try:
-        engine, info = _load_factory(config.factory)(config.engine, on_progress)
+        module, _, function = config.factory.partition(":")
+        factory: Factory = getattr(importlib.import_module(module), function)
+        engine, info = factory(config.engine, on_progress)
     except GossamerError as exc:
         failure = str(exc)
     except MemoryError:

@@ -43,7 +43,10 @@ class Trace:
             try:
                 return function(*args)
             finally:
-                self._thread_span(name, start)
+                thread = threading.current_thread()
+                track = thread.native_id or 0
+                self._tracks.setdefault(track, thread.name)
+                self._add("X", name, start, track, dur=(time.monotonic() - start) * 1e6)
 
         return call
 
@@ -65,12 +68,6 @@ class Trace:
         if len(self._events) >= MAX_EVENTS:
             logger.warning("%s has the first %d events only", self._path, MAX_EVENTS)
         self._path.write_text(json.dumps({"traceEvents": names + self._events, "displayTimeUnit": "ms"}))
-
-    def _thread_span(self, name: str, start: float) -> None:
-        thread = threading.current_thread()
-        track = thread.native_id or 0
-        self._tracks.setdefault(track, thread.name)
-        self._add("X", name, start, track, dur=(time.monotonic() - start) * 1e6)
 
     def _add(self, phase: str, name: str, seconds: float, track: int, **more: Any) -> None:
         if len(self._events) < MAX_EVENTS:

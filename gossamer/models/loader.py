@@ -34,7 +34,8 @@ def iter_weights(
     before writing. A quantised one is a QuantizedTensor or an Fp8Tensor. Dummy weights have load.dtype, or the
     config's under auto, and are drawn on `device`.
     """
-    dtype = _dummy_dtype(source, load)
+    name = load.dtype if load.dtype != "auto" else source.config.dtype
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     if source.kind == "dummy":
         stream: Iterator[tuple[str, Weight]] = dummy_weights(
             source.stored_config, load.seed, dtype, device, load.dummy_routing
@@ -46,11 +47,6 @@ def iter_weights(
     if load.upcycle_experts is not None:
         stream = upcycle(stream, source.config, load.seed, dtype)
     return stream
-
-
-def _dummy_dtype(source: ModelSource, load: LoadConfig) -> torch.dtype:
-    name = load.dtype if load.dtype != "auto" else source.config.dtype
-    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
 def _safetensors_weights(source: ModelSource) -> Iterator[tuple[str, Weight]]:

@@ -6,7 +6,6 @@ below both. Block layouts are ggml's; the int4 convention is that of torch's pac
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,14 +51,6 @@ class QuantizedTensor:
         q, scale, minimum = _INT4_DECODERS[self.ggml_type](self.data.reshape(self.shape[0], -1))
         rows = [torch.from_numpy(values.reshape(self.shape[0], -1)) for values in (q, scale, minimum + 8.0 * scale)]
         return rows[0], rows[1], rows[2]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

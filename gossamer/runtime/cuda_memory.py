@@ -29,7 +29,7 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
         runner.warm_up_decode_eagerly(max_num_seqs)
         torch.cuda.synchronize(device)
         temporaries = torch.cuda.max_memory_allocated(device) - held
-        graphs = _graph_bytes(runner, max_num_seqs) if runner.captures_graphs else 0
+        graphs = _graph_bytes(runner, max_num_seqs) if runner.num_graph_sizes else 0
     runner.detach()
     torch.cuda.empty_cache()
     entries = {"temporaries": temporaries}
@@ -40,11 +40,10 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
 
 def _graph_bytes(runner: CudaRunner, max_num_seqs: int) -> int:
     """Of the graphs of all sizes: memory for the widest, which the others share, and the driver's for each."""
-    num_decode, num_mixed = runner.num_graph_sizes
     widest = _taken(runner.device, lambda: runner.warm_up_decode(max_num_seqs))
     runner.warm_up_decode_eagerly(1)  # what its kernels take at first is no graph's
     another = _taken(runner.device, lambda: runner.warm_up_decode(1))
-    return int(widest * GRAPH_SLACK) + another * (num_decode + num_mixed - 1)
+    return int(widest * GRAPH_SLACK) + another * (runner.num_graph_sizes - 1)
 
 
 def _taken(device: torch.device, action: Callable[[], None]) -> int:

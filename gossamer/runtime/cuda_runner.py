@@ -76,7 +76,8 @@ class CudaRunner:
         heads = (decoder.config.num_q_heads, decoder.config.num_kv_heads, decoder.config.head_dim)
         self._workspace = DecodeWorkspace.allocate(max_num_seqs, *heads, device)
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._ring = [self._make_slot(max_num_seqs) for _ in range(RING)]
+        tokens = torch.zeros(RING, max_num_seqs, dtype=torch.int64, pin_memory=self._on_gpu)
+        self._ring = [_Slot(row, self._event(), self._event()) for row in tokens]
         self._num_steps = 0
         self.pool: KVPool | None = None
         self._clock_time, self._clock_event = time.monotonic(), self._event()
@@ -87,10 +88,6 @@ class CudaRunner:
 
     def _event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self._on_gpu else None
-
-    def _make_slot(self, max_num_seqs: int) -> _Slot:
-        tokens = torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=self._on_gpu)
-        return _Slot(tokens, self._event(), self._event())
 
     def attach(self, pool: KVPool, *, capture: bool = True) -> None:
         """Sets the KV cache; graphs captured over a former one are dropped. `capture` makes the widest decode graph.
@@ -113,13 +110,9 @@ class CudaRunner:
         self.pool = None
 
     @property
-    def captures_graphs(self) -> bool:
-        return self._graphs is not None
-
-    @property
-    def num_graph_sizes(self) -> tuple[int, int]:
-        """How many batch sizes of decode steps, and token counts of mixed ones, get graphs."""
-        return len(self._buckets), len(self._token_buckets)
+    def num_graph_sizes(self) -> int:
+        """How many batch sizes of decode steps and token counts of mixed ones get graphs; 0 without graphs."""
+        return 0 if self._graphs is None else len(self._buckets) + len(self._token_buckets)
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
         try:

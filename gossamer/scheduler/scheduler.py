@@ -14,7 +14,6 @@ from gossamer.core import (
     Request,
     RequestStatus,
     ScheduledBatch,
-    ScheduledRow,
     StartupError,
     StepResult,
     TokenLogprobs,
@@ -145,8 +144,10 @@ class Scheduler:
                 self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
             if request.status is RequestStatus.FINISHED:
                 continue
-            if result.prompt_logprobs is not None:
-                _keep_prompt_logprobs(request, row, result.prompt_logprobs[index])
+            entries = result.prompt_logprobs[index] if result.prompt_logprobs is not None else None
+            if entries and not request.output_token_ids:
+                # Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before.
+                request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
             if row.samples:
                 logprobs = result.logprobs[index] if result.logprobs is not None else None
                 outputs.append(self._append(request, result.token_ids[index], logprobs))
@@ -225,9 +226,3 @@ class Scheduler:
         self._sequences.finish(request)
         num_cached = max(request.num_cached_tokens, 0)
         return TokenOutput(request.request_id, [], "error", num_cached_tokens=num_cached, error=message)
-
-
-def _keep_prompt_logprobs(request: Request, row: ScheduledRow, entries: list[TokenLogprobs] | None) -> None:
-    """Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before."""
-    if entries and not request.output_token_ids:
-        request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
