@@ -142,12 +142,10 @@ class RequestLimits:
     def check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
         if len(prompt_token_ids) == 0:
             raise InvalidRequest("The prompt is empty: give at least one token.", "prompt")
-        low, high = min(prompt_token_ids), max(prompt_token_ids)
-        if low < 0 or high >= self.vocab_size:
-            bad = low if low < 0 else high
-            raise InvalidRequest(
-                f"Token id {bad} is out of range: the vocabulary has ids 0 to {self.vocab_size - 1}.", "prompt"
-            )
+        for token in (min(prompt_token_ids), max(prompt_token_ids)):
+            if not 0 <= token < self.vocab_size:
+                known = f"the vocabulary has ids 0 to {self.vocab_size - 1}"
+                raise InvalidRequest(f"Token id {token} is out of range: {known}.", "prompt")
 
     def check_params(self, p: SamplingParams) -> None:
         """The checks that need no prompt: ranges, caps, consistency. Runs in microseconds whatever the values."""

@@ -4,7 +4,7 @@ Families differ in their config alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
 
@@ -15,7 +15,7 @@ from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
+from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import DenseWeight, Linear, Part, Weight, WeightFormat, dense, make_head, storage_bytes
 from gossamer.layers.mlp import GatedMLP
@@ -166,7 +166,7 @@ class Decoder:
             if fp8 not in buffers:
                 buffers[fp8] = _empty_fp8(q) if fp8 else torch.empty_like(q)
             attended = buffers[fp8]
-            yield partial(_attend, block.attention, q, planes, attended)
+            yield partial(block.attention.attend, q, planes=planes, out=attended)
             block.attention.output(attended, stream)
             stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
         result.append(stream.normed(_loaded(self.final_norm)))
@@ -187,12 +187,6 @@ class Decoder:
         if isinstance(self.head, DenseWeight):
             return self.head(hidden, torch.float32)
         return self.head(hidden).float()
-
-
-def _attend(
-    layer: AttentionLayer, q: torch.Tensor, planes: Sequence[torch.Tensor], out: Attended, plan: PagedPlan
-) -> None:
-    layer.attend(q, plan, planes, out)
 
 
 def _empty_fp8(q: torch.Tensor) -> Quantized:

@@ -32,10 +32,7 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
         graphs = _graph_bytes(runner, max_num_seqs) if runner.num_graph_sizes else 0
     runner.detach()
     torch.cuda.empty_cache()
-    entries = {"temporaries": temporaries}
-    if graphs:
-        entries["CUDA graphs"] = graphs
-    return entries
+    return {"temporaries": temporaries} | ({"CUDA graphs": graphs} if graphs else {})
 
 
 def _graph_bytes(runner: CudaRunner, max_num_seqs: int) -> int:
