@@ -12,7 +12,7 @@ from gossamer.engine.account import StepAccount
 from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.engine.trace import Trace
-from gossamer.kv_cache.ledger import MemoryPlan, plan_memory, require_context
+from gossamer.kv_cache.ledger import plan_memory, require_context
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.linear import Part, WeightFormat
 from gossamer.layers.moe import ExpertUse, MoELayer
@@ -66,7 +66,11 @@ def build_engine(
         measured = cuda_memory.measure(paged_runner, layout, config)
     plan = plan_memory(config, hardware, model, layout, decoder.num_bytes, measured)
     require_context(plan, requested, config.cache.page_size, page_bytes)
-    config = _with_plan(config, plan, page_bytes, fmt)
+    config = dataclasses.replace(
+        config,
+        load=dataclasses.replace(config.load, max_model_len=plan.max_model_len, quantization=fmt.quantization),
+        cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=plan.num_pages * page_bytes),
+    )
     size = (model.num_layers, layout, plan.num_pages, config.cache.page_size)
     pool = KVPool(*size, fmt.device, heads_first=not decoder.paged)
     runner: Executor
@@ -152,12 +156,3 @@ def _load(decoder: Decoder, source: ModelSource, config: EngineConfig, report: P
 
     with torch.inference_mode():
         decoder.load(reported())
-
-
-def _with_plan(config: EngineConfig, plan: MemoryPlan, page_bytes: int, fmt: WeightFormat) -> EngineConfig:
-    """The config with the planned KV memory, the context length and the quantisation filled in."""
-    return dataclasses.replace(
-        config,
-        load=dataclasses.replace(config.load, max_model_len=plan.max_model_len, quantization=fmt.quantization),
-        cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=plan.num_pages * page_bytes),
-    )

@@ -1,7 +1,4 @@
-"""What an engine says about itself once it is built: torch-free, so that the server's process can hold it.
-
-Plain dataclasses: the wire format encodes them as they are, and the in-process engine needs no wire format.
-"""
+"""What an engine says about itself once it is built: plain, torch-free data, which the wire encodes as it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

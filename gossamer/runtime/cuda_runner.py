@@ -90,10 +90,7 @@ class CudaRunner:
         return torch.cuda.Event(enable_timing=True) if self._on_gpu else None
 
     def attach(self, pool: KVPool, *, capture: bool = True) -> None:
-        """Sets the KV cache; graphs captured over a former one are dropped. `capture` makes the widest decode graph.
-
-        It comes first because the others then find room in its memory.
-        """
+        """Sets the KV cache. `capture` makes the widest decode step's graph, in whose memory others then find room."""
         self.detach()
         self.pool = pool
         if self._on_gpu:

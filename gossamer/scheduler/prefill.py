@@ -10,13 +10,12 @@ MAX_OVERTAKEN = 16
 def schedule_prefills(sequences: Sequences, batch: ScheduledBatch, budget: int, *, chunked: bool) -> None:
     """Adds chunks of at most `budget` tokens in all: of prompts begun earlier first, then of newly admitted ones."""
     prefills = [request for request in sequences.running if request.is_prefilling]
-    wanted = [_num_to_compute(request) for request in prefills]
     left = budget
-    for num in wanted:
-        left -= _share(num, left, sequences.page_size)
+    for request in prefills:
+        left -= _share(request.num_prefill_tokens - request.num_computed_tokens, left, sequences.page_size)
     admitted = _admit(sequences, left, chunked=chunked)
     prefills += [request for request, _ in admitted]
-    wanted += [_num_to_compute(request) for request, _ in admitted]
+    wanted = [request.num_prefill_tokens - request.num_computed_tokens for request in prefills]
     grants = split_budget(wanted, budget, sequences.page_size) if chunked else wanted
     announced = {id(request): sequence for request, sequence in admitted}
     for request, grant in zip(prefills, grants, strict=True):
@@ -69,10 +68,6 @@ def _admit(sequences: Sequences, budget: int, *, chunked: bool) -> list[tuple[Re
         admitted.append((request, sequences.admit(request, cached)))
         budget -= _share(num_tokens, budget, sequences.page_size) if chunked else num_tokens
     return admitted
-
-
-def _num_to_compute(request: Request) -> int:
-    return request.num_prefill_tokens - request.num_computed_tokens
 
 
 def _add_row(batch: ScheduledBatch, request: Request, num: int, admitted: AdmittedSequence | None) -> None:
