@@ -20,8 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _STAGES = 2
-_BLOCK_M = 128
-"""Rows of a program: 64 for each of its two warpgroups."""
+_BLOCK_M = 128  # rows of a program: 64 for each of its two warpgroups
 
 
 @gluon.jit
@@ -321,16 +320,11 @@ def _hopper_prefill_kernel(
 
 def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
     """Whether the kernel of this module runs these shapes on this device."""
-    page_size, head_dim = k_pages.shape[2:]
-    group = q.shape[1] // k_pages.shape[1]
-    return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and q.element_size() == 2
-        and page_size == 64
-        and head_dim in (64, 128)
-        and group <= _BLOCK_M
-    )
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    num_kv_heads, page_size, head_dim = k_pages.shape[1:]
+    fits = page_size == 64 and head_dim in (64, 128) and q.shape[1] // num_kv_heads <= _BLOCK_M
+    return fits and q.dtype == k_pages.dtype and q.element_size() == 2
 
 
 def paged_prefill(
