@@ -65,7 +65,7 @@ SMALL = [
 ]
 REAL = [
     pytest.param(m, n, k, None, marks=gpu)
-    for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1000, 2064))
+    for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1536, 8960), (1000, 2064))
     for m in (1, 2, 3, 17, 64, 128, 129, 500, 4096)
 ] + [
     pytest.param(m, n, k, config, marks=gpu)
@@ -100,6 +100,12 @@ def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None
     for backend in ("triton", "reference"):
         y = fp8_linear(q, scales, w, w_scales, bias, out_dtype=torch.float32, kind=kind, backend=backend)
         assert rel_rms(y, expected + bias.double()) < 1e-5
+
+
+def test_the_library_multiplies_whole_groups_of_four_blocks() -> None:
+    """torch's product refuses a weight's scales that are not padded to four blocks of K, and ours are not."""
+    assert kernels.library_is_faster(256, 1536, 4096)
+    assert not any(kernels.library_is_faster(256, 1536, k) for k in (640, 896, 8960))
 
 
 def test_e5m2_and_activations_in_groups_against_channels() -> None:

@@ -219,7 +219,9 @@ def choose(num_rows: int, num_out: int, width: int, hopper: bool = False) -> Con
 
 
 def library_is_faster(num_rows: int, num_out: int, width: int) -> bool:
-    """Where torch's own product of 1 x 128 by 128 x 128 blocks won on an H100: `benchmarks/ops/bench_fp8.py`."""
+    """Where torch's product of 1 x 128 by 128 x 128 blocks serves and won on an H100: `benchmarks/ops/bench_fp8.py`."""
+    if num_rows % 4 or num_out % 64 or width % 512:  # it wants a weight's scales padded to four blocks of K
+        return False
     if num_rows > 128:
         return width > 512 and num_out >= 512
     return num_rows >= 64 and num_out >= 7168 and (num_rows > 64 or width >= 2048)
@@ -319,8 +321,7 @@ def fp8_linear(
     hopper = promote and out_dtype != torch.float32 and num_out % 8 == 0 and q.is_cuda and _is_hopper(q.device.index)
     if (
         hopper and config is None and bias is None and kind == "block" and out_dtype == torch.bfloat16
-        and scales.stride() == (1, num_rows) and not (num_rows % 4 or num_out % 64 or width % 128)
-        and library_is_faster(num_rows, num_out, width)
+        and scales.stride() == (1, num_rows) and library_is_faster(num_rows, num_out, width)
     ):  # fmt: skip
         scaling = F.ScalingType
         return F.scaled_mm(q, weight.t(), scales, scaling.BlockWise1x128, weight_scales.t(), scaling.BlockWise128x128)
