@@ -21,6 +21,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _STAGES = 2
 _BLOCK_M = 128  # rows of a program: 64 for each of its two warpgroups
+# Triton 3.6's names, and those of later versions.
+copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
 @gluon.jit
@@ -87,14 +90,14 @@ def _feed(
             mbarrier.expect(k_full.index(stage), BYTES)
             for c in gl.static_range(CHUNKS):
                 part = (stage * CHUNKS + c) * 2
-                tma.async_copy_global_to_shared(k_desc, [row0, c * 64], k_full.index(stage), k_tiles.index(part))
-                tma.async_copy_global_to_shared(k_desc, [row1, c * 64], k_full.index(stage), k_tiles.index(part + 1))
+                copy_tile(k_desc, [row0, c * 64], k_full.index(stage), k_tiles.index(part))
+                copy_tile(k_desc, [row1, c * 64], k_full.index(stage), k_tiles.index(part + 1))
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), BYTES)
             for c in gl.static_range(CHUNKS):
                 part = (stage * CHUNKS + c) * 2
-                tma.async_copy_global_to_shared(v_desc, [row0, c * 64], v_full.index(stage), v_tiles.index(part))
-                tma.async_copy_global_to_shared(v_desc, [row1, c * 64], v_full.index(stage), v_tiles.index(part + 1))
+                copy_tile(v_desc, [row0, c * 64], v_full.index(stage), v_tiles.index(part))
+                copy_tile(v_desc, [row1, c * 64], v_full.index(stage), v_tiles.index(part + 1))
             step += 1
 
 
@@ -282,8 +285,8 @@ def _hopper_prefill_kernel(
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HEAD_DIM], dtype)
     k_wide = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], wide)
     v_wide = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], wide)
-    k_tiles = k_wide._reinterpret(dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
-    v_tiles = v_wide._reinterpret(dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
+    k_tiles = view(k_wide, dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
+    v_tiles = view(v_wide, dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
     q_wide = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], wide)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -1,0 +1,60 @@
+"""Gluon kernels have no interpreter, but the installed Triton compiles them for Hopper, whose names it changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import importlib, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+def swizzled(dtype, rows, columns):
+    layout = gl.NVMMASharedLayout(128, 8 if dtype == "fp8e4nv" else 16, 2)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+
+family = sys.argv[1]
+ints = dict.fromkeys("num_tokens num_rows num_blocks num_assignments N K num_m num_n".split(), "i32")
+ints |= dict.fromkeys("table_stride row_stride group_stride scale_stride window".split(), "i32")
+floats = dict.fromkeys("out_scales a_scales w_scales".split(), "*fp32") | {"scale_log2": "fp32"}
+if family == "attention":
+    tile = swizzled("bf16", 64, 64)
+    kinds = {"q": "*bf16", "out": "*bf16", "k_desc": tile, "v_desc": tile}
+    constants = dict(sinks=None, NUM_KV_HEADS=4, GROUP=6, HEAD_DIM=128, PAGE=64, BLOCK_R=32, HAS_SINKS=False,
+                     HAS_WINDOW=True, STAGES=2)
+elif family == "moe":
+    kinds = {"a": "*bf16", "out": "*bf16", "a_desc": swizzled("bf16", 64, 64), "w_desc": swizzled("bf16", 256, 64)}
+    kinds["num_blocks"] = "*i32"
+    constants = dict(TOP_K=8, GATED=True, FEEDERS=4, PDL=True)
+else:
+    kinds = {"a": "*fp8e4nv", "out": "*bf16", "bias": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128)}
+    kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
+    constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
+                     REGS=160, FEED_REGS=32, PDL=True)
+module = importlib.import_module(f"gossamer.ops.{family}.hopper")
+kernel = module._hopper_prefill_kernel if family == "attention" else module._hopper_kernel
+kinds = ints | floats | kinds
+types = {n: "constexpr" if n in constants else kinds.get(n, "*i32") for n in kernel.arg_names}
+constexprs = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*" or n in "NK"}
+source = GluonASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=aligned)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+assert compiled.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.parametrize("family", ["attention", "moe", "gemm_fp8"])
+def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, family], env=environment, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr[-2000:]
