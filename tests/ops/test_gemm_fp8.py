@@ -289,9 +289,10 @@ def test_fp8_moe_mlp(monkeypatch: pytest.MonkeyPatch, num_tokens: int, grouped: 
         # A number on the edge between two FP8 values may fall to either side.
         expected = oracle(x, weights, ids, *parts)
         assert rel_rms(fp8_moe_mlp(x, weights, ids, *stacked(*parts), backend="triton"), expected) < 1e-3
-    quantized = quantize_activation(x)
-    y = fp8_moe_mlp(x, weights, ids, *stacked(*parts), quantized=quantized, backend="triton")
-    assert rel_rms(y, expected) < 1e-3
+    q, scales = quantize_activation(x)
+    for laid in (scales, scales.t().contiguous().t()):
+        y = fp8_moe_mlp(x, weights, ids, *stacked(*parts), quantized=(q, laid), backend="triton")
+        assert rel_rms(y, expected) < 1e-3
     assert rel_rms(fp8_moe_mlp(x, weights, ids, *stacked(*parts), backend="reference"), expected) < 1e-3
 
 

@@ -346,7 +346,7 @@ def fp8_moe_mlp(
     q, scales = quantized or quantize_activation(x)
     if x.shape[0] <= GEMV_TOKENS:
         experts = w_gate_up, gate_up_scales, w_down, down_scales
-        y = triton_few.moe_mlp(x, q, scales, topk_weights, topk_ids, *experts)
+        y = triton_few.moe_mlp(x, q, scales.contiguous(), topk_weights, topk_ids, *experts)
         if residual is None or norm_weight is None:
             return y
         return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
