@@ -323,7 +323,7 @@ def _hopper_prefill_kernel(
 
 def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
     """Whether the kernel of this module runs these shapes on this device."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
     fits = page_size == 64 and head_dim in (64, 128) and q.shape[1] // num_kv_heads <= _BLOCK_M
