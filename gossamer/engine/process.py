@@ -99,13 +99,8 @@ class EngineServer:
     def _add(self, message: messages.AddRequest) -> messages.Refused | None:
         request_id = message.request_id
         try:
-            self._engine.add_request(
-                request_id,
-                message.prompt_token_ids,
-                message.params,
-                cache_salt=message.cache_salt,
-                arrival_time=message.arrival_time,
-            )
+            options = {"cache_salt": message.cache_salt, "arrival_time": message.arrival_time}
+            self._engine.add_request(request_id, message.prompt_token_ids, message.params, **options)
         except InvalidRequest as exc:
             return messages.Refused(request_id, str(exc), 400, exc.param, exc.code)
         except EngineOverloaded as exc:

@@ -65,14 +65,11 @@ class _EngineCollector:
             ("gossamer:model_bytes", "Bytes that the steps cannot do without.", s.model_bytes),
             ("gossamer:prompt_tokens_computed", "Prompt tokens computed, recomputed ones too.", s.num_prompt_tokens),
         )
-        for name, help_text, value in gauges:
-            gauge = GaugeMetricFamily(name, help_text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-        for name, help_text, value in counters:
-            counter = CounterMetricFamily(name, help_text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter
+        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, help_text, value in rows:
+                family = kind(name, help_text, labels=["model_name"])
+                family.add_metric([self._model_name], value)
+                yield family
 
 
 class ServerMetrics:
@@ -96,12 +93,8 @@ class ServerMetrics:
 
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a first token.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        success = Counter(
-            "vllm:request_success",
-            "Requests finished, by reason.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
+        labels = ["model_name", "finished_reason"]
+        success = Counter("vllm:request_success", "Requests finished, by reason.", labels, registry=self.registry)
         self._finished = {reason: success.labels(model_name, reason) for reason in _FINISH_REASONS}
         self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
         self._inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)

@@ -56,8 +56,7 @@ class AppState:
 def create_app(state: AppState) -> ASGIApp:
     """The application for `state`, whose model may be still loading."""
     app = _Application(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    for kind in (ApiError, GossamerError, Exception):
+    for kind in (HTTPException, ApiError, GossamerError, Exception):
         app.add_exception_handler(kind, _on_exception)
     for path, handler, request_type in _POST_ROUTES:
         _add_post_route(app, state, path, handler, request_type)
@@ -76,7 +75,7 @@ def _add_post_route(
             body = await read_body(request, state.config.max_body_bytes, state.config.receive_timeout)
             return await handler(serving, body, request)
         except Exception as exc:
-            return _response_to(exc)
+            return await _on_exception(request, exc)
 
     app.add_api_route(
         path, endpoint, methods=["POST"], name=request_type.__name__, description=request_type.__doc__,
@@ -142,27 +141,18 @@ def _card(serving: Serving, state: AppState) -> dict[str, Any]:
     }
 
 
-async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    """Starlette's own errors: no such route, wrong method."""
-    if not isinstance(exc, HTTPException):
-        return api_error(exc).response()
-    where = f"{request.method} {request.url.path[:200]}"
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(exc.status_code)
-    response = ApiError(exc.status_code, f"{exc.detail}: {where}", code=code).response()
-    for name, value in (exc.headers or {}).items():
-        response.headers[name] = value
-    return response
-
-
 async def _on_exception(request: Request, exc: Exception) -> Response:
-    return _response_to(exc)
-
-
-def _response_to(exc: Exception) -> Response:
     if isinstance(exc, ClientDisconnect):
         # Nobody reads this; 499 is what proxies log for it.
         return Response(status_code=499)
-    return api_error(exc).response()
+    if not isinstance(exc, HTTPException):
+        return api_error(exc).response()
+    # Starlette's own: no such route, wrong method.
+    where = f"{request.method} {request.url.path[:200]}"
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(exc.status_code)
+    response = ApiError(exc.status_code, f"{exc.detail}: {where}", code=code).response()
+    response.headers.update(exc.headers or {})
+    return response
 
 
 class BearerAuth:

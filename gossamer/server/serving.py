@@ -155,6 +155,8 @@ class Answer(ABC, Generic[R]):
     """One request on its way: its identity, how it begins, and the shapes of its answer."""
 
     id_prefix: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    """The `object` of a chunk of a stream."""
 
     def __init__(self, serving: Serving, request: R, params: SamplingParams) -> None:
         self.serving, self.params = serving, params
@@ -170,8 +172,6 @@ class Answer(ABC, Generic[R]):
     def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope: ...
     @abstractmethod
     def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[Envelope]: ...
-    @abstractmethod
-    def usage_chunk(self, usage: Usage) -> Envelope: ...
 
     def generate(self, prompt: list[int], request_id: str) -> AsyncGenerator[RequestOutput, None]:
         mode: OutputMode = "delta" if self.request.stream else "final"
@@ -223,7 +223,7 @@ async def _events(outputs: IndexedOutputs, answer: Answer[Any], include_usage: b
                 for chunk in answer.chunks(index, output, None if include_usage else UNSET):
                     yield _event(chunk)
         if include_usage:
-            yield _event(answer.usage_chunk(usage.usage()))
+            yield _event(answer.envelope(answer.chunk_kind, [], usage.usage()))
         yield b"data: [DONE]\n\n"
     except Exception as exc:
         yield error_event(exc)

@@ -25,7 +25,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Chat(Answer[ChatRequest]):
-    id_prefix = "chatcmpl"
+    id_prefix, chunk_kind = "chatcmpl", "chat.completion.chunk"
 
     async def start(self) -> IndexedOutputs:
         request = self.request
@@ -54,7 +54,7 @@ class _Chat(Answer[ChatRequest]):
             if choice.index not in self.started:
                 self.started.add(choice.index)
                 role = _Choice(choice.index, delta={"role": "assistant", "content": ""})
-                first = self.envelope("chat.completion.chunk", [role], no_usage)
+                first = self.envelope(self.chunk_kind, [role], no_usage)
                 first.prompt_token_ids = self._prompt_token_ids(output)
                 yield first
             made = self._choice(choice)
@@ -62,10 +62,7 @@ class _Chat(Answer[ChatRequest]):
             if not choice.finish_reason:
                 made.stop_reason = UNSET
             if choice.text or made.finish_reason or made.logprobs or made.token_ids:
-                yield self.envelope("chat.completion.chunk", [made], no_usage)
-
-    def usage_chunk(self, usage: Usage) -> Envelope:
-        return self.envelope("chat.completion.chunk", [], usage)
+                yield self.envelope(self.chunk_kind, [made], no_usage)
 
     def _prompt_token_ids(self, output: RequestOutput) -> list[int] | UnsetType:
         return output.prompt_token_ids if self.request.return_token_ids else UNSET

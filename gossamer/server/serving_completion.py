@@ -35,7 +35,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Completion(Answer[CompletionRequest]):
-    id_prefix = "cmpl"
+    id_prefix, chunk_kind = "cmpl", "text_completion"
 
     def __init__(self, serving: Serving, request: CompletionRequest, params: SamplingParams) -> None:
         if request.echo and params.logprobs is not None and params.prompt_logprobs is None:
@@ -64,16 +64,13 @@ class _Completion(Answer[CompletionRequest]):
     def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope:
         choices = [self._choice(index, output, choice) for index, output in outputs for choice in output.outputs]
         choices.sort(key=lambda choice: choice.index)
-        return self.envelope("text_completion", choices, usage)
+        return self.envelope(self.chunk_kind, choices, usage)
 
     def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[Envelope]:
         for choice in output.outputs:
             made = self._choice(prompt_index, output, choice)
             if made.text or made.finish_reason or made.logprobs or made.token_ids:
-                yield self.envelope("text_completion", [made], no_usage)
-
-    def usage_chunk(self, usage: Usage) -> Envelope:
-        return self.envelope("text_completion", [], usage)
+                yield self.envelope(self.chunk_kind, [made], no_usage)
 
     def _choice(self, prompt_index: int, output: RequestOutput, choice: CompletionOutput) -> _Choice:
         """A choice, or the part of it that is new; the first part of each carries what belongs to the prompt."""
