@@ -212,7 +212,7 @@ class RequestLimits:
 def _range(name: str, value: float, low: float, high: float) -> None:
     """Bounds that are integers ask for an integer."""
     is_number = isinstance(value, int if isinstance(low, int) else int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value!r}.", name)
 
 

@@ -197,12 +197,23 @@ class HttpProtocol(H11Protocol):
         if self._answering or self.transport.is_closing():
             return
         error = ApiError(408, f"The request's headers did not arrive within {self._receive_timeout:g} seconds.")
+        self._refuse(b"408 Request Timeout", error)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP ends the connection, and with it the request in whose body it stands."""
+        begun = self._answering and self.cycle.response_started
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if begun:
+            self.transport.close()
+        else:
+            self._refuse(b"400 Bad Request", ApiError(400, msg))
+
+    def _refuse(self, status: bytes, error: ApiError) -> None:
         body = error.encode()
-        head = (
-            "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        self.transport.write(head.encode("ascii") + body)
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        self.transport.write(head % (status, len(body)) + body)
         self.transport.close()
 
     def _on_stall(self) -> None:

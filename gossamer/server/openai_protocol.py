@@ -269,9 +269,11 @@ def _is_neutral(value: object, neutral: tuple[bytes, ...]) -> bool:
     raw = bytes(value)
     if raw == b"null":
         return True
-    if len(raw) > MAX_NEUTRAL_BYTES:
+    try:
+        return len(raw) <= MAX_NEUTRAL_BYTES and msgspec.json.encode(msgspec.json.decode(raw)) in neutral
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # A Raw field's numbers and text were not looked at when the body was decoded.
         return False
-    return msgspec.json.encode(msgspec.json.decode(raw)) in neutral
 
 
 def _or(value: V | None, default: V) -> V:

@@ -395,3 +395,39 @@ def test_metrics(server, client):
     assert server.metric("vllm:cache_config_info", block_size="64", num_gpu_blocks="256") == 1
     phases = {p: server.metric(f"vllm:request_{p}_time_seconds_sum") for p in ("prefill", "decode", "inference")}
     assert phases["prefill"] + phases["decode"] == pytest.approx(phases["inference"])
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+@pytest.mark.parametrize("value", ["1" * 400, "-" + "1" * 400, "1e400", "NaN", "Infinity"])
+def test_numbers_beyond_all_bounds_are_refused(server, name, value):
+    answer = server.post("/v1/completions", f'{{"prompt":"HAL","{name}":{value}}}'.encode())
+    assert answer.status_code == 400, answer.text
+    error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", b'{"prompt":"HAL","priority":%s}'),
+        ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"a"}],"tools":%s}'),
+        ("/tokenize", b'{"prompt":"HAL","tools":%s}'),
+    ],
+)
+@pytest.mark.parametrize("value", [b"1e999", b'"\xff"', b'{"a":-1e999}', b"[" * 100 + b"]" * 100])
+def test_a_field_that_is_not_implemented_is_refused_whatever_it_holds(server, path, body, value):
+    answer = server.post(path, body % value)
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)["param"] in ("priority", "tools")
+
+
+@pytest.mark.parametrize("head", ["GET /nowhere", "POST /v1/completions"])
+@pytest.mark.parametrize("chunk", [b"ZZ\r\n", b"1\r\naZZ"])
+def test_a_body_that_is_not_http_ends_its_request_alone(server, head, chunk):
+    num_lines = len(server.lines)
+    with server.connect() as connection:
+        connection.sendall(f"{head} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + chunk)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    server.canary()
+    assert not any("Traceback" in line for line in server.lines[num_lines:])
