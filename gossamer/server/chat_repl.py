@@ -122,8 +122,7 @@ class HttpBackend:
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
         """Asks the server for its models. Raises StartupError if it does not answer."""
         self._endpoint = Endpoint(url, api_key, "--url")
-        listed = asyncio.run(self._endpoint.first_model())
-        self.name = model or listed
+        self.name = asyncio.run(self._endpoint.model(model))
 
     def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]:
         body = {"model": self.name, "messages": messages, "stream": True, **_changed(params)}
@@ -131,7 +130,7 @@ class HttpBackend:
         try:
             with asyncio.Runner() as runner, contextlib.closing(iterate(runner, source)) as events:
                 for event in events:
-                    for choice in event["choices"]:
+                    for choice in event.get("choices") or ():
                         yield choice["delta"].get("content") or ""
         except (OSError, ValueError) as error:
             raise GossamerError(f"{self._endpoint.url}: {error}") from error

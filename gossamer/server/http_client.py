@@ -18,12 +18,16 @@ class Endpoint:
 
     def __init__(self, url: str, api_key: str | None, flag: str) -> None:
         """`flag` is what gave the address. Raises StartupError if it is none."""
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+            port, host = parts.port, parts.hostname
+        except ValueError:
+            port = host = None
+        if host is None or parts.scheme not in ("http", "https"):
             raise StartupError(f"{flag} must be like http://127.0.0.1:8000; got {url!r}.")
         self.url, self._flag = url, flag
-        self._host, self._tls = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
+        self._host, self._tls = host, parts.scheme == "https"
+        self._port = port or (443 if self._tls else 80)
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = f"Host: {parts.netloc}\r\n" + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
 
@@ -37,12 +41,13 @@ class Endpoint:
         try:
             writer.write(head.encode() + content)
             status = (await reader.readline()).decode(errors="replace").split(" ", 2)
+            if len(status) < 2:
+                raise ConnectionError(f"{path}: the connection was closed without an answer")
             while (await reader.readline()).strip():
                 pass
-            if status[1:2] != ["200"]:
-                raise ConnectionError(
-                    f"{path} answered {''.join(status[1:2])}: {_error_message((await reader.read()).decode())}"
-                )
+            if status[1].strip() != "200":
+                words = _error_message((await reader.read()).decode(errors="replace"))
+                raise ConnectionError(f"{path} answered {status[1].strip()}: {words}")
             async for line in reader:
                 yield line.decode().rstrip()
         finally:
@@ -52,17 +57,21 @@ class Endpoint:
         """The events of a streamed answer. Raises ConnectionError for one that is an error, as for the answer."""
         async with contextlib.aclosing(self.lines(path, body)) as lines:
             async for line in lines:
-                if line.startswith("data:") and line != "data: [DONE]":
-                    event = json.loads(line[5:])
-                    if "error" in event:
-                        raise ConnectionError(_error_message(line[5:]))
-                    yield event
+                if not line.startswith("data:"):
+                    continue
+                if line[5:].strip() == "[DONE]":
+                    return
+                event = json.loads(line[5:])
+                if "error" in event:
+                    raise ConnectionError(_error_message(line[5:]))
+                yield event
+        raise ConnectionError(f"{path}: the connection broke before the end of the answer")
 
-    async def first_model(self) -> str:
-        """The model that the server lists first. Raises StartupError if it does not answer."""
+    async def model(self, name: str | None) -> str:
+        """`name`, or the model that the server lists first. Raises StartupError if it does not answer."""
         try:
             listed = json.loads("".join([line async for line in self.lines("/v1/models")]))
-            return str(listed["data"][0]["id"])
+            return name or str(listed["data"][0]["id"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise StartupError(
                 f"No server answers at {self.url} ({self._flag}): {error}\n"

@@ -1,4 +1,5 @@
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -119,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         chunks = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "Pa"}}]}]
         if body["messages"][-1]["content"] == "break":
             chunks.append({"error": {"message": "engine died"}})
+        if body["messages"][-1]["content"] == "hang up":
+            self.wfile.write(b"data: " + json.dumps(chunks[1]).encode() + b"\n\n")
+            return
         chunks += [{"choices": [{"delta": {"content": "ris"}}]}, {"choices": []}]
         for chunk in chunks:
             self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
@@ -169,6 +173,31 @@ def test_http_backend_passes_the_servers_errors_on(server):
         list(backend.stream(question("refuse"), PARAMS))
     with pytest.raises(GossamerError, match="engine died"):
         list(backend.stream(question("break"), PARAMS))
+
+
+def test_half_an_answer_is_not_taken_for_a_whole_one(server):
+    backend = HttpBackend(f"127.0.0.1:{server.server_port}")
+    pieces = backend.stream(question("hang up"), PARAMS)
+    assert next(pieces) == "Pa"
+    with pytest.raises(GossamerError, match="broke before the end"):
+        next(pieces)
+
+
+def test_a_server_that_hangs_up_without_a_word():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closing = threading.Thread(target=lambda: listener.accept()[0].close())
+        closing.start()
+        with pytest.raises(StartupError, match=r"No server answers at .*"):
+            HttpBackend(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        closing.join()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999", "http://[::1", "http://127.0.0.1:port", "http://", "ftp://a"]
+)
+def test_an_address_that_is_none_is_explained(url):
+    with pytest.raises(StartupError, match=r"--url must be like http://127\.0\.0\.1:8000"):
+        HttpBackend(url)
 
 
 def test_http_backend_can_be_stopped_halfway(server):

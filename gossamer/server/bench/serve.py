@@ -23,7 +23,7 @@ def run_serve(bench: BenchConfig, model: str | None, api_key: str | None, seed: 
 
 
 async def _run(bench: BenchConfig, endpoint: Endpoint, model: str | None, seed: int) -> dict[str, float]:
-    model = model or await endpoint.first_model()
+    model = await endpoint.model(model)
     runs = [await _measure(bench, endpoint, model, seed * 1000 + repeat) for repeat in range(bench.num_repeats + 1)]
     return publish(runs[1:], model, bench, bench.base_url)
 
