@@ -1,7 +1,10 @@
-"""Where a step's time goes, kernel by kernel: `python benchmarks/serving/breakdown.py [--out FILE]`.
+"""Where a step's time goes, kernel by kernel.
 
-Decode steps of 1, 32 and 64 rows and a prefill step of 16 prompts, each after 1,024 tokens, of Qwen3-30B-A3B with
-random weights. Kernels overlap (a kernel's first programs wait while the one before it ends), so that a kernel's time
+    python benchmarks/serving/breakdown.py [--out FILE]
+    python benchmarks/serving/breakdown.py --engine quantization=fp8 --batches 1 32 128 256
+
+Decode steps of so many rows and a prefill step of 16 prompts, each after 1,024 tokens, of Qwen3-30B-A3B with random
+weights. Kernels overlap (a kernel's first programs wait while the one before it ends), so that a kernel's time
 is what the end of its last program lies behind the end of all earlier ones: these times add up to the step.
 """
 
@@ -31,6 +34,7 @@ PROMPT, STEPS = 1024, 24
 PARTS = {
     "embed": "embedding", "rope": "rope, KV write", "_decode_kernel|prefill_kernel": "attention", "_combine": "combine",
     "_router|_logits|_route_": "router", "_sort_|_rank_|_place_|FillFunctor<int>|Memset": "sort", "rms_norm": "norm",
+    "_quantize": "quantise",
     "_gate_up": "gate, up", "_down": "down",
 }  # fmt: skip
 """What kernels' names say. A product is named after where it stands between these."""
@@ -55,8 +59,10 @@ def label(kernels: list[dict[str, Any]]) -> Iterator[str]:
         yield part or ("sampling" if headed else "other")
 
 
-def work(config: ModelConfig, tokens: int, rows: int, decode: bool) -> dict[str, tuple[float, float]]:
-    """Bytes (16-bit numbers) and FLOPs of each part of a layer, or of the head."""
+def work(
+    config: ModelConfig, tokens: int, rows: int, decode: bool, itemsize: int = 2, kv_itemsize: int = 2
+) -> dict[str, tuple[float, float]]:
+    """Bytes and FLOPs of each part of a layer, or of the head; weights and what they multiply of `itemsize` bytes."""
     moe, hidden, dim = config.moe, config.hidden_size, config.head_dim
     if moe is None:
         raise ValueError("this benchmark is of an MoE model")
@@ -69,20 +75,20 @@ def work(config: ModelConfig, tokens: int, rows: int, decode: bool) -> dict[str,
     touched = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** tokens)
     seen = rows * PROMPT * (1 if decode else PROMPT / 2)
 
-    def product(m: float, n: int, k: int, matrices: float = 1) -> tuple[float, float]:
-        return 2 * (matrices * n * k + m * (n + k)), 2.0 * m * n * k
+    def product(m: float, n: int, k: int, matrices: float = 1, size: int = itemsize) -> tuple[float, float]:
+        return size * (matrices * n * k + m * k) + 2 * m * n, 2.0 * m * n * k
 
     gated = touched * 2 * inter * hidden + tokens * hidden + chosen * inter
     return {
         "qkv product": product(tokens, q + 2 * kv, hidden),
-        "rope, KV write": (2 * 2 * tokens * (q + 2 * kv), 0),
-        "attention": (2 * (2 * rows * PROMPT * kv + 2 * tokens * q), 4.0 * seen * q),
+        "rope, KV write": (2 * tokens * (2 * q + 2 * kv) + kv_itemsize * 2 * tokens * kv, 0),
+        "attention": (kv_itemsize * 2 * rows * PROMPT * kv + 2 * 2 * tokens * q, 4.0 * seen * q),
         "o product": product(tokens, hidden, q),
-        "router": product(tokens, moe.num_experts, hidden),
-        "gate, up": (2 * gated, 4.0 * chosen * inter * hidden),
+        "router": product(tokens, moe.num_experts, hidden, size=2),
+        "gate, up": (itemsize * gated, 4.0 * chosen * inter * hidden),
         "down": product(chosen, hidden, inter, touched),
         "combine": (2 * (chosen + 3 * tokens) * hidden, 0),
-        "head": product(rows, config.vocab_size, hidden),
+        "head": product(rows, config.vocab_size, hidden, size=2),
     }  # fmt: skip
 
 
@@ -131,15 +137,22 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="a folder with a config.json")
+    parser.add_argument("--engine", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 64], help="rows of decode steps")
     parser.add_argument("--out")
     args = parser.parse_args()
     options = {"max_model_len": 2048, "max_num_batched_tokens": 16 * PROMPT, "skip_tokenizer_init": True}
+    options |= dict(option.split("=", 1) for option in args.engine)
     table: dict[str, dict[str, float]] = {}
-    with LLM(args.model, load_format="dummy", seed=0, disable_progress=True, **options) as llm:
-        for name, batch, decode in (("B=1", 1, True), ("B=32", 32, True), ("B=64", 64, True), ("16k", 16, False)):
-            found = steps(llm, batch, STEPS if decode else 1)
-            cost = work(llm.info.model, batch * (1 if decode else PROMPT), batch, decode)
-            rows = rows_of(llm, name, found, cost)
+    with LLM(args.model, load_format="dummy", seed=0, disable_progress=True, **options) as llm:  # type: ignore[arg-type]
+        itemsize = 1 if options.get("quantization") == "fp8" else 2
+        kv_itemsize = 1 if options.get("kv_cache_dtype") == "fp8" else 2
+        for batch, decode in (*((batch, True) for batch in args.batches), (16, False)):
+            # Prompts come 16 a step: of so many outputs the first STEPS decode steps, or nearly, are of all rows.
+            found = steps(llm, batch, STEPS + batch // 16 if decode else 1)[: STEPS - 2]
+            tokens = batch * (1 if decode else PROMPT)
+            cost = work(llm.info.model, tokens, batch, decode, itemsize, kv_itemsize)
+            rows = rows_of(llm, f"B={batch}" if decode else "16k", found, cost)
             for part, row in rows.items():
                 print(f"{part:<22}", *(f"{value:>9.4g} {column}" for column, value in row.items()), flush=True)
             table |= rows
