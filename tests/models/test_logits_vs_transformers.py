@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from oracle import greedy
 from tiny_checkpoints import CHECKPOINTS, make_model
 
 from gossamer.config import LoadConfig
@@ -57,14 +58,7 @@ def prompt(length: int) -> list[int]:
 
 def reference(name: str, ids: list[int], num_new: int) -> tuple[torch.Tensor, list[int]]:
     """transformers' logits of the prompt, and its greedy continuation."""
-    model, tokens = make_model(name), list(ids)
-    with torch.inference_mode():
-        out = model(torch.tensor([tokens]), use_cache=True)
-        logits, cache = out.logits[0], out.past_key_values
-        for _ in range(num_new):
-            tokens.append(int(out.logits[0, -1].argmax()))
-            out = model(torch.tensor([tokens[-1:]]), past_key_values=cache, use_cache=True)
-    return logits, tokens[len(ids) :]
+    return greedy(make_model(name), ids, num_new)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -137,9 +131,4 @@ def smollm2_reference(source: ModelSource, stream: dict[str, Weight], ids: list[
             layer = TEMPLATE.match(planned.name)
             target = parameters[name.format(i=layer[1] if layer else 0)]
             target.copy_(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
-        tokens, cache = list(ids), None
-        for _ in range(num_new):
-            out = model(torch.tensor([tokens if cache is None else tokens[-1:]]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            tokens.append(int(out.logits[0, -1].argmax()))
-    return tokens[len(ids) :]
+    return greedy(model, ids, num_new)[1]
