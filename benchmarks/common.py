@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import pathlib
 import shlex
@@ -14,11 +15,8 @@ from typing import Any
 
 import torch
 
-# Ceilings measured on an H100 80GB: reading 8 GB, and a bf16 (FP8) product of 8192^3.
-READ_BYTES_PER_US = 2.82e6
-BF16_FLOPS_PER_US = 765e6
-FP8_FLOPS_PER_US = 1400e6
-L2_BYTES = 50 << 20
+L2_BYTES = 60 << 20
+"""Of the largest device that these were run on."""
 
 
 def measure_us(fn: Callable[[int], object], *, calls: int = 16, repeats: int = 15, warmup: int = 3) -> list[float]:
@@ -55,9 +53,19 @@ def rotations(bytes_per_set: int, most: int = 64) -> int:
     return max(2, min(most, -(-4 * L2_BYTES // max(bytes_per_set, 1))))
 
 
-def floor_us(num_bytes: float = 0.0, flops: float = 0.0, *, flops_per_us: float = BF16_FLOPS_PER_US) -> float:
+@functools.cache
+def ceilings() -> dict[str, Any]:
+    """What this device can do at best, measured once a process, as `gossamer info --measure` does."""
+    from gossamer.runtime import ceilings
+    from gossamer.runtime.hardware import detect
+
+    return ceilings.measure(detect("cuda"))
+
+
+def floor_us(num_bytes: float = 0.0, flops: float = 0.0, *, dtype: str = "bfloat16") -> float:
     """The time below which no version can run: bytes over bandwidth or FLOPs over peak, whichever is longer."""
-    return max(num_bytes / READ_BYTES_PER_US, flops / flops_per_us)
+    best = ceilings()
+    return 1e6 * max(num_bytes / best["read_bytes_per_second"], flops / best["flops_per_second"][dtype])
 
 
 def environment() -> dict[str, str]:
@@ -81,9 +89,12 @@ def environment() -> dict[str, str]:
 
 
 def write(path: str | None, **fields: Any) -> None:
-    """Writes `environment()` and `fields` (unit, shapes, repeats, median, all, floor) as JSON, given a path."""
+    """Writes `environment()`, `ceilings()` and `fields` (unit, shapes, repeats, median, all, floor), given a path."""
     if path:
-        pathlib.Path(path).write_text(json.dumps({**environment(), **fields}, indent=1) + "\n")
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        best = {"ceilings": ceilings()} if torch.cuda.is_available() else {}
+        whole = {**environment(), **best, **fields}
+        pathlib.Path(path).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def print_table(rows: Mapping[str, Mapping[str, float | str]]) -> None:

@@ -187,7 +187,7 @@ def sweep_experts(data: Experts) -> str:
 
 
 def row(times: Timed, num_bytes: float, flops: float) -> dict[str, float | str]:
-    floor = common.floor_us(num_bytes, flops, flops_per_us=common.FP8_FLOPS_PER_US)
+    floor = common.floor_us(num_bytes, flops, dtype="float8_e4m3fn")
     median = {name: statistics.median(us) if us else "" for name, us in times.items()}
     own = statistics.median(times["gossamer"])
     return {
