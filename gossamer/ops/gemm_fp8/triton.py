@@ -209,37 +209,49 @@ class Config(NamedTuple):
 def choose(num_rows: int, num_out: int, width: int, hopper: bool = False) -> Config | HopperConfig:
     """The cut of a dense product, from bytes in flight and registers; `benchmarks/ops/bench_fp8.py --sweep` times them.
 
-    Few rows: two programs or more per multiprocessor, which K may have to be split for.
+    Few rows: two programs or more per multiprocessor, which K may have to be split for; or one with a longer pipeline.
     """
     if num_rows > 128:
         return HopperConfig() if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
     block_m, tiles = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(num_out, 64)
-    split_k = max(1, min(4, 264 // tiles, width // 1536))
+    if num_out >= 16384 and block_m != 32:
+        return Config(block_m, 64, 2, 4, 3, True)
+    if width >= 8192 and block_m in (32, 64):
+        return Config(block_m, 128, 1, 4, 4, True, 4)
+    if block_m == 128 and tiles <= 132:
+        split_k = triton.next_power_of_2(min(4, 132 // tiles) + 1) // 2
+        if width <= 2048 * split_k:
+            return Config(block_m, 64, 1, 4, 6, True, split_k)
+    split_k = max(1, min(4, 264 // tiles, width // (1024 if block_m > 32 or width >= 4096 else 1536)))
     return Config(block_m, 64, 1, 4, 4, True, triton.next_power_of_2(split_k + 1) // 2)
 
 
 def library_is_faster(num_rows: int, num_out: int, width: int) -> bool:
-    """Where torch's product of 1 x 128 by 128 x 128 blocks serves and won on an H100: `benchmarks/ops/bench_fp8.py`."""
+    """Where torch's product of 1 x 128 by 128 x 128 blocks serves and won on Hopper: `benchmarks/ops/bench_fp8.py`."""
     if num_rows % 4 or num_out % 64 or width % 512:  # it wants a weight's scales padded to four blocks of K
         return False
     if num_rows > 128:
         return width > 512 and num_out >= 512
-    return num_rows >= 64 and num_out >= 7168 and (num_rows > 64 or width >= 2048)
+    return num_rows >= 64 and num_out >= 5120 and (num_rows > 64 or 2048 <= width < 8192)
 
 
 def choose_grouped(
-    num_assignments: int, num_experts: int, hopper: bool = False
+    num_assignments: int, num_experts: int, hopper: bool = False, exact: bool = False
 ) -> tuple[Config | HopperConfig, Config | HopperConfig]:
-    """Tiles of the gate-up product (of 128 columns, which it quantises) and of the down product, by rows per expert."""
+    """Tiles of the gate-up product (of 128 columns, which it quantises) and of the down product, by rows per expert.
+
+    `exact` operands are twice as wide in shared memory.
+    """
     rows = num_assignments / num_experts
     if rows <= 10:
-        return Config(16, 128, 2, 4, 5, True), Config(16, 64, 2, 4, 3, True)
-    if rows <= 80:
+        return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 3, True)
+    if rows <= 80 or exact:
         block_m = 32 if rows <= 24 else 64
-        return Config(block_m, 128, 2, 8, 3, True), Config(block_m, 128, 2, 8, 3, True)
+        gate_up = Config(32, 128, 2, 4, 3, True) if rows <= 24 else Config(64, 128, 2, 8, 2 if exact else 3, True)
+        return gate_up, Config(block_m, 128, 2, 8, gate_up.num_stages, True)
     if hopper:
         return HopperConfig(2, 2, 1), HopperConfig(2, 2, 1)
-    return (Config(128, 128, 2, 8, 3, False, 1, True),) * 2  # results in fp32 leave room for three stages
+    return (Config(128, 128, 2, 8, 3, False, 1, True),) * 2
 
 
 def _strides(scales: torch.Tensor) -> tuple[int, int]:
@@ -352,11 +364,12 @@ def fp8_moe_mlp(
         return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
     hopper = q.is_cuda and _is_hopper(q.device.index) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32)
-    gate_up, down = choose_grouped(num_assignments, num_experts, hopper and q.numel() < 2**31)
+    exact = x.dtype == torch.float32
+    gate_up, down = choose_grouped(num_assignments, num_experts, hopper and q.numel() < 2**31, exact)
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     common: dict[str, Any] = {
         "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order,
-        "top_k": topk_ids.shape[1],
+        "top_k": topk_ids.shape[1], "exact": exact,
     }  # fmt: skip
     act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
