@@ -81,11 +81,12 @@ class Batch:
         )  # fmt: skip
         return out
 
-    def prefill(self, sinks: torch.Tensor | None) -> torch.Tensor:
-        out = torch.full_like(self.q, torch.nan)
+    def prefill(self, sinks: torch.Tensor | None, out_scales: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.full_like(self.q, torch.nan, dtype=self.q.dtype if out_scales is None else torch.float8_e4m3fn)
         paged_prefill(
             self.q, self.k_pages, self.v_pages, self.page_table, self.slots, self.cu_seqlens_q, self.seq_lens,
-            self.max_q_len, self.scale, out, window=self.window, sinks=sinks, backend="triton", **self.scales,
+            self.max_q_len, self.scale, out, out_scales=out_scales, window=self.window, sinks=sinks, backend="triton",
+            **self.scales,
         )  # fmt: skip
         return out
 
@@ -207,15 +208,22 @@ def test_fp8_pages_count_as_what_they_stand_for(
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_an_output_in_fp8_is_the_output_quantised(dtype: torch.dtype, fp8: bool) -> None:
     batch = decode_case([0, 1, 16, 71, 0, 90], (6, 2, 128), dtype, fp8=fp8)
+    scales = torch.empty(batch.q.shape[1::-1], device=DEVICE).t()  # as products of many rows want them
     for num_programs in (5, 1):
-        scales = torch.full(batch.q.shape[1::-1], torch.nan, device=DEVICE).t()  # as products of many rows want them
-        found = batch.decode(batch.sinks, num_programs, out_scales=scales)
-        dense = batch.decode(batch.sinks, num_programs)
-        expected, expected_scales = quantize_activation(dense.flatten(1), backend="reference")
-        assert torch.equal(scales, expected_scales)
-        assert torch.equal(found.flatten(1).view(torch.uint8), expected.view(torch.uint8))
+        found = batch.decode(batch.sinks, num_programs, out_scales=scales.fill_(torch.nan))
+        check_quantised(found, scales, batch.decode(batch.sinks, num_programs))
     with pytest.raises(ValueError, match="128"):
         decode_case([3], (4, 2, 16), dtype).decode(None, 1, out_scales=torch.zeros(1, 4, device=DEVICE))
+    for lens in ([50, 17, 70], [50, 1, 33]), ([300, 65], [300, 1]):  # on Hopper the second has a kernel of its own
+        batch = Batch(*lens, (6, 2, 128), dtype, padding=13, fp8=fp8)
+        scales = torch.full(batch.q.shape[1::-1], torch.nan, device=DEVICE).t()
+        check_quantised(batch.prefill(batch.sinks, scales), scales, batch.prefill(batch.sinks))
+
+
+def check_quantised(found: torch.Tensor, scales: torch.Tensor, dense: torch.Tensor) -> None:
+    expected, expected_scales = quantize_activation(dense.flatten(1), backend="reference")
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(found.flatten(1).view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_fp8_pages_and_bf16_queries() -> None:

@@ -23,11 +23,11 @@ def swizzled(dtype, rows, columns):
 
 family = sys.argv[1]
 ints = dict.fromkeys("num_tokens num_rows num_blocks num_assignments N K num_m num_n".split(), "i32")
-ints |= dict.fromkeys("table_stride row_stride group_stride scale_stride window".split(), "i32")
+ints |= dict.fromkeys("table_stride row_stride head_stride group_stride scale_stride window".split(), "i32")
 floats = dict.fromkeys("out_scales a_scales w_scales".split(), "*fp32") | {"scale_log2": "fp32"}
 if family == "attention":
     tile = swizzled("bf16", 64, 64)
-    kinds = {"q": "*bf16", "out": "*bf16", "k_desc": tile, "v_desc": tile}
+    kinds = {"q": "*bf16", "out": "*fp8e4nv", "k_desc": tile, "v_desc": tile}
     constants = dict(sinks=None, NUM_KV_HEADS=4, GROUP=6, HEAD_DIM=128, PAGE=64, BLOCK_R=32, HAS_SINKS=False,
                      HAS_WINDOW=True, STAGES=2)
 elif family == "moe":

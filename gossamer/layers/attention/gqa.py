@@ -164,14 +164,14 @@ class GQALayer:
         )  # fmt: skip
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
-        """Steps of decode alone, where the output projection takes groups of a head's size.
+        """Where the output projection takes groups of a head's size.
 
         Not over FP8 pages: what hides their latency is programs of few registers, which quantisation would fill.
         """
         o = self.o.weight
         if not isinstance(o, Fp8Weight) or o.ue8m0 or o.per_token or self._config.head_dim != FP8_BLOCK:
             return False
-        return plan.num_decode == num_tokens and len(planes) == 2 and not o.folds(num_tokens, o.weight.shape[1])
+        return len(planes) == 2 and not o.folds(num_tokens, o.weight.shape[1])
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window
@@ -180,13 +180,15 @@ class GQALayer:
         table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
         if n:
             paged_decode(
-                q[:n], k_pages, v_pages, table, slots[:n], lens[:n], scale, dense[:n], out_scales=out_scales, **scales,
+                q[:n], k_pages, v_pages, table, slots[:n], lens[:n], scale, dense[:n], **scales,
+                out_scales=None if out_scales is None else out_scales[:n],
                 window=window, workspace=plan.workspace, max_seq_len=plan.max_seq_len, backend=self._backend,
             )  # fmt: skip
         if len(slots) > n:
             paged_prefill(
                 q[n:], k_pages, v_pages, table, slots[n:], plan.cu_seqlens_q, lens[n:], plan.max_q_len, scale,
-                dense[n:], **scales, window=window, backend=self._backend,
+                dense[n:], out_scales=None if out_scales is None else out_scales[n:], **scales, window=window,
+                backend=self._backend,
             )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:

@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gossamer.ops.quantize_fp8.triton import quantize_rows
+
 _STAGES = 2
 _BLOCK_M = 128  # rows of a program: 64 for each of its two warpgroups
 # Triton 3.6's names, and those of later versions.
@@ -171,7 +173,7 @@ def _attend(
 @gluon.jit
 def _consume(
     HALF: gl.constexpr, q, out, sinks, q_tile, k_wide, v_wide, k_full, k_empty, v_full, v_empty, turns,
-    cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window,
+    cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window, out_scales, strides,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
     TOKENS: gl.constexpr, BLOCK_R: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_WINDOW: gl.constexpr,
     STAGES: gl.constexpr,
@@ -264,17 +266,22 @@ def _consume(
             mbarrier.arrive(v_empty.index(last))
         scale = 1.0 / gl.maximum(weight, 1e-30)
         result = (total * gl.convert_layout(scale, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype)
+        if out_scales is not None:
+            result, own = quantize_rows(result.to(gl.float32), False, out.dtype.element_ty)
+            own = gl.convert_layout(own, gl.SliceLayout(1, LINES))
+            heads = head * GROUP + m % GROUP
+            gl.store(out_scales + token * strides[0] + heads * strides[1], own, mask=inside)
         gl.store(out + offsets, gl.convert_layout(result, LINES), mask=inside[:, None])
 
 
 # As the plain kernel's: the metadata begins behind that of a step's decode rows.
 @gluon.jit(
-    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "window"],
-    do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"],
+    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "row_stride", "head_stride", "window"],
+    do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens", "out_scales"],
 )
 def _hopper_prefill_kernel(
-    q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
-    num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
+    q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out, out_scales,
+    num_tokens, num_rows, num_blocks, table_stride, row_stride, head_stride, scale_log2, window,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_R: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_WINDOW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -302,15 +309,16 @@ def _hopper_prefill_kernel(
     mbarrier.init(turns.index(1), count=1)
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
+    strides = (row_stride, head_stride)
     gl.warp_specialize([
         (_consume, (
             gl.constexpr(0), q, out, sinks, q_wide.index(0), k_wide, v_wide, k_full, k_empty, v_full, v_empty, turns,
-            cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window,
+            cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window, out_scales, strides,
             NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE, TOKENS, BLOCK_R, HAS_SINKS, HAS_WINDOW, STAGES,
         )),
         (_consume, (
             gl.constexpr(1), q, out, sinks, q_wide.index(1), k_wide, v_wide, k_full, k_empty, v_full, v_empty, turns,
-            cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window,
+            cu_seqlens_q, seq_lens, slots, num_tokens, num_rows, num_blocks, scale_log2, window, out_scales, strides,
             NUM_KV_HEADS, GROUP, HEAD_DIM, PAGE, TOKENS, BLOCK_R, HAS_SINKS, HAS_WINDOW, STAGES,
         )),
         (_feed, (
@@ -332,12 +340,12 @@ def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
 
 def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, scale_log2: float, out: torch.Tensor, window: int | None,
-    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, scale_log2: float, out: torch.Tensor,
+    out_scales: torch.Tensor | None, strides: tuple[int, ...], window: int | None, sinks: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """`ops.attention.paged_prefill` of what `serves` accepts, checked by the caller, with a token and a row at least.
 
-    scale_log2: the scale times log2(e).
+    scale_log2: the scale times log2(e). strides: of out_scales.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
@@ -349,8 +357,8 @@ def paged_prefill(
         TensorDescriptor.from_tensor(pages.view(-1, head_dim), [page_size, 64], layout) for pages in (k_pages, v_pages)
     )
     _hopper_prefill_kernel[(min(num_sms, num_blocks * num_kv_heads),)](
-        q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
-        num_tokens, num_rows, num_blocks, page_table.stride(0), scale_log2, window or 2**31 - 1,
+        q, k_desc, v_desc, page_table, slots, cu_seqlens_q, seq_lens, sinks, out, out_scales,
+        num_tokens, num_rows, num_blocks, page_table.stride(0), *strides, scale_log2, window or 2**31 - 1,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size,
         BLOCK_R=max(32, triton.next_power_of_2(num_rows)), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
         STAGES=_STAGES, num_warps=4,

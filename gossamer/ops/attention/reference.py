@@ -240,13 +240,15 @@ def _visible_pages(
 def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
-    window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    out_scales: torch.Tensor | None, window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """The definition, row by row and in float64 where q is, else in fp32; waits for the device."""
+    dense = out if out_scales is None else torch.empty_like(q)
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k_pages.shape[1]
     bounds = cu_seqlens_q.tolist()
-    out.zero_()
+    dense.zero_()
     for slot, seq_len, start, stop in zip(slots.tolist(), seq_lens.tolist(), bounds[:-1], bounds[1:], strict=True):
         if slot < 0 or stop == start:
             continue
@@ -262,7 +264,11 @@ def paged_prefill(
         normaliser = torch.logsumexp(scores, -1, keepdim=True)
         if sinks is not None:
             normaliser = torch.logaddexp(normaliser, sinks.to(compute)[:, None, None])
-        out[start:stop] = (torch.exp(scores - normaliser) @ v).transpose(0, 1).to(out.dtype)
+        dense[start:stop] = (torch.exp(scores - normaliser) @ v).transpose(0, 1).to(q.dtype)
+    if out_scales is not None:
+        quantized, scales = quantize_activation(dense.flatten(1))
+        out.copy_(quantized.view_as(out))
+        out_scales.copy_(scales)
 
 
 def paged_decode(
@@ -274,12 +280,7 @@ def paged_decode(
     """Prefill of one token a row; rows of length 0 are padding."""
     present = torch.where(seq_lens > 0, slots, -1)
     cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-    dense = out if out_scales is None else torch.empty_like(q)
     paged_prefill(
-        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, dense, window=window, sinks=sinks,
-        k_scales=k_scales, v_scales=v_scales,
+        q, k_pages, v_pages, page_table, present, cu_seqlens_q, seq_lens, 1, scale, out, out_scales=out_scales,
+        window=window, sinks=sinks, k_scales=k_scales, v_scales=v_scales,
     )  # fmt: skip
-    if out_scales is not None:
-        quantized, scales = quantize_activation(dense.flatten(1))
-        out.copy_(quantized.view_as(out))
-        out_scales.copy_(scales)

@@ -11,6 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.attention import hopper
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
+from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 LOG2E = 1.4426950408889634
 NO_WINDOW = 2**31 - 1
@@ -91,14 +93,30 @@ def _attend_pages(
     return peak, weight, total, measure
 
 
+@triton.jit
+def store_heads(
+    out, out_scales, row_stride, head_stride, row, heads, inside, result,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Stores `heads` of a row, or of as many rows; with scales in FP8, each head a group."""
+    result = result.to(DTYPE)
+    at = out + (row * NUM_HEADS + heads).to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    if out_scales is None:
+        tl.store(at, result, mask=inside[:, None])
+    else:
+        code, scale = quantize_rows(result.to(tl.float32), False, out.dtype.element_ty)
+        tl.store(at, code, mask=inside[:, None])
+        tl.store(out_scales + row * row_stride + heads * head_stride, scale, mask=inside)
+
+
 # The metadata begins behind that of a step's decode rows: no compilation for each alignment.
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "window"],
-    do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"],
+    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "row_stride", "head_stride", "window"],
+    do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens", "out_scales"],
 )
 def _prefill_kernel(
-    q, k_desc, v_desc, k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
-    num_tokens, num_rows, num_blocks, table_stride, scale_log2, window,
+    q, k_desc, v_desc, k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out, out_scales,
+    num_tokens, num_rows, num_blocks, table_stride, row_stride, head_stride, scale_log2, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     SCALED: tl.constexpr, PDL: tl.constexpr,
@@ -118,15 +136,17 @@ def _prefill_kernel(
     used = tl.max(ends, 0)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, HEAD_DIM)
+    heads = head * GROUP + m % GROUP
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if block >= used:
         token = tl.load(cu_seqlens_q + num_rows) + (block - used) * BLOCK_TOKENS + m // GROUP
         inside = (m < BLOCK_TOKENS * GROUP) & (token < num_tokens)
-        rows_out = ((token * NUM_KV_HEADS + head) * GROUP + m % GROUP).to(tl.int64)
-        zeros = tl.zeros([BLOCK_M, HEAD_DIM], out.dtype.element_ty)
-        tl.store(out + rows_out[:, None] * HEAD_DIM + d[None, :], zeros, mask=inside[:, None])
+        store_heads(
+            out, out_scales, row_stride, head_stride, token, heads, inside, tl.zeros([BLOCK_M, HEAD_DIM], tl.float32),
+            NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
+        )  # fmt: skip
         return
     row = tl.sum((ends <= block).to(tl.int32), 0)
     row_block = block - tl.max(tl.where(ends <= block, ends, 0), 0)
@@ -137,7 +157,7 @@ def _prefill_kernel(
     first = row_start + row_block * BLOCK_TOKENS
     token = first + m // GROUP
     inside = (m < BLOCK_TOKENS * GROUP) & (token < row_stop)
-    q_rows = ((token * NUM_KV_HEADS + head) * GROUP + m % GROUP).to(tl.int64)
+    q_rows = (token * (NUM_KV_HEADS * GROUP) + heads).to(tl.int64)
     queries = tl.load(q + q_rows[:, None] * HEAD_DIM + d[None, :], mask=inside[:, None], other=0.0)
     shift = seq_len - row_stop
     position = token + shift
@@ -173,13 +193,15 @@ def _prefill_kernel(
     )  # fmt: skip
     if SCALED:
         total *= measure
-    result = (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + q_rows[:, None] * HEAD_DIM + d[None, :], result, mask=inside[:, None])
+    store_heads(
+        out, out_scales, row_stride, head_stride, token, heads, inside, total / tl.maximum(weight, 1e-30)[:, None],
+        NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
+    )  # fmt: skip
 
 
 def check(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor, window: int | None,
-    indices: dict[str, torch.Tensor],
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor, out_scales: torch.Tensor | None,
+    window: int | None, indices: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
     fits = k_pages.dtype == v_pages.dtype and k_pages.dtype in (q.dtype, torch.float8_e4m3fn)
@@ -191,6 +213,8 @@ def check(
         raise ValueError(f"q {[*q.shape]}, out {[*out.shape]}, k {[*k_pages.shape]}, v {[*v_pages.shape]} do not match")
     if head_dim not in (16, 32, 64, 128, 256) or page_size not in (16, 32, 64, 128):
         raise ValueError(f"head_dim {head_dim} (16 .. 256), page_size {page_size} (16 .. 128): powers of two")
+    if out_scales is not None and (head_dim != FP8_BLOCK or out_scales.shape != q.shape[:2]):
+        raise ValueError(f"FP8 output {[*out_scales.shape]}: a scale a head, of head_dim {FP8_BLOCK}")
     if not all(t.is_contiguous() for t in (q, k_pages, v_pages, out)):
         raise ValueError("q, out, k_pages and v_pages must be contiguous")
     if window is not None and window < 1:
@@ -225,23 +249,28 @@ def row_block(num_rows: int) -> int:
 def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
-    window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    out_scales: torch.Tensor | None, window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> None:  # fmt: skip
     indices = {"page_table": page_table, "slots": slots, "cu_seqlens_q": cu_seqlens_q, "seq_lens": seq_lens}
-    check(q, k_pages, v_pages, out, window, indices)
+    check(q, k_pages, v_pages, out, out_scales, window, indices)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
     num_rows = seq_lens.shape[0]
     if num_tokens == 0:
         return
+    strides = (0, 0) if out_scales is None else out_scales.stride()
     if num_rows == 0:
         out.zero_()
+        if out_scales is not None:
+            out_scales.fill_(1)
         return
     group = num_q_heads // num_kv_heads
     if max_q_len * group > 64 and hopper.serves(q, k_pages):
         hopper.paged_prefill(
-            q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, scale * LOG2E, out, window, sinks
-        )
+            q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, scale * LOG2E, out, out_scales, strides,
+            window, sinks,
+        )  # fmt: skip
         return
     block_m, num_warps, num_stages = _prefill_cut(q, group, max_q_len)
     num_blocks = triton.cdiv(num_tokens, block_m // group) + num_rows
@@ -249,8 +278,8 @@ def paged_prefill(
     _prefill_kernel[(num_blocks * num_kv_heads,)](
         q, TensorDescriptor.from_tensor(k_pages.view(-1, head_dim), page_rows),
         TensorDescriptor.from_tensor(v_pages.view(-1, head_dim), page_rows),
-        k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out,
-        num_tokens, num_rows, num_blocks, page_table.stride(0), scale * LOG2E, window or NO_WINDOW,
+        k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, sinks, out, out_scales,
+        num_tokens, num_rows, num_blocks, page_table.stride(0), *strides, scale * LOG2E, window or NO_WINDOW,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, PAGE=page_size,
         BLOCK_R=row_block(num_rows), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
         SCALED=k_scales is not None, num_warps=num_warps, num_stages=num_stages, **overlap_options(q),

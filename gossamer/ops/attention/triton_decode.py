@@ -14,11 +14,10 @@ from gossamer.ops.attention.triton import (
     copy_scale,
     page_scales,
     row_block,
+    store_heads,
 )
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.quantize_fp8.triton import BLOCK as FP8_BLOCK
-from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 # Fewer pages in a program than this cost more in merging than they gain in parallelism.
 _MIN_PAGES = 2
@@ -76,22 +75,6 @@ def _half(queries):
     exponent = tl.maximum(tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 253 << 23), 1 << 23)
     inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
     return (x * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _store(
-    out, out_scales, row_stride, head_stride, row, heads, inside, result,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Stores a row's `heads`; with scales in FP8, each head a group."""
-    result = result.to(DTYPE)
-    at = out + (row * NUM_HEADS + heads).to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    if out_scales is None:
-        tl.store(at, result, mask=inside[:, None])
-    else:
-        code, scale = quantize_rows(result.to(tl.float32), False, out.dtype.element_ty)
-        tl.store(at, code, mask=inside[:, None])
-        tl.store(out_scales + row * row_stride + heads * head_stride, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "row_stride", "head_stride", "window"])
@@ -209,7 +192,7 @@ def _decode_kernel(
             first_program, last_program = row_begin // share, (row_end - 1) // share
             if first_program == last_program:
                 result = total / weight[:, None]
-                _store(
+                store_heads(
                     out, out_scales, row_stride, head_stride, row, head * GROUP + g, g < GROUP, result,
                     NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
                 )  # fmt: skip
@@ -227,7 +210,7 @@ def _decode_kernel(
                         NUM_KV_HEADS, GROUP, MERGE_G, HEAD_DIM, CHUNK,
                     )  # fmt: skip
                     mg = tl.arange(0, MERGE_G)
-                    _store(
+                    store_heads(
                         out, out_scales, row_stride, head_stride, row, head * GROUP + mg, mg < GROUP, merged,
                         NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
                     )  # fmt: skip
@@ -239,7 +222,7 @@ def _decode_kernel(
         for r in range(program, num_rows, num_programs):
             if (tl.load(slots + r) < 0) | (tl.load(seq_lens + r) <= 0):
                 zeros = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
-                _store(
+                store_heads(
                     out, out_scales, row_stride, head_stride, r, head * GROUP + g, g < GROUP, zeros,
                     NUM_KV_HEADS * GROUP, HEAD_DIM, q.dtype.element_ty,
                 )  # fmt: skip
@@ -264,7 +247,8 @@ def paged_decode(
     sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None, max_seq_len: int,
 ) -> None:  # fmt: skip
-    check(q, k_pages, v_pages, out, window, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
+    indices = {"page_table": page_table, "slots": slots, "seq_lens": seq_lens}
+    check(q, k_pages, v_pages, out, out_scales, window, indices)
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
     group = num_q_heads // num_kv_heads
@@ -274,8 +258,6 @@ def paged_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, kv heads, 2, group, dim]")
     if workspace.arrivals.numel() < num_rows * num_kv_heads:
         raise ValueError(f"the workspace has fewer than {num_rows} rows")
-    if out_scales is not None and (head_dim != FP8_BLOCK or out_scales.shape != q.shape[:2]):
-        raise ValueError(f"FP8 output {[*out_scales.shape]}: a scale a head, of head_dim {FP8_BLOCK}")
     if num_rows == 0:
         return
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
