@@ -50,7 +50,7 @@ def label(kernels: list[dict[str, Any]]) -> Iterator[str]:
             grouped = 0
         if not part and i + 1 < len(named) and named[i + 1].startswith("rope"):
             part = "qkv product"
-        elif not part and "attention" in named[max(0, i - 2) : i] and i <= last + 2:
+        elif not part and "attention" in named[max(0, i - 3) : i] and i <= last + 3:
             part = "o product"
         elif not part and re.search("_hopper_kernel|group|product", kernels[i]["name"]):
             part, grouped = ("down" if grouped else "gate, up"), grouped + 1
