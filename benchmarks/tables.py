@@ -33,7 +33,10 @@ def rows_of(report: dict[str, Any]) -> Rows:
     medians, floors = report["median"], report.get("floor", {})
     if any(isinstance(value, dict) for value in medians.values()):
         return by_case(medians, floors) if max(map(len, medians.values())) > MAX_COLUMNS else dict(medians)
-    return {name: {"median": value, "floor": floors.get(name, "")} for name, value in medians.items()}
+    return {
+        name: {"median": value, **({"floor": floors[name], "of floor": value / floors[name]} if name in floors else {})}
+        for name, value in medians.items()
+    }
 
 
 def by_case(medians: Rows, floors: dict[str, float]) -> Rows:
@@ -89,13 +92,17 @@ def missing(name: str) -> str:
     command = f"python benchmarks/ops/bench_{stem}.py --out benchmarks/results/{name}.json"
     if stem == "standard_bf16":
         command = "python benchmarks/serving/standard.py"
-    if stem == "breakdown":
-        command = f"python benchmarks/serving/breakdown.py --out benchmarks/results/{name}.json"
+    if stem in ("standard_fp8", "standard_fp8kv"):
+        options = "--engine quantization=fp8" + " --engine kv_cache_dtype=fp8" * stem.endswith("kv")
+        command = f"python benchmarks/serving/standard.py --prefix {stem.removeprefix('standard_')} {options}"
+    if stem in ("breakdown", "breakdown_fp8"):
+        fp8 = "--engine quantization=fp8 --batches 1 32 128 256 " * stem.endswith("fp8")
+        command = f"python benchmarks/serving/breakdown.py {fp8}--out benchmarks/results/{name}.json"
     if stem == "attention_fp8":
         command = f"python benchmarks/ops/bench_attention.py --kv fp8 --out benchmarks/results/{name}.json"
     if not (ROOT / command.split()[1]).exists():
         raise ValueError(f"no benchmark writes benchmarks/results/{name}.json")
-    device = {"h100": "an H100", "cpu": "a CPU"}.get(name.partition("/")[0], name.partition("/")[0])
+    device = {"h100": "an H100", "h200": "an H200", "cpu": "a CPU"}.get(name.partition("/")[0], name.partition("/")[0])
     return f"Not measured on {device} yet: run `{command}`, then `python benchmarks/tables.py`."
 
 

@@ -53,7 +53,7 @@ REPORTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "standard": (
         {"median": {"decode.b1": 1234.5, "start.warm_s": 9.25}, "floor": {"decode.b1": 2000.0}},
-        ["| | median | floor |", "| decode.b1 | 1234 | 2000 |", "| start.warm_s | 9.25 |  |"],
+        ["| | median | floor | of floor |", "| decode.b1 | 1234 | 2000 | 0.6172 |", "| start.warm_s | 9.25 |  |  |"],
     ),
     "cpu_peers": (
         {"median": {"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0}}},

@@ -138,6 +138,17 @@ def floors(suite: Suite, ceilings: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def memory(info: Any) -> dict[str, list[float]]:
+    """What the ledger says that the engine holds, and what the device says is in use."""
+    import torch
+
+    if info.config.device != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    held = sum(size for _, size in info.ledger)
+    return {"memory.ledger_gib": [held / 2**30], "memory.device_gib": [(total - free) / 2**30]}
+
+
 def worker(args: argparse.Namespace) -> None:
     suite = Suite(args)
     print(READY, flush=True)
@@ -157,6 +168,7 @@ def worker(args: argparse.Namespace) -> None:
             results[f"idle_fraction.b{batch}"] = measured["idle"]
         if suite.sizes["prefill"]:
             results["prefill"] = suite.prefill()
+        results |= memory(llm.info)
         from gossamer.runtime import ceilings
         from gossamer.runtime.hardware import detect
 
@@ -241,7 +253,7 @@ def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     path = folder / f"{name}.json"
     shapes = {"model": pathlib.Path(args.model).name, "load_format": "dummy", "temperature": 1.0, **size}
     facts = environment(device, "python benchmarks/serving/standard.py")
-    unit = "tokens per second; seconds; fraction; experts per layer and step"
+    unit = "tokens per second; seconds; fraction; experts per layer and step; GiB"
     whole = {**facts, "unit": unit, "shapes": shapes, "repeats": args.repeats, "median": median, **report}
     path.write_text(json.dumps(whole, indent=1) + "\n")
     summary_path = folder / "summary.json"
