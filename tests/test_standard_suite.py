@@ -48,3 +48,21 @@ def test_small_figures_never_land_among_the_results(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
     assert "--small needs --out" in run.stderr
+
+
+@pytest.mark.slow
+def test_long_contexts(tmp_path: Path) -> None:
+    """Of 65,000 tokens alone figures go to the summary."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODELS["MoE"] | {"max_position_embeddings": 64}))
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving" / "long_context.py"), "--kind", "dense"]
+    command += ["--model", str(tmp_path / "model"), "--device", "cpu", "--lens", "100", "300", "--batches", "1", "2"]
+    command += ["--repeats", "1", "--out", str(tmp_path), "--engine", "num_threads=1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "long_dense.json").read_text())
+    assert set(report) >= FACTS
+    cases = {"100.b1", "100.b2", "300.b1"}
+    assert set(report["median"]) == {f"{what}.{case}" for what in ("decode", "prefill_s") for case in cases}
+    assert set(report["floor"]) == {f"decode.{case}" for case in cases}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {}

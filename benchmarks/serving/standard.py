@@ -113,26 +113,34 @@ class Suite:
         return touched
 
 
-def floors(suite: Suite, ceilings: dict[str, Any]) -> dict[str, float]:
-    """Tokens a second if a decode step only read its weights and KV once, and a prefill only multiplied."""
+def step_cost(info: Any) -> Any:
+    """`models.cost.StepCost` of an engine."""
     import torch
 
     from gossamer.layers.linear import WeightFormat
     from gossamer.models.cost import StepCost
     from gossamer.models.decoder import ATTENTION_KINDS
 
-    info, size = suite.llm.info, suite.sizes
     config, model = info.config, info.model
     kind = ATTENTION_KINDS[model.attention]
     fmt = WeightFormat(getattr(torch, config.load.dtype), torch.device("cpu"), config.load.quantization)
-    cost = StepCost(model, kind, fmt, kind.kv_layout(model, config.cache.kv_cache_dtype).itemsize)
-    found = {}
+    return StepCost(model, kind, fmt, kind.kv_layout(model, config.cache.kv_cache_dtype).itemsize)
+
+
+def decode_floor(info: Any, context: int, batch: int, ceilings: dict[str, Any]) -> float:
+    """Tokens a second if a decode step only read its weights and KV once."""
+    step = step_cost(info)(batch, [context] * batch, [1] * batch, batch)
+    return float(batch / (step.bytes / ceilings["read_bytes_per_second"]))
+
+
+def floors(suite: Suite, ceilings: dict[str, Any]) -> dict[str, float]:
+    """`decode_floor`, and tokens a second of a prefill that only multiplied."""
+    info, size = suite.llm.info, suite.sizes
     context = size["prompt"] + sum(size["outputs"]) // 2
-    for batch in size["batches"]:
-        step = cost(batch, [context] * batch, [1] * batch, batch)
-        found[f"decode.b{batch}"] = batch / (step.bytes / ceilings["read_bytes_per_second"])
-    prompt = cost(0, [0], [size["prompt"]], 1)
-    dtype = "float8_e4m3fn" if config.load.quantization == "fp8" else config.load.dtype
+    found = {f"decode.b{batch}": decode_floor(info, context, batch, ceilings) for batch in size["batches"]}
+    prompt = step_cost(info)(0, [0], [size["prompt"]], 1)
+    load = info.config.load
+    dtype = "float8_e4m3fn" if load.quantization == "fp8" else load.dtype
     peak = ceilings["flops_per_second"].get(dtype) or ceilings["flops_per_second"]["bfloat16"]
     found["prefill"] = size["prompt"] / (prompt.flops / peak)
     return found
@@ -205,7 +213,7 @@ def slug(device: str) -> str:
     return known[1].lower() if known else "cpu"
 
 
-def summarise(prefix: str, median: dict[str, float], batches: list[int]) -> dict[str, float]:
+def summarise(prefix: str, median: dict[str, float], batches: list[int]) -> dict[str, float | None]:
     """TARGETS' keys: rates under the prefix, the rest (of the bf16 suite) without one."""
     rates = {f"{prefix}.{name}": value for name, value in median.items() if name.startswith(("decode.", "prefill"))}
     if prefix != "bf16":
@@ -242,6 +250,14 @@ def main() -> None:
     write(args, report)
 
 
+def update_summary(folder: pathlib.Path, path: pathlib.Path, figures: dict[str, float | None]) -> None:
+    """Sets the figures that there are in summary.json, and leaves the others."""
+    summary_path = folder / "summary.json"
+    summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+    summary |= {key: {"value": value, "file": path.name} for key, value in figures.items() if value is not None}
+    summary_path.write_text(json.dumps(dict(sorted(summary.items())), indent=1) + "\n")
+
+
 def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     from gossamer.server.bench.report import environment
 
@@ -256,11 +272,7 @@ def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     unit = "tokens per second; seconds; fraction; experts per layer and step; GiB"
     whole = {**facts, "unit": unit, "shapes": shapes, "repeats": args.repeats, "median": median, **report}
     path.write_text(json.dumps(whole, indent=1) + "\n")
-    summary_path = folder / "summary.json"
-    summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
-    for key, value in summarise(args.prefix, median, size["batches"]).items():
-        summary[key] = {"value": value, "file": path.name}
-    summary_path.write_text(json.dumps(dict(sorted(summary.items())), indent=1) + "\n")
+    update_summary(folder, path, summarise(args.prefix, median, size["batches"]))
     for key, value in median.items():
         floor = report["floor"].get(key)
         print(f"{key:<24}{value:>12,.4g}" + (f"   floor {floor:,.4g} ({value / floor:.0%})" if floor else ""))
