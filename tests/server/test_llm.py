@@ -217,7 +217,7 @@ def test_progress_shows_only_when_it_takes_long(llm: LLM, monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr", stderr)
     llm.generate(["hello"] * 3)
     assert stderr.getvalue() == ""
-    monkeypatch.setattr(llm_module, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("gossamer.server.progress.COUNT_AFTER_SECONDS", 0.0)
     llm.generate(["hello"] * 3, use_tqdm=False)
     assert stderr.getvalue() == ""
     llm.generate(["hello"] * 3)

@@ -11,16 +11,16 @@ from typing import Self
 
 from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
-from gossamer.engine.build import build_engine
-from gossamer.engine.engine import Engine
 from gossamer.engine.info import EngineInfo, ProgressCallback
-from gossamer.models.resolve import resolve_paths
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
+from gossamer.server.llm import LLM
 from gossamer.server.progress import progress_on_terminal
-from gossamer.server.tokenizer import Tokenizer, load_tokenizer
+from gossamer.server.tokenizer import Tokenizer
 
 _SCORE = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+_WINDOWS_AT_ONCE = 256
+"""Their scores are held until all of them are done."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,31 +59,22 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, i
 
 
 def predict(
-    engine: Engine, token_ids: Sequence[int], prefix: Sequence[int], options: EvalConfig, report: ProgressCallback
+    llm: LLM, token_ids: Sequence[int], prefix: Sequence[int], options: EvalConfig, report: ProgressCallback
 ) -> Prediction:
     """Scores `token_ids`; `prefix` (a BOS token, if the model wants one) stands before every window."""
     pending = list(windows(len(token_ids), options.context, options.stride))
-    total, most = len(pending), engine.config.scheduler.max_num_queued
-    open_windows: dict[str, tuple[int, int]] = {}
     logprobs, likeliest = [0.0] * len(token_ids), [0] * len(token_ids)
-    done = 0
-    while pending or engine.has_work():
-        while pending and len(open_windows) < most:
-            start, first, end = pending.pop(0)
-            engine.add_request(str(start), [*prefix, *token_ids[start:end]], _SCORE)
-            open_windows[str(start)] = start, first
-        for output in engine.step():
+    for done in range(0, len(pending), _WINDOWS_AT_ONCE):
+        some = pending[done : done + _WINDOWS_AT_ONCE]
+        prompts = [{"prompt_token_ids": [*prefix, *token_ids[start:end]]} for start, _, end in some]
+        for (start, first, _), output in zip(some, llm.generate(prompts, _SCORE, use_tqdm=False), strict=True):
             if output.error is not None:
                 raise GossamerError(output.error)
-            if output.prompt_logprobs is None:
-                continue
-            start, first = open_windows.pop(output.request_id)
-            # Entry i belongs to token i + 1 of the request.
-            for position, entry in enumerate(output.prompt_logprobs, start - len(prefix) + 1):
-                if position >= first:
-                    logprobs[position], likeliest[position] = entry.logprobs[0], entry.token_ids[1]
-            done += 1
-            report("Predicting", done / total)
+            for position, entry in enumerate(output.prompt_logprobs or (), start - len(prefix)):
+                if position >= first and entry is not None:
+                    # The token itself comes first, the likeliest one last: they may be one.
+                    logprobs[position], likeliest[position] = entry[token_ids[position]].logprob, [*entry][-1]
+        report("Predicting", (done + len(some)) / len(pending))
     return Prediction(logprobs[1:], likeliest[1:])
 
 
@@ -92,52 +83,45 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
 
     `configs`: the flags that distinguish a configuration ("" for the first) -> the configuration.
     """
+    text = _read(options)
     found: dict[str, dict[str, float]] = {}
     base: Prediction | None = None
     token_ids: list[int] = []
-    info: EngineInfo | None = None
+    device = ""
     for flags, config in configs.items():
-        config = dataclasses.replace(config, load=resolve_paths(config.load))
-        tokenizer = load_tokenizer(config.load.tokenizer or config.load.model)
-        if base is None:
-            token_ids = _read(options, tokenizer)
-        with progress_on_terminal(not config.disable_progress) as on_progress:
-            report = on_progress or (lambda stage, fraction: None)
-            engine, info = build_engine(config, report)
-            try:
-                prefix = _prefix(tokenizer)
-                _check_context(options, len(prefix), info)
-                prediction = predict(engine, token_ids, prefix, options, report)
-            finally:
-                engine.shutdown()
+        with LLM(config=config) as llm, progress_on_terminal(not config.disable_progress) as on_progress:
+            device, tokenizer = llm.info.device_name, llm.get_tokenizer()
+            token_ids = token_ids or _encode(text, options, tokenizer)
+            prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
+            _check_context(options, len(prefix), llm.info)
+            prediction = predict(llm, token_ids, prefix, options, on_progress or (lambda stage, fraction: None))
         base = base or prediction
-        name = _name(info)
+        name = _name(llm.info)
         found[name if name not in found else f"{name}, {flags}"] = prediction.against(base)
     _print(found)
-    if options.output_json is not None and info is not None:
+    if options.output_json is not None:
         shapes = (
             f"{Path(configs[''].load.model).stem}; {Path(options.text).name}: {len(token_ids) - 1} tokens scored, "
             f"windows of {options.context}, stride {options.stride}"
         )
         figures = {"repeats": 1, "median": found, "all": [found]}
-        facts = {**environment(info.device_name), "unit": "change: of perplexity, relative", "shapes": shapes}
+        facts = {**environment(device), "unit": "change: of perplexity, relative", "shapes": shapes}
         write_report(options.output_json, facts | figures)
     return found
 
 
-def _read(options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
+def _read(options: EvalConfig) -> str:
     try:
-        text = Path(options.text).expanduser().read_text(encoding="utf-8")
+        return Path(options.text).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"--text {options.text}: {error}.") from error
+
+
+def _encode(text: str, options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
     token_ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)[: options.max_tokens]
     if len(token_ids) < 2:
         raise StartupError(f"--text {options.text} has {len(token_ids)} tokens; at least 2 are needed.")
     return token_ids
-
-
-def _prefix(tokenizer: Tokenizer) -> list[int]:
-    return [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
 
 
 def _check_context(options: EvalConfig, num_prefix: int, info: EngineInfo) -> None:
