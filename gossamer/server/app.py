@@ -131,7 +131,7 @@ class _Server:
         serving = Serving(self._llm, self._config)
         state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats, info.ceilings)
         state.metrics.describe_cache(info.config.cache, info.num_pages)
-        self._llm.metrics = state.metrics
+        self._llm.observe(state.metrics)
         state.serving = serving
         self._announce(serving.model_name, info)
 

@@ -10,9 +10,8 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
 from gossamer.core import (
@@ -23,18 +22,14 @@ from gossamer.core import (
     InvalidRequest,
     RequestFailed,
     SamplingParams,
-    TokenOutput,
 )
 from gossamer.engine import messages
 from gossamer.engine.client import EngineClient
 from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
-from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
+from gossamer.server.outputs import Observer, OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from gossamer.server.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,28 +37,6 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 STALL_SECONDS = 60.0
 """An engine that has been silent for so long is not ready: it speaks after each step, and twice a second when idle."""
-
-
-class RequestTimes(NamedTuple):
-    """Seconds of a finished request: in all, before it was scheduled first, and from its first token to its last."""
-
-    total: float
-    queue: float
-    decode: float
-
-
-@dataclass(slots=True)
-class _Sample:
-    """One engine request: which request it belongs to, and its times (time.monotonic) for the metrics."""
-
-    request_id: str
-    num_prompt_tokens: int
-    arrival: float
-    first: float = 0.0
-    last: float = 0.0
-    num_tokens: int = 0
-    queued: float = 0.0
-    """Seconds that it waited in the engine before it was scheduled first."""
 
 
 class _OutputStream:
@@ -125,12 +98,10 @@ class AsyncLLM:
         self._tokenizer: Tokenizer | None = None
         self._processor = OutputProcessor(None)
         self._streams: dict[str, _OutputStream] = {}
-        self._samples: dict[str, _Sample] = {}
         self._dead = asyncio.Event()
         self.max_prompt_chars = 0
         """A longer text cannot fit into the context, whatever its tokens are."""
         self.stats = EngineStats()
-        self.metrics: ServerMetrics | None = None
         self.death: str | None = None
         """Why the engine died, if it has."""
 
@@ -208,6 +179,10 @@ class AsyncLLM:
         if not self.is_ready:
             raise EngineDead(self.death or "The engine does not answer.")
 
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of the times of every sample from now on."""
+        self._processor.observer = observer
+
     async def wait_dead(self) -> None:
         """Returns when the engine has died."""
         await self._dead.wait()
@@ -227,17 +202,17 @@ class AsyncLLM:
         text, token_ids = await self._tokenize(prompt)
         self.info.limits.check(token_ids, params)
         scheduler = self.info.config.scheduler
-        if params.n > scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - len(self._samples):
-            raise EngineOverloaded(f"{len(self._samples)} sequences are open already. Try again later.")
+        num_open = self._processor.num_unfinished
+        if params.n > scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - num_open:
+            raise EngineOverloaded(f"{num_open} sequences are open already. Try again later.")
         if not self._client.alive:
             raise EngineDead(self.death or "The engine has been shut down.")
-        now, finished = time.monotonic(), False
+        finished = False
         request_id = request_id or f"request-{uuid.uuid4().hex}"
         children = self._processor.add_request(request_id, text, token_ids, params, mode=mode)
         stream = self._streams[request_id] = _OutputStream()
         try:
             for child_id, child_params in children:
-                self._samples[child_id] = _Sample(request_id, len(token_ids), now)
                 self._client.add_request(child_id, token_ids, child_params, cache_salt)
             while not finished:
                 output = await stream.get()
@@ -285,36 +260,24 @@ class AsyncLLM:
         self.stats = message.stats
         if not message.outputs:
             return
-        now = time.monotonic()
+        errors = {self._processor.request_of(o.request_id): o.error for o in message.outputs if o.error is not None}
         states, stopped = self._processor.process(message.outputs)
-        for output in message.outputs:
-            sample = self._samples.get(output.request_id)
-            if sample is not None:
-                self._account(sample, output, now)
-                if output.error is not None:
-                    self._fail(sample.request_id, RequestFailed(output.error), "error")
+        for request_id, error in errors.items():
+            self._fail(request_id, RequestFailed(error), "error")
         if stopped:
             self._client.abort(stopped)
-            for child_id in stopped:
-                self._finish_sample(child_id, "stop", now)
         for state in states:
             stream = self._streams.get(state.request_id)
             if stream is not None:
                 stream.put(state)
 
     def _on_refused(self, message: messages.Refused) -> None:
-        sample = self._samples.get(message.request_id)
-        if sample is None:
-            return
-        error: Exception
-        match message.status:
-            case 400:
-                error = InvalidRequest(message.message, message.param, message.code)
-            case 503:
-                error = EngineOverloaded(message.message, message.retry_after)
-            case _:
-                error = RequestFailed(message.message)
-        self._fail(sample.request_id, error, "error")
+        error: Exception = RequestFailed(message.message)
+        if message.status == 400:
+            error = InvalidRequest(message.message, message.param, message.code)
+        elif message.status == 503:
+            error = EngineOverloaded(message.message, message.retry_after)
+        self._fail(self._processor.request_of(message.request_id), error, "error")
 
     def _on_death(self, why: str) -> None:
         logger.error("%s", why)
@@ -326,37 +289,13 @@ class AsyncLLM:
         for request_id in list(self._streams):
             self._fail(request_id, EngineDead(why), "error")
 
-    def _fail(self, request_id: str, error: Exception, reason: FinishReason) -> None:
-        """Ends a request early: in the engine, in the output processor, and for its reader."""
-        children = self._processor.abort(request_id)
+    def _fail(self, request_id: str | None, error: Exception, reason: FinishReason) -> None:
+        """Ends a request early, if it still runs: in the engine, in the output processor, and for its reader."""
+        if request_id is None:
+            return
+        children = self._processor.abort(request_id, reason)
         if children:
             self._client.abort(children)
-        now = time.monotonic()
-        for child_id in children:
-            self._finish_sample(child_id, reason, now)
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.fail(error)
-
-    def _account(self, sample: _Sample, output: TokenOutput, now: float) -> None:
-        """Observes the times of one sample's new tokens."""
-        num_new = len(output.token_ids)
-        if num_new and self.metrics is not None:
-            self.metrics.on_tokens(num_new)
-            if sample.num_tokens == 0:
-                self.metrics.on_first_token(now - sample.arrival, sample.num_prompt_tokens)
-            else:
-                self.metrics.on_later_tokens(now - sample.last, num_new)
-        if num_new:
-            sample.first = sample.first or now
-            sample.last = now
-            sample.num_tokens += num_new
-            sample.queued = output.queue_seconds
-        if output.finish_reason is not None:
-            self._finish_sample(output.request_id, output.finish_reason, now)
-
-    def _finish_sample(self, child_id: str, reason: FinishReason, now: float) -> None:
-        sample = self._samples.pop(child_id, None)
-        if sample is not None and self.metrics is not None:
-            times = RequestTimes(now - sample.arrival, sample.queued, sample.last - sample.first)
-            self.metrics.on_finished(reason, times, sample.num_prompt_tokens, sample.num_tokens)

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from gossamer.config import CacheConfig
 from gossamer.core import DeviceCeilings, EngineStats, FinishReason
-from gossamer.server.async_llm import RequestTimes
+from gossamer.server.outputs import SampleTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -131,34 +131,33 @@ class ServerMetrics:
         gauge = Gauge("vllm:cache_config_info", "The KV cache's configuration.", [*labels], registry=self.registry)
         gauge.labels(*labels.values()).set(1)
 
-    def on_first_token(self, seconds: float, num_prompt_tokens: int) -> None:
-        self._first_token.observe(seconds)
-        self._prompt_tokens.inc(num_prompt_tokens)
+    def on_tokens(self, sample: SampleTimes, num_new: int, now: float) -> None:
+        """`num_new` tokens of a sample arrived together."""
+        self._generation_tokens.inc(num_new)
+        if sample.num_tokens == 0:
+            self._first_token.observe(now - sample.arrival)
+            self._prompt_tokens.inc(sample.num_prompt_tokens)
+        else:
+            for _ in range(num_new):
+                self._inter_token.observe((now - sample.last) / num_new)
 
-    def on_tokens(self, num_tokens: int) -> None:
-        self._generation_tokens.inc(num_tokens)
-
-    def on_later_tokens(self, seconds: float, num_tokens: int) -> None:
-        """`num_tokens` arrived together, `seconds` after the previous one."""
-        for _ in range(num_tokens):
-            self._inter_token.observe(seconds / num_tokens)
-
-    def on_finished(self, reason: FinishReason, times: RequestTimes, num_prompt_tokens: int, num_tokens: int) -> None:
+    def on_finished(self, sample: SampleTimes, reason: FinishReason, now: float) -> None:
         self._finished[reason].inc()
         if reason in ("abort", "error"):
             # Cut short by somebody else: their latencies would flatter the engine.
             return
-        self._e2e.observe(times.total)
-        self._queue.observe(times.queue)
-        self._inference.observe(max(times.total - times.queue, 0.0))
-        self._prefill.observe(max(times.total - times.queue - times.decode, 0.0))
-        self._decode.observe(times.decode)
-        self._prompt_length.observe(num_prompt_tokens)
-        self._output_length.observe(num_tokens)
-        self._longest_output.observe(num_tokens)
-        if num_tokens > 1:
+        total, decode = now - sample.arrival, sample.last - sample.first
+        self._e2e.observe(total)
+        self._queue.observe(sample.queued)
+        self._inference.observe(max(total - sample.queued, 0.0))
+        self._prefill.observe(max(total - sample.queued - decode, 0.0))
+        self._decode.observe(decode)
+        self._prompt_length.observe(sample.num_prompt_tokens)
+        self._output_length.observe(sample.num_tokens)
+        self._longest_output.observe(sample.num_tokens)
+        if sample.num_tokens > 1:
             for family in self._per_output:
-                family.observe(times.decode / (num_tokens - 1))
+                family.observe(decode / (sample.num_tokens - 1))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -6,8 +6,8 @@ A streaming reader takes deltas, which cost O(new text) per token whatever the l
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, Self
 
 from gossamer.core import MAX_SEED, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs, TokenOutput
 from gossamer.server.detokenizer import Detokenizer
@@ -28,7 +28,7 @@ class Logprob(NamedTuple):
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of time.time()."""
+    """Times in seconds of time.monotonic(). All outputs of a request share one."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -71,9 +71,9 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    metrics: RequestMetrics | None = None
     error: str | None = None
     """Why the engine gave up on the request, where a finish_reason is "error"."""
 
@@ -93,11 +93,33 @@ class RequestOutput:
         self.outputs = outputs
 
 
+@dataclass(slots=True)
+class SampleTimes:
+    """When one sample's tokens came, in seconds of one clock; `queued` is how long the engine let it wait."""
+
+    num_prompt_tokens: int
+    arrival: float
+    num_tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    queued: float = 0.0
+
+
+class Observer(Protocol):
+    """Is told of every sample: of new tokens before its times take them in, and of its end."""
+
+    def on_tokens(self, sample: SampleTimes, num_new: int, now: float) -> None: ...
+    def on_finished(self, sample: SampleTimes, reason: FinishReason, now: float) -> None: ...
+
+
 class _Sequence:
     """One sample of a request: turns its tokens into text and decides whether a stop string ended it."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer | None, prompt_ids: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer | None, prompt_ids: list[int], params: SamplingParams, arrival: float
+    ) -> None:
         self.index = index
+        self.times = SampleTimes(len(prompt_ids), arrival)
         self.text_pieces: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
@@ -166,25 +188,17 @@ class _Sequence:
 
 @dataclass(slots=True)
 class _RequestState:
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
+    known: RequestOutput
+    """What the reader is told, but for the sequences."""
     sequences: list[_Sequence]
-    mode: OutputMode
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    num_cached_tokens: int = 0
-    error: str | None = None
-    open_children: dict[str, int] = field(default_factory=dict)
+    open_children: dict[str, int]
     """Engine request id -> index of its sequence, for those still running."""
 
     def output(self) -> RequestOutput:
-        fresh = [sequence for sequence in self.sequences if self.mode != "delta" or sequence.has_news()]
-        return RequestOutput(
-            self.request_id, self.prompt, self.prompt_token_ids, [sequence.output(self.mode) for sequence in fresh],
-            not self.open_children, self.num_cached_tokens, self.prompt_logprobs, dataclasses.replace(self.metrics),
-            self.error, self.mode,
-        )  # fmt: skip
+        known = self.known
+        fresh = [sequence for sequence in self.sequences if known.mode != "delta" or sequence.has_news()]
+        outputs = [sequence.output(known.mode) for sequence in fresh]
+        return dataclasses.replace(known, outputs=outputs, finished=not self.open_children)
 
 
 class OutputProcessor:
@@ -193,7 +207,8 @@ class OutputProcessor:
     `tokenizer` may be None where no request asks for text. Not thread-safe.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.observer: Observer | None = None
         self._tokenizer = tokenizer
         self._clock = clock
         self._requests: dict[str, _RequestState] = {}
@@ -210,12 +225,14 @@ class OutputProcessor:
         children = [request_id] if params.n == 1 else [f"{request_id}-{i}" for i in range(params.n)]
         if request_id in self._requests or any(child in self._parents for child in children):
             raise InvalidRequest(f"The request id {request_id!r} is in use.", "request_id")
-        state = _RequestState(
-            request_id, prompt, prompt_token_ids,
-            [_Sequence(i, self._tokenizer, prompt_token_ids, params) for i in range(params.n)], mode,
-            RequestMetrics(self._clock()), None if params.prompt_logprobs is None else [None],
-            open_children={child: i for i, child in enumerate(children)},
+        arrival = self._clock()
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
+        known = RequestOutput(
+            request_id, prompt, prompt_token_ids, [], False, RequestMetrics(arrival),
+            prompt_logprobs=prompt_logprobs, mode=mode,
         )  # fmt: skip
+        sequences = [_Sequence(i, self._tokenizer, prompt_token_ids, params, arrival) for i in range(params.n)]
+        state = _RequestState(known, sequences, {child: i for i, child in enumerate(children)})
         self._requests[request_id] = state
         self._parents.update(dict.fromkeys(children, state))
         return [(child, _sample_params(params, i)) for i, child in enumerate(children)]
@@ -228,51 +245,64 @@ class OutputProcessor:
         """
         touched: dict[str, _RequestState] = {}
         to_abort: list[str] = []
+        now = self._clock()
         for output in outputs:
             state = self._parents.get(output.request_id)
             if state is None:
                 continue
             sequence = state.sequences[state.open_children[output.request_id]]
-            self._note(state, output)
+            self._note(state.known, sequence, output, now)
             if sequence.add(output):
                 to_abort.append(output.request_id)
             if sequence.finish_reason is not None:
-                self._close(output.request_id)
-            touched[state.request_id] = state
-        ready = [state for state in touched.values() if state.mode != "final" or not state.open_children]
+                self._close(output.request_id, sequence.finish_reason, now)
+            touched[state.known.request_id] = state
+        ready = [state for state in touched.values() if state.known.mode != "final" or not state.open_children]
         return [state.output() for state in ready], to_abort
 
-    def abort(self, request_id: str) -> list[str]:
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> list[str]:
         """Forgets a request; returns its engine requests that still run, for the caller to abort."""
         state = self._requests.get(request_id)
-        if state is None:
-            return []
-        children = list(state.open_children)
+        children = list(state.open_children) if state is not None else []
+        now = self._clock()
         for child in children:
-            self._close(child)
+            self._close(child, reason, now)
         return children
+
+    def request_of(self, child: str) -> str | None:
+        """The request that an engine request belongs to, if it still runs."""
+        state = self._parents.get(child)
+        return None if state is None else state.known.request_id
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._requests)
+        """Engine requests that still run."""
+        return len(self._parents)
 
-    def _close(self, child: str) -> None:
+    def _close(self, child: str, reason: FinishReason, now: float) -> None:
         state = self._parents.pop(child)
-        del state.open_children[child]
+        sequence = state.sequences[state.open_children.pop(child)]
+        if self.observer is not None:
+            self.observer.on_finished(sequence.times, reason, now)
         if not state.open_children:
-            state.metrics.finished_time = self._clock()
-            del self._requests[state.request_id]
+            state.known.metrics.finished_time = now
+            del self._requests[state.known.request_id]
 
-    def _note(self, state: _RequestState, output: TokenOutput) -> None:
-        now = self._clock()
-        if output.token_ids:
-            state.metrics.first_token_time = state.metrics.first_token_time or now
-            state.metrics.last_token_time = now
-        state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
-        state.error = output.error or state.error
+    def _note(self, known: RequestOutput, sequence: _Sequence, output: TokenOutput, now: float) -> None:
+        num_new, times = len(output.token_ids), sequence.times
+        if num_new:
+            if self.observer is not None:
+                self.observer.on_tokens(times, num_new, now)
+            times.first, times.last = times.first or now, now
+            times.num_tokens += num_new
+            times.queued = output.queue_seconds
+            known.metrics.first_token_time = known.metrics.first_token_time or now
+            known.metrics.last_token_time = now
+        known.num_cached_tokens = max(known.num_cached_tokens, output.num_cached_tokens)
+        known.error = output.error or known.error
         # All samples share one prompt: the first sample's account of it stands for all.
-        if state.prompt_logprobs is not None and output.prompt_logprobs and state.open_children[output.request_id] == 0:
-            state.prompt_logprobs += [to_logprobs(entry, self._tokenizer) for entry in output.prompt_logprobs]
+        if known.prompt_logprobs is not None and output.prompt_logprobs and sequence.index == 0:
+            known.prompt_logprobs += [to_logprobs(entry, self._tokenizer) for entry in output.prompt_logprobs]
 
 
 def to_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

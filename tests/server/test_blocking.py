@@ -81,7 +81,7 @@ def test_ctrl_c_ends_the_stream_alone(start):
         with pytest.raises(KeyboardInterrupt):
             list(stream)
         timer.join()
-        assert not llm._llm._samples
+        assert not llm._llm._processor.num_unfinished
         assert "".join(text_pieces(llm.stream("xy", SamplingParams(max_tokens=2)))) == "yz"
 
 
