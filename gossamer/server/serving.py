@@ -7,7 +7,8 @@ import os
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from gossamer.core import InvalidRequest, SamplingParams
 from gossamer.server.async_llm import AsyncLLM
 from gossamer.server.errors import ApiError, error_event
 from gossamer.server.http import EventStream, unless_disconnected
-from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, decode_body
+from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, TokenizeRequest, decode_body
 from gossamer.server.outputs import OutputMode, RequestOutput
 
 LONG_TEXT = 4096
@@ -63,28 +64,24 @@ class Serving:
         self.llm.info.limits.check_params(params)
         return request, params
 
-    async def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
+    async def encode(self, text: str, request: CompletionRequest | TokenizeRequest) -> list[int]:
         """Token ids of a text. Raises InvalidRequest for a text that cannot fit whatever its tokens are."""
-        tokenizer = self.llm.tokenizer
         self._check_length(len(text))
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
-        return await asyncio.to_thread(
-            tokenizer.encode, text, add_special_tokens=add_special_tokens, parse_special=parse_special
-        )
+        add_special_tokens, parse_special = request.add_special_tokens is not False, request.parse_special_tokens
+        work = partial(self.llm.tokenizer.encode, text, add_special_tokens, parse_special)
+        return work() if len(text) < LONG_TEXT else await asyncio.to_thread(work)
 
-    async def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, options: Mapping[str, Any] | None
-    ) -> list[int]:
+    async def encode_chat(self, request: ChatRequest | TokenizeRequest) -> list[int]:
         """Token ids of a conversation in the model's template, which is untrusted enough to run beside the loop."""
+        messages = [message.as_template_input() for message in request.messages or ()]
         # What a template might print, and at least one character a message.
-        texts = [*(options or {}).values(), *(value for message in messages for value in message.values())]
+        texts = [value for part in (request.chat_template_kwargs or {}, *messages) for value in part.values()]
         self._check_length(len(messages) + sum(len(text) for text in texts if isinstance(text, str)))
         return await asyncio.to_thread(
             self.llm.tokenizer.apply_chat_template,
             messages,
-            add_generation_prompt=add_generation_prompt,
-            chat_template_kwargs=options,
+            add_generation_prompt=request.add_generation_prompt,
+            chat_template_kwargs=request.chat_template_kwargs,
         )
 
     def _check_length(self, num_chars: int) -> None:
@@ -199,14 +196,14 @@ async def respond(
     answer = make(serving, *serving.accept(body, decoder))
 
     async def run() -> Response:
-        source = await answer.start()
+        outputs: IndexedOutputs = await answer.start()
         # Until the first output an error can still be answered with its own HTTP status.
-        outputs = _with_first(await anext(source, None), source)
+        first = await anext(outputs)
         if answer.request.stream:
-            return EventStream(_events(outputs, answer, answer.request.include_usage), source)
+            return EventStream(_events(first, outputs, answer, answer.request.include_usage), outputs)
         usage = _UsageCount()
         async with contextlib.aclosing(outputs):
-            finished = [item async for item in outputs]
+            finished = [first, *[item async for item in outputs]]
         for index, output in finished:
             usage.add(index, output)
         return json_response(answer.whole(finished, usage.usage()))
@@ -214,14 +211,17 @@ async def respond(
     return await unless_disconnected(http.receive, run())
 
 
-async def _events(outputs: IndexedOutputs, answer: Answer[Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(
+    first: tuple[int, RequestOutput], rest: IndexedOutputs, answer: Answer[Any], include_usage: bool
+) -> AsyncGenerator[bytes, None]:
     usage = _UsageCount()
+    item: tuple[int, RequestOutput] | None = first
     try:
-        async with contextlib.aclosing(outputs):
-            async for index, output in outputs:
-                usage.add(index, output)
-                for chunk in answer.chunks(index, output, None if include_usage else UNSET):
-                    yield _event(chunk)
+        while item is not None:
+            usage.add(*item)
+            for chunk in answer.chunks(*item, None if include_usage else UNSET):
+                yield _event(chunk)
+            item = await anext(rest, None)
         if include_usage:
             yield _event(answer.envelope(answer.chunk_kind, [], usage.usage()))
         yield b"data: [DONE]\n\n"
@@ -261,13 +261,3 @@ async def merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> Index
         await asyncio.gather(*pending, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
-
-
-async def _with_first(first: tuple[int, RequestOutput] | None, rest: IndexedOutputs) -> IndexedOutputs:
-    """`rest` with the output that was already taken from it put back."""
-    async with contextlib.aclosing(rest):
-        if first is None:
-            return
-        yield first
-        async for item in rest:
-            yield item

@@ -28,12 +28,7 @@ class _Chat(Answer[ChatRequest]):
     id_prefix, chunk_kind = "chatcmpl", "chat.completion.chunk"
 
     async def start(self) -> IndexedOutputs:
-        request = self.request
-        prompt = await self.serving.encode_chat(
-            [message.as_template_input() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt,
-            options=request.chat_template_kwargs,
-        )
+        prompt = await self.serving.encode_chat(self.request)
         self.serving.llm.info.limits.check(prompt, self.params)
         return merge([self.generate(prompt, self.id)])
 

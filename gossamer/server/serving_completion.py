@@ -47,14 +47,11 @@ class _Completion(Answer[CompletionRequest]):
 
     async def start(self) -> IndexedOutputs:
         request, serving = self.request, self.serving
-        add_special = True if request.add_special_tokens is None else request.add_special_tokens
         prompts: list[list[int]] = []
         for prompt in request.prompts():
             self._texts.append(prompt if isinstance(prompt, str) else None)
             if isinstance(prompt, str):
-                prompt = await serving.encode(
-                    prompt, add_special_tokens=add_special, parse_special=request.parse_special_tokens
-                )
+                prompt = await serving.encode(prompt, request)
                 # Many short prompts are a long text, too: others get their turn in between.
                 await asyncio.sleep(0)
             prompts.append(prompt)

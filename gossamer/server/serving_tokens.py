@@ -18,17 +18,9 @@ async def tokenize(serving: Serving, body: bytes, http: Request) -> Response:
     serving.check_model(request.model)
     request.check()
     if request.messages is not None:
-        tokens = await serving.encode_chat(
-            [message.as_template_input() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt,
-            options=request.chat_template_kwargs,
-        )
+        tokens = await serving.encode_chat(request)
     else:
-        tokens = await serving.encode(
-            request.prompt or "",
-            add_special_tokens=True if request.add_special_tokens is None else request.add_special_tokens,
-            parse_special=request.parse_special_tokens,
-        )
+        tokens = await serving.encode(request.prompt or "", request)
     tokenizer, limits = serving.llm.tokenizer, serving.llm.info.limits
     strings = [tokenizer.id_to_token(token) or "" for token in tokens] if request.return_token_strs else None
     answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": strings}
