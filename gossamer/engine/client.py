@@ -1,7 +1,6 @@
 """Starts the engine's process and carries messages to and from it, inside an asyncio event loop.
 
-Nothing here waits: frames are read when the loop says that the socket is readable and handed to one callback, in
-the order in which the engine sent them.
+Messages are handed to one callback, in the order in which the engine sent them.
 """
 
 import asyncio
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+import zmq.asyncio
 
 from gossamer.config import EngineConfig
 from gossamer.core import EngineDead, SamplingParams, StartupError
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 WATCH_SECONDS = 0.2
 MAX_SOCKET_PATH = 100
 """A unix socket's path has at most 104 (BSD) to 108 (Linux) bytes."""
-MAX_FRAMES_AT_ONCE = 64
-"""Frames handled before other tasks of the event loop get a turn."""
+MAX_MESSAGES_AT_ONCE = 64
+"""Messages handled before other tasks of the event loop get a turn: receiving does not wait while there are any."""
 
 
 class EngineClient:
@@ -45,6 +45,7 @@ class EngineClient:
         self._context = zmq.Context()
         self._requests: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._outputs: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._arrivals = zmq.asyncio.Socket.shadow(self._outputs)
         for sock in (self._requests, self._outputs):
             sock.set(zmq.LINGER, 0)
             # Unlimited: the number of open requests is bounded instead, and neither side may block on a send.
@@ -53,12 +54,7 @@ class EngineClient:
         self._outputs.bind(outputs)
         self._requests.connect(requests)
         self._decoder = messages.client_side_decoder()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._watch: asyncio.TimerHandle | None = None
-        self._on_message: Callable[[messages.FromEngine], None] = self._on_start_message
-        self._on_death: Callable[[str], None] | None = None
-        self._on_progress: ProgressCallback | None = None
-        self._info: asyncio.Future[EngineInfo] | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._last_words = ""
         self._ready = False
         self._dead = False
@@ -79,18 +75,36 @@ class EngineClient:
 
     async def wait_ready(self, on_progress: ProgressCallback | None = None) -> EngineInfo:
         """Waits until the engine is built. Raises StartupError with the engine's own explanation if it cannot be."""
-        self._loop = asyncio.get_running_loop()
-        self._info = self._loop.create_future()
-        self._on_progress = on_progress
-        self._loop.add_reader(self._outputs.FD, self._read)
-        self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_process)
-        self._read()
-        return await self._info
+        while (message := await self._receive()) is not None:
+            match message:
+                case messages.Progress():
+                    if on_progress is not None:
+                        on_progress(message.stage, message.fraction)
+                case messages.Ready():
+                    self._ready = True
+                    return message.info
+                case messages.StartupFailed():
+                    raise StartupError(message.message)
+                case _:
+                    logger.debug("message before the engine is ready: %r", message)
+        raise StartupError(f"{self._last_words}\nIt had not finished loading the model; see its log above.")
 
     def listen(self, on_message: Callable[[messages.FromEngine], None], on_death: Callable[[str], None]) -> None:
         """Hands every message from now on to `on_message`; calls `on_death(why)` once if the engine dies."""
-        self._on_message, self._on_death = on_message, on_death
-        if self._dead:
+        self._listening = asyncio.create_task(self._listen(on_message, on_death))
+
+    async def _listen(self, on_message: Callable[[messages.FromEngine], None], on_death: Callable[[str], None]) -> None:
+        num_handled = 0
+        while (message := await self._receive()) is not None:
+            try:
+                on_message(message)
+            except Exception:
+                logger.exception("a message of the engine could not be handled")
+            num_handled += 1
+            if num_handled % MAX_MESSAGES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if not self._stopping:
+            self._dead = True
             on_death(self._last_words)
 
     def add_request(
@@ -108,56 +122,24 @@ class EngineClient:
             raise EngineDead(self._last_words or "The engine has been shut down.")
         self._requests.send(messages.encode(message), zmq.NOBLOCK)
 
-    def _read(self) -> None:
-        # ZMQ's descriptor is edge-triggered: it is silent until everything has been read, so come back if not.
-        for _ in range(MAX_FRAMES_AT_ONCE):
-            if self._outputs.closed:
-                return
+    async def _receive(self) -> messages.FromEngine | None:
+        """The next message; None when the process has ended and everything that it said was read."""
+        while True:
             try:
                 frames = self._outputs.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
-            message = self._decoder.decode(frames)
-            if message is None:
+                status = self._process.poll()
+                # Not a receive under a time-out: one that is cancelled when its message has just come loses it.
+                if not await self._arrivals.poll(WATCH_SECONDS * 1000) and status is not None:
+                    self._last_words = self._last_words or f"The engine process has died ({_describe_status(status)})."
+                    return None
                 continue
-            self.last_heard = time.monotonic()
-            if isinstance(message, messages.Fatal):
-                self._last_words = f"The engine has failed: {message.message}"
-            self._on_message(message)
-        if self._loop is not None:
-            self._loop.call_soon(self._read)
-
-    def _on_start_message(self, message: messages.FromEngine) -> None:
-        if self._info is None or self._info.done():
-            return
-        match message:
-            case messages.Progress():
-                if self._on_progress is not None:
-                    self._on_progress(message.stage, message.fraction)
-            case messages.Ready():
-                self._ready = True
-                self._info.set_result(message.info)
-            case messages.StartupFailed():
-                self._info.set_exception(StartupError(message.message))
-            case _:
-                logger.debug("message before the engine is ready: %r", message)
-
-    def _watch_process(self) -> None:
-        status = self._process.poll()
-        if status is None or self._stopping:
-            if self._loop is not None and not self._stopping:
-                self._watch = self._loop.call_later(WATCH_SECONDS, self._watch_process)
-            return
-        # What it said before it died may still be in the socket: give the transport a moment to deliver it.
-        self._outputs.poll(50)
-        self._read()
-        self._dead = True
-        why = self._last_words or f"The engine process has died ({_describe_status(status)})."
-        self._last_words = why
-        if self._info is not None and not self._info.done():
-            self._info.set_exception(StartupError(f"{why}\nIt had not finished loading the model; see its log above."))
-        elif self._on_death is not None:
-            self._on_death(why)
+            message = self._decoder.decode(frames)
+            if message is not None:
+                self.last_heard = time.monotonic()
+                if isinstance(message, messages.Fatal):
+                    self._last_words = f"The engine has failed: {message.message}"
+                return message
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stops the engine: asked first, killed after `timeout` seconds. Safe to call twice."""
@@ -172,17 +154,15 @@ class EngineClient:
     def close(self) -> None:
         """Kills the engine if it still runs and releases the sockets and their directory. Safe to call twice."""
         self._stopping = True
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._listening is not None:
+            self._listening.cancel()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if not self._outputs.closed:
-            if self._loop is not None and not self._loop.is_closed():
-                self._loop.remove_reader(self._outputs.FD)
-            self._context.destroy(linger=0)
+        self._arrivals.close(linger=0)
+        self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

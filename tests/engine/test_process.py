@@ -18,7 +18,7 @@ import zmq
 from gossamer.config import make_engine_config
 from gossamer.core import EngineDead, EngineStats, SamplingParams, StartupError, TokenOutput
 from gossamer.engine import messages
-from gossamer.engine.client import EngineClient
+from gossamer.engine.client import WATCH_SECONDS, EngineClient
 
 TESTS = Path(__file__).parents[1]
 FACTORY = "fake_engine:build"
@@ -194,6 +194,17 @@ def test_killed_engine_is_noticed_within_a_second():
         assert "SIGKILL" in session.deaths[0]
 
     with_engine(scenario, seed=5)
+
+
+def test_no_message_is_lost_while_the_event_loop_is_busy():
+    async def scenario(session):
+        session.client.add_request("r", [1], SamplingParams(max_tokens=12), None)
+        while not session.finished("r"):
+            time.sleep(1.05 * WATCH_SECONDS)  # a message and the end of the wait for it come together
+            await asyncio.sleep(0.001)
+        assert len(session.tokens("r")) == 12
+
+    with_engine(scenario, seed=100)
 
 
 def test_garbage_at_either_socket_is_dropped():
