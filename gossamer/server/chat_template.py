@@ -7,18 +7,17 @@ afterwards they can be told from the template's own.
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gossamer.core import InvalidRequest
 
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
 _RESERVED = ("messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now")
 
 
@@ -29,13 +28,13 @@ class ChatTemplate:
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        # `{% generation %}` marks the assistant's tokens for training; here its body is rendered as it is.
+        plain = {name: _GENERATION.sub(_as_condition, source) for name, source in sources.items()}
+        self._templates = {name: environment.from_string(source) for name, source in plain.items()}
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -127,6 +126,10 @@ def new_mark() -> str:
     return f"\ue000{secrets.randbits(64)}\ue001"
 
 
+def _as_condition(found: re.Match[str]) -> str:
+    return f"{found[1]}{'endif' if found[2] else 'if true'}"
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -137,18 +140,3 @@ def _to_json(
 ) -> str:  # fmt: skip
     # Jinja's own filter escapes for HTML, which would change what the model reads.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's tokens for training; here its body is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call: Callable[..., nodes.CallBlock] = nodes.CallBlock
-        return call(self.call_method("_render"), [], [], body).set_lineno(line)
-
-    def _render(self, caller: Callable[[], str]) -> str:
-        return caller()
