@@ -53,7 +53,7 @@ class EngineClient:
         self._outputs.set(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
         self._outputs.bind(outputs)
         self._requests.connect(requests)
-        self._decoder = messages.client_side_decoder()
+        self._decoder = messages.FrameDecoder[messages.FromEngine](messages.FromEngine)
         self._listening: asyncio.Task[None] | None = None
         self._last_words = ""
         self._ready = False

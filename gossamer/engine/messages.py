@@ -5,8 +5,6 @@ frame's size before they look inside.
 """
 
 import logging
-from collections.abc import Callable
-from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
@@ -112,6 +110,4 @@ class FrameDecoder(Generic[T]):
             return None
 
 
-engine_side_decoder: Callable[[], FrameDecoder[ToEngine]] = partial(FrameDecoder, ToEngine)
-client_side_decoder: Callable[[], FrameDecoder[FromEngine]] = partial(FrameDecoder, FromEngine)
 encode = msgspec.msgpack.Encoder().encode

@@ -53,7 +53,7 @@ class EngineServer:
         self._engine = engine
         self._requests = requests
         self._outputs = outputs
-        self._decoder = messages.engine_side_decoder()
+        self._decoder = messages.FrameDecoder[messages.ToEngine](messages.ToEngine)
         self._stopping = False
 
     def run(self) -> None:

@@ -130,17 +130,10 @@ class AsyncLLM:
         loading = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
         try:
             # Whichever fails first is what the user hears about, without waiting for the other.
-            await asyncio.wait({ready, loading}, return_when=asyncio.FIRST_EXCEPTION)
-            for task in (loading, ready):
-                if task.done():
-                    task.result()
-        except BaseException:
-            for task in (loading, ready):
-                task.cancel()
-            await asyncio.gather(loading, ready, return_exceptions=True)
-            raise
-        info = ready.result()
-        self._tokenizer, longest = loading.result()
+            info, (self._tokenizer, longest) = await asyncio.gather(ready, loading)
+        finally:
+            ready.cancel()
+            loading.cancel()
         self._processor = OutputProcessor(self._tokenizer)
         self.max_prompt_chars = info.limits.max_model_len * longest
         self.stats.num_pages = info.num_pages

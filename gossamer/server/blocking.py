@@ -10,7 +10,6 @@ from gossamer.core import SamplingParams
 from gossamer.engine.info import EngineInfo
 from gossamer.engine.messages import DEFAULT_FACTORY
 from gossamer.server.async_llm import AsyncLLM, Prompt
-from gossamer.server.outputs import RequestOutput
 from gossamer.server.progress import progress_on_terminal
 
 T = TypeVar("T")
@@ -45,12 +44,16 @@ class BlockingLLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[RequestOutput, None, None]:
-        """What has been added to the request's outputs, as it comes. Closing the generator aborts the request.
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[str, None, None]:
+        """The text of the first output, as it comes. Closing the generator aborts the request.
 
         Raises InvalidRequest, EngineOverloaded, RequestFailed or EngineDead.
         """
-        return iterate(self._runner, self._llm.generate(prompt, params, mode="delta"))
+        outputs = self._llm.generate(prompt, params, mode="delta")
+        with contextlib.closing(iterate(self._runner, outputs)) as deltas:
+            for delta in deltas:
+                for output in delta.outputs:
+                    yield output.text
 
     def close(self) -> None:
         """Stops the engine process and the loop. Safe to call twice."""
@@ -79,12 +82,4 @@ class EngineBackend:
 
     def stream(self, messages: list[dict[str, str]], params: SamplingParams) -> Generator[str, None, None]:
         prompt = self._llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        yield from text_pieces(self._llm.stream(prompt, params))
-
-
-def text_pieces(deltas: Generator[RequestOutput, None, None]) -> Generator[str, None, None]:
-    """The text that is added to the first output."""
-    with contextlib.closing(deltas):
-        for delta in deltas:
-            for output in delta.outputs:
-                yield output.text
+        yield from self._llm.stream(prompt, params)

@@ -227,10 +227,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
-    from gossamer.server.blocking import BlockingLLM, text_pieces
+    from gossamer.server.blocking import BlockingLLM
 
     with BlockingLLM(config, log_level=log_level) as llm:
-        for piece in text_pieces(llm.stream(prompt, params)):
+        for piece in llm.stream(prompt, params):
             print(piece, end="", flush=True)
     print()
 

@@ -22,12 +22,13 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "gguf", "ms
 
 def machine_report() -> dict[str, Any]:
     """Versions and hardware. A package that is not installed has version None."""
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {
             "gossamer": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed.get(name) for name in PACKAGES},
         },
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
@@ -144,10 +145,3 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", f"{model['num_pages']:,} pages of {model['page_size']} = {tokens:,} tokens"),
         ("longest", f"{model['max_model_len']:,} tokens of prompt + output"),
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -55,12 +55,15 @@ class AppState:
 
 def create_app(state: AppState) -> ASGIApp:
     """The application for `state`, whose model may be still loading."""
-    app = _Application(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
+    app = FastAPI(title="Gossamer", version=__version__, description="An OpenAI-compatible API.")
     for kind in (HTTPException, ApiError, GossamerError, Exception):
         app.add_exception_handler(kind, _on_exception)
     for path, handler, request_type in _POST_ROUTES:
         _add_post_route(app, state, path, handler, request_type)
     _add_get_routes(app, state)
+    # /openapi.json describes the request types though FastAPI does not decode them.
+    _, schemas = msgspec.json.schema_components([kind for _, _, kind in _POST_ROUTES], ref_template=_REF)
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return Interruptible(app if state.config.api_key is None else BearerAuth(app, state.config.api_key))
 
 
@@ -82,18 +85,6 @@ def _add_post_route(
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         response_model=None,
     )  # fmt: skip
-
-
-class _Application(FastAPI):
-    """FastAPI that describes the request types in /openapi.json though it does not decode them itself."""
-
-    def openapi(self) -> dict[str, Any]:
-        schema = super().openapi()
-        _, components = msgspec.json.schema_components(
-            [request_type for _, _, request_type in _POST_ROUTES], ref_template=_REF
-        )
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        return schema
 
 
 def _add_get_routes(app: FastAPI, state: AppState) -> None:

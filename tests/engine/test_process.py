@@ -312,9 +312,9 @@ def test_shutdown_kills_an_engine_that_does_not_listen():
 def test_messages_survive_the_wire():
     params = SamplingParams(temperature=0.5, stop=["a"], logit_bias={3: 1.5}, seed=-7)
     message = messages.AddRequest("id", [1, 2], params, "salt", 1.5)
-    assert messages.engine_side_decoder().decode([messages.encode(message)]) == message
+    assert messages.FrameDecoder(messages.ToEngine).decode([messages.encode(message)]) == message
     outputs = messages.Outputs([TokenOutput("id", [5], "stop", 5)], EngineStats(num_running=2))
-    assert messages.client_side_decoder().decode([messages.encode(outputs)]) == outputs
+    assert messages.FrameDecoder(messages.FromEngine).decode([messages.encode(outputs)]) == outputs
 
 
 def test_config_line_is_json_of_one_line():

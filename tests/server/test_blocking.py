@@ -11,7 +11,7 @@ from server_process import FAKE_ENGINE, TESTS, write_byte_tokenizer
 
 from gossamer.config import make_engine_config
 from gossamer.core import EngineDead, InvalidRequest, SamplingParams, StartupError
-from gossamer.server.blocking import BlockingLLM, EngineBackend, text_pieces
+from gossamer.server.blocking import BlockingLLM, EngineBackend
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def start(tmp_path, monkeypatch):
 
 def test_streams_and_goes_on_after_a_stream_was_closed(start):
     with start(seed=1) as llm:
-        assert "".join(text_pieces(llm.stream("abc", SamplingParams(max_tokens=7)))) == "bcdbcdb"
-        with closing(text_pieces(llm.stream("abc", SamplingParams(max_tokens=4000)))) as pieces:
+        assert "".join(llm.stream("abc", SamplingParams(max_tokens=7))) == "bcdbcdb"
+        with closing(llm.stream("abc", SamplingParams(max_tokens=4000))) as pieces:
             assert next(pieces).startswith("b")
-        assert "".join(text_pieces(llm.stream("xy", SamplingParams(max_tokens=2)))) == "yz"
+        assert "".join(llm.stream("xy", SamplingParams(max_tokens=2))) == "yz"
 
 
 def test_an_error_of_the_request_reaches_the_reader(start):
     with start() as llm:
         with pytest.raises(InvalidRequest, match="max_tokens"):
             list(llm.stream("abc", SamplingParams(max_tokens=5000)))
-        assert "".join(text_pieces(llm.stream("a", SamplingParams(max_tokens=1)))) == "b"
+        assert "".join(llm.stream("a", SamplingParams(max_tokens=1))) == "b"
 
 
 def test_chat_applies_the_template(start):
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_stream_alone(start):
             list(stream)
         timer.join()
         assert not llm._llm._processor.num_unfinished
-        assert "".join(text_pieces(llm.stream("xy", SamplingParams(max_tokens=2)))) == "yz"
+        assert "".join(llm.stream("xy", SamplingParams(max_tokens=2))) == "yz"
 
 
 def test_a_dead_engine_ends_the_stream(start):
