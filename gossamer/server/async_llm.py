@@ -28,7 +28,7 @@ from gossamer.engine.client import EngineClient
 from gossamer.engine.info import EngineInfo, ProgressCallback
 from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
-from gossamer.server.outputs import Observer, OutputMode, OutputProcessor, RequestOutput
+from gossamer.server.outputs import Observer, OutputMode, OutputProcessor, RequestOutput, RequestState
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,15 @@ STALL_SECONDS = 60.0
 
 
 class _OutputStream:
-    """What one reader has not taken yet: a single output, into which later ones are merged.
-
-    So a slow reader costs no more memory than its request's own text.
-    """
+    """Wakes the reader of a request, who then takes all that is new: a slow one costs no more than its own text."""
 
     def __init__(self) -> None:
-        self._pending: RequestOutput | None = None
+        self._state: RequestState | None = None
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
-    def put(self, output: RequestOutput) -> None:
-        if self._pending is None:
-            self._pending = output
-        else:
-            self._pending.merge(output)
+    def put(self, state: RequestState) -> None:
+        self._state = state
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
@@ -67,10 +61,9 @@ class _OutputStream:
         self._wake.clear()
         if self._error is not None:
             raise self._error
-        if self._pending is None:
+        if self._state is None:
             raise EngineDead("The engine answered nothing.")
-        output, self._pending = self._pending, None
-        return output
+        return self._state.take()
 
 
 class AsyncLLM:
@@ -260,7 +253,7 @@ class AsyncLLM:
         if stopped:
             self._client.abort(stopped)
         for state in states:
-            stream = self._streams.get(state.request_id)
+            stream = self._streams.get(state.known.request_id)
             if stream is not None:
                 stream.put(state)
 

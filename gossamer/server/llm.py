@@ -182,7 +182,8 @@ class LLM:
                     finished, to_abort = processor.process(self._engine.step())
                     for child in to_abort:
                         self._engine.abort(child)
-                    for output in finished:
+                    for state in finished:
+                        output = state.take()
                         results[index_of.pop(output.request_id)] = output
                     show(len(results))
         finally:

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol
 
 from gossamer.core import MAX_SEED, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs, TokenOutput
 from gossamer.server.detokenizer import Detokenizer
@@ -54,13 +54,6 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def followed_by(self, delta: Self) -> Self:
-        """This delta and the next in one."""
-        logprobs = None if self.logprobs is None or delta.logprobs is None else self.logprobs + delta.logprobs
-        return dataclasses.replace(
-            delta, text=self.text + delta.text, token_ids=self.token_ids + delta.token_ids, logprobs=logprobs
-        )
-
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -76,21 +69,6 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None
     """Why the engine gave up on the request, where a finish_reason is "error"."""
-
-    mode: OutputMode = "cumulative"
-
-    def merge(self, newer: Self) -> None:
-        """Becomes the request's next output, for a reader that has fallen behind: no delta is lost."""
-        outputs = newer.outputs
-        if self.mode == "delta":
-            joined = {output.index: output for output in self.outputs}
-            for output in newer.outputs:
-                earlier = joined.get(output.index)
-                joined[output.index] = output if earlier is None else earlier.followed_by(output)
-            outputs = [joined[index] for index in sorted(joined)]
-        for f in dataclasses.fields(self):
-            setattr(self, f.name, getattr(newer, f.name))
-        self.outputs = outputs
 
 
 @dataclass(slots=True)
@@ -187,18 +165,21 @@ class _Sequence:
 
 
 @dataclass(slots=True)
-class _RequestState:
+class RequestState:
+    """A request as its reader meets it. Whoever reads late takes more at once: nothing waits here twice."""
+
     known: RequestOutput
     """What the reader is told, but for the sequences."""
     sequences: list[_Sequence]
+    mode: OutputMode
     open_children: dict[str, int]
     """Engine request id -> index of its sequence, for those still running."""
 
-    def output(self) -> RequestOutput:
-        known = self.known
-        fresh = [sequence for sequence in self.sequences if known.mode != "delta" or sequence.has_news()]
-        outputs = [sequence.output(known.mode) for sequence in fresh]
-        return dataclasses.replace(known, outputs=outputs, finished=not self.open_children)
+    def take(self) -> RequestOutput:
+        """The request's output; in mode "delta" what is new since the last call."""
+        fresh = [sequence for sequence in self.sequences if self.mode != "delta" or sequence.has_news()]
+        outputs = [sequence.output(self.mode) for sequence in fresh]
+        return dataclasses.replace(self.known, outputs=outputs, finished=not self.open_children)
 
 
 class OutputProcessor:
@@ -211,8 +192,8 @@ class OutputProcessor:
         self.observer: Observer | None = None
         self._tokenizer = tokenizer
         self._clock = clock
-        self._requests: dict[str, _RequestState] = {}
-        self._parents: dict[str, _RequestState] = {}
+        self._requests: dict[str, RequestState] = {}
+        self._parents: dict[str, RequestState] = {}
 
     def add_request(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams,
@@ -229,21 +210,22 @@ class OutputProcessor:
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
         known = RequestOutput(
             request_id, prompt, prompt_token_ids, [], False, RequestMetrics(arrival),
-            prompt_logprobs=prompt_logprobs, mode=mode,
+            prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         sequences = [_Sequence(i, self._tokenizer, prompt_token_ids, params, arrival) for i in range(params.n)]
-        state = _RequestState(known, sequences, {child: i for i, child in enumerate(children)})
+        state = RequestState(known, sequences, mode, {child: i for i, child in enumerate(children)})
         self._requests[request_id] = state
         self._parents.update(dict.fromkeys(children, state))
         return [(child, _sample_params(params, i)) for i, child in enumerate(children)]
 
-    def process(self, outputs: list[TokenOutput]) -> tuple[list[RequestOutput], list[str]]:
+    def process(self, outputs: list[TokenOutput]) -> tuple[list[RequestState], list[str]]:
         """Takes a step's outputs of the engine.
 
-        Returns: what each request's reader gets, and the engine requests to abort because a stop string ended them.
+        Returns: the requests that have something for their readers to take, and the engine requests to abort because a
+            stop string ended them.
             Outputs of requests that are over or unknown are dropped: they were on their way already.
         """
-        touched: dict[str, _RequestState] = {}
+        touched: dict[str, RequestState] = {}
         to_abort: list[str] = []
         now = self._clock()
         for output in outputs:
@@ -257,8 +239,7 @@ class OutputProcessor:
             if sequence.finish_reason is not None:
                 self._close(output.request_id, sequence.finish_reason, now)
             touched[state.known.request_id] = state
-        ready = [state for state in touched.values() if state.known.mode != "final" or not state.open_children]
-        return [state.output() for state in ready], to_abort
+        return [state for state in touched.values() if state.mode != "final" or not state.open_children], to_abort
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> list[str]:
         """Forgets a request; returns its engine requests that still run, for the caller to abort."""

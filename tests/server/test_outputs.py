@@ -188,7 +188,7 @@ def run(
         if last:
             step = replace(finish or step, request_id=child, token_ids=step.token_ids)
         new, aborts = processor.process([step])
-        states += new
+        states += [state.take() for state in new]
         if aborts:
             assert processor.num_unfinished == 0
             assert processor.process([TokenOutput(child, [60], "length")]) == ([], [])  # was on its way already
@@ -220,16 +220,23 @@ def test_modes_tell_the_same_story() -> None:
 
 
 @pytest.mark.parametrize("mode", ["cumulative", "delta"])
-def test_merge_loses_nothing(mode: str) -> None:
+@pytest.mark.parametrize("every", [2, 5, 100])
+def test_a_reader_that_falls_behind_loses_nothing(mode: str, every: int) -> None:
     text = "one two three four five"
-    states, _ = run(text, SamplingParams(logprobs=None), mode, LENGTH)
-    first = states[0]
-    for state in states[1:]:
-        first.merge(state)
-    assert first.outputs[0].text == text
-    assert first.outputs[0].token_ids == bpe().encode(text, add_special_tokens=False)
-    assert first.finished
-    assert first.outputs[0].finish_reason == "length"
+    ids = bpe().encode(text, add_special_tokens=False)
+    processor = OutputProcessor(bpe())
+    processor.add_request("r", None, [50], SamplingParams(), mode=mode)
+    taken: list[RequestOutput] = []
+    for i, token_id in enumerate(ids, 1):
+        [state], _ = processor.process([TokenOutput("r", [token_id], "length" if i == len(ids) else None)])
+        if i % every == 0 or i == len(ids):
+            taken.append(state.take())
+    assert len(taken) < len(ids)
+    assert taken[-1].finished
+    pieces = [output.outputs[0] for output in (taken if mode == "delta" else taken[-1:])]
+    assert "".join(piece.text for piece in pieces) == text
+    assert [token_id for piece in pieces for token_id in piece.token_ids] == ids
+    assert pieces[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize("per_step", [1, 3])
@@ -306,9 +313,10 @@ def test_samples_of_one_request() -> None:
     assert params.n == 3
     outputs, _ = processor.process([TokenOutput("r-2", [100], "length"), TokenOutput("r-0", [101])])
     assert len(outputs) == 1
-    assert [o.finish_reason for o in outputs[0].outputs] == [None, None, "length"]
-    assert [len(o.token_ids) for o in outputs[0].outputs] == [1, 0, 1]
-    assert not outputs[0].finished
+    output = outputs[0].take()
+    assert [o.finish_reason for o in output.outputs] == [None, None, "length"]
+    assert [len(o.token_ids) for o in output.outputs] == [1, 0, 1]
+    assert not output.finished
     assert processor.abort("r") == ["r-0", "r-1"]
     assert processor.abort("r") == []
     assert processor.num_unfinished == 0
@@ -317,12 +325,15 @@ def test_samples_of_one_request() -> None:
 def test_delta_has_only_the_samples_with_news() -> None:
     processor = OutputProcessor(bpe())
     processor.add_request("r", None, [1], SamplingParams(n=2), mode="delta")
-    outputs, _ = processor.process([TokenOutput("r-1", [100])])
-    assert [o.index for o in outputs[0].outputs] == [1]
-    later, _ = processor.process([TokenOutput("r-0", [101], "length"), TokenOutput("r-1", [102], "length")])
-    outputs[0].merge(later[0])
-    assert [(o.index, o.token_ids) for o in outputs[0].outputs] == [(0, [101]), (1, [100, 102])]
-    assert outputs[0].finished
+    [state], _ = processor.process([TokenOutput("r-1", [100])])
+    assert [(o.index, o.token_ids) for o in state.take().outputs] == [(1, [100])]
+    # A reader that falls behind takes several steps at once.
+    processor.process([TokenOutput("r-1", [102])])
+    processor.process([TokenOutput("r-0", [101], "length"), TokenOutput("r-1", [103], "length")])
+    output = state.take()
+    assert [(o.index, o.token_ids) for o in output.outputs] == [(0, [101]), (1, [102, 103])]
+    assert output.finished
+    assert state.take().outputs == []
 
 
 def test_request_ids_in_use_are_refused() -> None:
@@ -343,7 +354,8 @@ def test_logprobs() -> None:
     second = TokenLogprobs([200, 102, 103], [-2.5, -0.1, -0.2], [7, 1, 2])
     processor.process([TokenOutput("r", [], prompt_logprobs=prompt[:1])])
     processor.process([TokenOutput("r", [100], logprobs=[first], prompt_logprobs=prompt[1:], num_cached_tokens=2)])
-    [output], _ = processor.process([TokenOutput("r", [200], "length", logprobs=[second])])
+    [state], _ = processor.process([TokenOutput("r", [200], "length", logprobs=[second])])
+    output = state.take()
     assert output.num_cached_tokens == 2
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
@@ -362,8 +374,9 @@ def test_errors_and_metrics() -> None:
     processor = OutputProcessor(bpe(), clock=lambda: float(next(times)))
     processor.add_request("r", None, [1], SamplingParams())
     processor.process([TokenOutput("r", [100])])
-    [output], aborts = processor.process([TokenOutput("r", [], "error", error="the step failed")])
+    [state], aborts = processor.process([TokenOutput("r", [], "error", error="the step failed")])
     assert aborts == []
+    output = state.take()
     assert output.finished
     assert output.error == "the step failed"
     assert output.outputs[0].finish_reason == "error"
@@ -378,11 +391,14 @@ def test_a_delta_costs_the_same_however_long_the_output_is() -> None:
     ids = bpe().encode("The quick brown fox. " * 2000, add_special_tokens=False)
     start = time.perf_counter()
     for token_id in ids[:500]:
-        processor.process([TokenOutput("r", [token_id])])
+        [state], _ = processor.process([TokenOutput("r", [token_id])])
+        state.take()
     early = time.perf_counter() - start
     for token_id in ids[500:-500]:
-        processor.process([TokenOutput("r", [token_id])])
+        [state], _ = processor.process([TokenOutput("r", [token_id])])
+        state.take()
     start = time.perf_counter()
     for token_id in ids[-500:]:
-        processor.process([TokenOutput("r", [token_id])])
+        [state], _ = processor.process([TokenOutput("r", [token_id])])
+        state.take()
     assert time.perf_counter() - start < 4 * early + 0.01
