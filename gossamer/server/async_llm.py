@@ -5,6 +5,7 @@ keeps the engine waiting.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -40,30 +41,29 @@ STALL_SECONDS = 60.0
 
 
 class _OutputStream:
-    """Wakes the reader of a request, who then takes all that is new: a slow one costs no more than its own text."""
+    """Wakes a reader, who then takes all that is new: a slow one costs no more than the text of its requests."""
 
     def __init__(self) -> None:
-        self._state: RequestState | None = None
+        self._ready: dict[str, RequestState] = {}
         self._error: Exception | None = None
         self._wake = asyncio.Event()
 
     def put(self, state: RequestState) -> None:
-        self._state = state
+        self._ready[state.known.request_id] = state
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
         self._error = self._error or error
         self._wake.set()
 
-    async def get(self) -> RequestOutput:
-        """The next output; raises what the request failed with."""
+    async def get(self) -> list[RequestState]:
+        """The requests that have something to take; raises what one of them failed with."""
         await self._wake.wait()
         self._wake.clear()
         if self._error is not None:
             raise self._error
-        if self._state is None:
-            raise EngineDead("The engine answered nothing.")
-        return self._state.take()
+        ready, self._ready = list(self._ready.values()), {}
+        return ready
 
 
 class AsyncLLM:
@@ -183,29 +183,47 @@ class AsyncLLM:
         everything so far, what is new, or comes at the end only. Leaving the loop, or cancelling it, aborts the request
         in the engine. Raises InvalidRequest, EngineOverloaded, RequestFailed (in a step of it) or EngineDead.
         """
+        outputs = self.generate_all([prompt], params, request_id, cache_salt=cache_salt, mode=mode)
+        async with contextlib.aclosing(outputs):
+            async for _, output in outputs:
+                yield output
+
+    async def generate_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, request_id: str | None = None, *,
+        cache_salt: str | None = None, mode: OutputMode = "cumulative",
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:  # fmt: skip
+        """As `generate`, for several prompts at once: yields the index of a prompt with its output.
+
+        All end if one of them fails. The request of prompt i is called `request_id`-i where there are several.
+        """
         await self.start()
         params = params or self.default_sampling
-        text, token_ids = await self._tokenize(prompt)
-        self.info.limits.check(token_ids, params)
-        scheduler = self.info.config.scheduler
-        num_open = self._processor.num_unfinished
-        if params.n > scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - num_open:
+        read = [await self._tokenize(prompt) for prompt in prompts]
+        for _, token_ids in read:
+            self.info.limits.check(token_ids, params)
+        scheduler, num_open = self.info.config.scheduler, self._processor.num_unfinished
+        if params.n * len(read) > scheduler.max_num_queued + (scheduler.max_num_seqs or 0) - num_open:
             raise EngineOverloaded(f"{num_open} sequences are open already. Try again later.")
         if not self._client.alive:
             raise EngineDead(self.death or "The engine has been shut down.")
-        finished = False
         request_id = request_id or f"request-{uuid.uuid4().hex}"
-        children = self._processor.add_request(request_id, text, token_ids, params, mode=mode)
-        stream = self._streams[request_id] = _OutputStream()
+        stream, index_of = _OutputStream(), dict[str, int]()
         try:
-            for child_id, child_params in children:
-                self._client.add_request(child_id, token_ids, child_params, cache_salt)
-            while not finished:
-                output = await stream.get()
-                finished = output.finished
-                yield output
+            for index, (text, token_ids) in enumerate(read):
+                name = request_id if len(read) == 1 else f"{request_id}-{index}"
+                children = self._processor.add_request(name, text, token_ids, params, mode=mode)
+                index_of[name], self._streams[name] = index, stream
+                for child_id, child_params in children:
+                    self._client.add_request(child_id, token_ids, child_params, cache_salt)
+            num_running = len(read)
+            while num_running:
+                for state in await stream.get():
+                    output = state.take()
+                    num_running -= output.finished
+                    yield index_of[output.request_id], output
         finally:
-            self.abort(request_id)
+            for name in index_of:
+                self.abort(name)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, if it still runs: its pages are free before the engine's next step."""

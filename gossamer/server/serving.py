@@ -170,10 +170,10 @@ class Answer(ABC, Generic[R]):
     @abstractmethod
     def chunks(self, prompt_index: int, output: RequestOutput, no_usage: UnsetType | None) -> Iterator[Envelope]: ...
 
-    def generate(self, prompt: list[int], request_id: str) -> AsyncGenerator[RequestOutput, None]:
+    def generate(self, prompts: Sequence[list[int]]) -> IndexedOutputs:
         mode: OutputMode = "delta" if self.request.stream else "final"
         salt = self.request.cache_salt
-        return self.serving.llm.generate(prompt, self.params, request_id, cache_salt=salt, mode=mode)
+        return self.serving.llm.generate_all(prompts, self.params, self.id, cache_salt=salt, mode=mode)
 
     def envelope(self, kind: str, choices: Sequence[msgspec.Struct], usage: Usage | UnsetType | None) -> Envelope:
         model = self.serving.model_name
@@ -231,33 +231,3 @@ async def _events(
 
 def _event(value: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
-
-
-async def merge(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> IndexedOutputs:
-    """The outputs of several prompts as they come, with the prompt's index. Closes all of them when closed.
-
-    Each stream is asked for one output ahead at most, so a slow reader leaves the rest where it is merged.
-    """
-    if len(streams) == 1:
-        async with contextlib.aclosing(streams[0]) as only:
-            async for output in only:
-                yield 0, output
-        return
-    pending = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=pending.__getitem__):
-                index = pending.pop(task)
-                try:
-                    output = task.result()
-                except StopAsyncIteration:
-                    continue
-                pending[asyncio.ensure_future(anext(streams[index]))] = index
-                yield index, output
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from gossamer.server.openai_protocol import ChatRequest, decoder_of
 from gossamer.server.outputs import CompletionOutput, Logprob, RequestOutput
-from gossamer.server.serving import Answer, Envelope, IndexedOutputs, Usage, merge, respond
+from gossamer.server.serving import Answer, Envelope, IndexedOutputs, Usage, respond
 
 
 class _Choice(msgspec.Struct):
@@ -30,7 +30,7 @@ class _Chat(Answer[ChatRequest]):
     async def start(self) -> IndexedOutputs:
         prompt = await self.serving.encode_chat(self.request)
         self.serving.llm.info.limits.check(prompt, self.params)
-        return merge([self.generate(prompt, self.id)])
+        return self.generate([prompt])
 
     def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope:
         [(_, output)] = outputs

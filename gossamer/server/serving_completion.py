@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from gossamer.core import SamplingParams
 from gossamer.server.openai_protocol import CompletionRequest, decoder_of
 from gossamer.server.outputs import CompletionOutput, Logprob, RequestOutput
-from gossamer.server.serving import Answer, Envelope, IndexedOutputs, PromptLogprobs, Serving, Usage, merge, respond
+from gossamer.server.serving import Answer, Envelope, IndexedOutputs, PromptLogprobs, Serving, Usage, respond
 
 
 class _Logprobs(msgspec.Struct):
@@ -56,7 +56,7 @@ class _Completion(Answer[CompletionRequest]):
                 await asyncio.sleep(0)
             prompts.append(prompt)
             serving.llm.info.limits.check(prompt, self.params)
-        return merge([self.generate(prompt, f"{self.id}-{i}") for i, prompt in enumerate(prompts)])
+        return self.generate(prompts)
 
     def whole(self, outputs: list[tuple[int, RequestOutput]], usage: Usage) -> Envelope:
         choices = [self._choice(index, output, choice) for index, output in outputs for choice in output.outputs]
