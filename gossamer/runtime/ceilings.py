@@ -91,11 +91,12 @@ def _memory_rates(size: int, device: torch.device) -> tuple[float, float]:
 
 def _matmul_rate(n: int, dtype: str, device: torch.device) -> float:
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    if dtype == FP8:
-        one = torch.ones((), device=device)
-        seconds = _best_seconds(lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16), device)
-        return 2 * n**3 / seconds
-    return 2 * n**3 / _best_seconds(lambda: a @ b, device)
+    one = torch.ones((), device=device)
+
+    def product() -> torch.Tensor:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16) if dtype == FP8 else a @ b
+
+    return 2 * n**3 / _best_seconds(product, device)
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -66,7 +67,7 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
-    if limit and used and limit[0].strip().isdigit():
+    if limit and used and limit[0].isdigit():
         available = min(available, int(limit[0]) - int(used[0]))
     return available
 
@@ -77,7 +78,7 @@ def physical_cores() -> int:
     siblings = set()
     for cpu in allowed:
         listed = _lines(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(listed[0].strip() if listed else str(cpu))
+        siblings.add(listed[0] if listed else str(cpu))
     return max(1, len(siblings))
 
 
@@ -89,7 +90,4 @@ def _cpu_name() -> str:
 
 
 def _lines(path: str) -> list[str]:
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return file.readlines()
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []

@@ -11,7 +11,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
@@ -106,9 +105,7 @@ class AsyncLLM:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.shutdown()
 
     async def start(self, on_progress: ProgressCallback | None = None) -> EngineInfo:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, Protocol
 
 from gossamer.core import GossamerError, SamplingParams
@@ -102,17 +103,7 @@ def run_on_terminal(backend: ChatBackend, params: SamplingParams, system: str | 
             importlib.import_module("readline")  # gives input() line editing and recall
         print(f"Chatting with {backend.name}. /help lists the commands; Ctrl-C stops an answer.")
 
-    def read() -> str:
-        if interactive:
-            return input("> ")
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
-
+    read, write = partial(input, "> " if interactive else ""), partial(print, end="", flush=True)
     ChatLoop(backend, params, system, read=read, write=write).run()
 
 

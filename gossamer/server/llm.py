@@ -7,8 +7,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from types import TracebackType
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
@@ -101,17 +101,13 @@ class LLM:
         Raises: InvalidRequest for malformed messages or a model without a chat template.
         """
         conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [
-            {
-                "prompt_token_ids": self.get_tokenizer().apply_chat_template(
-                    conversation,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=tools,
-                    chat_template_kwargs=chat_template_kwargs,
-                )
-            }
-            for conversation in conversations
-        ]
+        encode = partial(
+            self.get_tokenizer().apply_chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        prompts = [{"prompt_token_ids": encode(conversation)} for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -139,9 +135,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
     def _read_prompt(self, prompt: Prompt, index: int) -> tuple[str | None, list[int], str | None]:

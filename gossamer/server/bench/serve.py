@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import fields
+from typing import Any
 
 from gossamer.core import DeviceCeilings, EngineStats, StartupError
 from gossamer.server.bench import BenchConfig
@@ -11,10 +13,6 @@ from gossamer.server.bench.workload import BenchRequest, make_workload
 from gossamer.server.http_client import Endpoint
 
 DEFAULT_VOCAB_SIZE = 10_000
-COUNTERS = (
-    *("prefix_cache_queries", "prefix_cache_hits", "decode_seconds", "decode_idle_seconds"),
-    *("device_seconds", "model_flops", "model_bytes"),
-)
 
 
 def run_serve(bench: BenchConfig, model: str | None, api_key: str | None, seed: int) -> dict[str, float]:
@@ -36,11 +34,9 @@ async def _stats(endpoint: Endpoint) -> tuple[EngineStats, DeviceCeilings | None
             name, _, value = line.partition("{")
             if value and not line.startswith("#"):
                 found[name.partition(":")[2].removesuffix("_total")] = float(value.rsplit(" ", 1)[1])
-    stats = EngineStats()
-    for name in COUNTERS:
-        setattr(stats, name, found.get(name, 0.0))
+    counters: Any = {field.name: found[field.name] for field in fields(EngineStats) if field.name in found}
     peaks = [found.get(f"device_peak_{unit}_per_second", 0.0) for unit in ("flops", "bytes")]
-    return stats, DeviceCeilings(*peaks) if all(peaks) else None
+    return EngineStats(**counters), DeviceCeilings(*peaks) if all(peaks) else None
 
 
 async def _measure(bench: BenchConfig, endpoint: Endpoint, model: str, seed: int) -> Figures:
