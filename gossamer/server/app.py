@@ -122,18 +122,13 @@ class _Server:
             self._http.force_exit = True
 
     async def _start_engine(self, state: AppState) -> None:
-        from gossamer.server.metrics import ServerMetrics
         from gossamer.server.progress import progress_on_terminal
         from gossamer.server.serving import Serving
 
         with progress_on_terminal(not self._engine.disable_progress) as on_progress:
             info = await self._llm.start(on_progress)
-        serving = Serving(self._llm, self._config)
-        state.metrics = ServerMetrics(serving.model_name, lambda: self._llm.stats, info.ceilings)
-        state.metrics.describe_cache(info.config.cache, info.num_pages)
-        self._llm.observe(state.metrics)
-        state.serving = serving
-        self._announce(serving.model_name, info)
+        state.serving = Serving(self._llm, self._config)
+        self._announce(state.serving.model_name, info)
 
     def _announce(self, model_name: str, info: EngineInfo) -> None:
         url = _url(self._config.host, self._listener)

@@ -2,8 +2,8 @@
 
 import hmac
 import logging
-import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from gossamer.core import GossamerError
 from gossamer.server import serving_chat, serving_completion, serving_tokens
 from gossamer.server.errors import ApiError, api_error
 from gossamer.server.http import Interruptible, read_body
-from gossamer.server.metrics import CONTENT_TYPE, ServerMetrics
+from gossamer.server.metrics import CONTENT_TYPE
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gossamer.server.serving import Serving, json_response
 
@@ -35,21 +35,18 @@ _POST_ROUTES: tuple[tuple[str, Handler, type[msgspec.Struct]], ...] = (
 )
 _PROTECTED = ("/v1", "/tokenize", "/detokenize")
 _REF = "#/components/schemas/{name}"
-_LOADING = "The model is still loading."
 
 
+@dataclass(slots=True)
 class AppState:
     """What the routes share. `serving` is None until the engine is ready."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.config = config
-        self.serving: Serving | None = None
-        self.metrics: ServerMetrics | None = None
-        self.created = int(time.time())
+    config: ServerConfig
+    serving: Serving | None = None
 
     def ready_serving(self) -> Serving:
         if self.serving is None:
-            raise ApiError(503, _LOADING, code="loading", retry_after=1)
+            raise ApiError(503, "The model is still loading.", code="loading", retry_after=1)
         return self.serving
 
 
@@ -90,13 +87,13 @@ def _add_post_route(
 def _add_get_routes(app: FastAPI, state: AppState) -> None:
     @app.get("/v1/models", response_model=None)
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [_card(state.ready_serving(), state)]})
+        return json_response({"object": "list", "data": [_card(state.ready_serving())]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def retrieve_model(name: str) -> Response:
         serving = state.ready_serving()
         serving.check_model(name)
-        return json_response(_card(serving, state))
+        return json_response(_card(serving))
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
@@ -115,16 +112,14 @@ def _add_get_routes(app: FastAPI, state: AppState) -> None:
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        if state.metrics is None:
-            raise ApiError(503, _LOADING, code="loading", retry_after=1)
-        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(state.ready_serving().metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _card(serving: Serving, state: AppState) -> dict[str, Any]:
+def _card(serving: Serving) -> dict[str, Any]:
     return {
         "id": serving.model_name,
         "object": "model",
-        "created": state.created,
+        "created": serving.created,
         "owned_by": "gossamer",
         "root": serving.model_name,
         "parent": None,

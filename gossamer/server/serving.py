@@ -22,6 +22,7 @@ from gossamer.core import InvalidRequest, SamplingParams
 from gossamer.server.async_llm import AsyncLLM
 from gossamer.server.errors import ApiError, error_event
 from gossamer.server.http import EventStream, unless_disconnected
+from gossamer.server.metrics import ServerMetrics
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, TokenizeRequest, decode_body
 from gossamer.server.outputs import OutputMode, RequestOutput
 
@@ -44,6 +45,10 @@ class Serving:
         self.llm = llm
         self.config = config
         self.model_name = config.served_model_name or own_name(llm.requested_model)
+        self.created = int(time.time())
+        self.metrics = ServerMetrics(self.model_name, lambda: llm.stats, llm.info.ceilings)
+        self.metrics.describe_cache(llm.info.config.cache, llm.info.num_pages)
+        llm.observe(self.metrics)
         self._names = {self.model_name, own_name(llm.requested_model), Path(llm.requested_model).name, "default"}
 
     def check_model(self, name: str | None) -> None:

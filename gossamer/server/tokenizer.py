@@ -42,12 +42,11 @@ def load_tokenizer(model_path: str | Path, chat_template: str | Path | None = No
         parts.chat_templates = {"default": Path(chat_template).read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as e:
         raise StartupError(f"Cannot read --chat-template {chat_template}: {e}.") from e
-    tokenizer = Tokenizer(parts)
     try:
-        tokenizer.compile_chat_template()
+        ChatTemplate(parts.chat_templates, parts.special_tokens)
     except jinja2.TemplateError as e:
         raise StartupError(f"--chat-template {chat_template} is not a valid Jinja template: {e}.") from e
-    return tokenizer
+    return Tokenizer(parts)
 
 
 class Tokenizer:
@@ -119,16 +118,8 @@ class Tokenizer:
             text = self._guard.pattern.sub(lambda m: self._plain.stand_ins[m.group()], text)
         return self._plain.encode(text.replace(mark, ""))
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._parts.chat_templates)
-
-    def compile_chat_template(self) -> None:
-        """Compiles the template now instead of at its first use. Raises jinja2.TemplateError."""
-        _ = self._template
-
     def _require_template(self) -> ChatTemplate:
-        if not self.has_chat_template:
+        if not self._parts.chat_templates:
             raise InvalidRequest(
                 "This model has no chat template. Use completions instead of chat, or start with --chat-template FILE.",
                 "messages",

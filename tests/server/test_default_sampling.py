@@ -12,8 +12,9 @@ import msgspec
 import pytest
 from server_process import ServerProcess, write_byte_tokenizer
 
-from gossamer.config import LoadConfig, ServerConfig
+from gossamer.config import EngineConfig, LoadConfig, ModelConfig, ServerConfig
 from gossamer.core import RequestLimits, SamplingParams, StartupError
+from gossamer.engine.info import EngineInfo
 from gossamer.models.hf_folder import default_sampling
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest
 from gossamer.server.serving import Serving
@@ -46,8 +47,10 @@ def test_a_value_out_of_range_is_named(tmp_path: Path, config: dict[str, Any]) -
 
 
 def accepted(request_type: type[ChatRequest] | type[CompletionRequest], body: dict[str, Any]) -> SamplingParams:
-    info = SimpleNamespace(limits=RequestLimits(vocab_size=100, max_model_len=64))
-    llm: Any = SimpleNamespace(requested_model="m", default_sampling=SamplingParams(**PUBLISHED), info=info)
+    limits = RequestLimits(vocab_size=100, max_model_len=64)
+    info = EngineInfo(EngineConfig(), ModelConfig("m", 100, 8, 8, 1, 1, 1, 8, 64), limits, 1)
+    defaults = SamplingParams(**PUBLISHED)
+    llm: Any = SimpleNamespace(requested_model="m", default_sampling=defaults, info=info, observe=lambda _: None)
     decoder: Any = msgspec.json.Decoder(request_type)
     return Serving(llm, ServerConfig()).accept(json.dumps(body).encode(), decoder)[1]
 
