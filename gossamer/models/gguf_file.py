@@ -112,7 +112,7 @@ class _Reader:
             key = self._name("metadata key")
             if key in metadata:
                 raise _Corrupt(f"the metadata key {key!r} occurs twice")
-            metadata[key] = self._value(key, self._scalar("<I"), depth=0)
+            metadata[key] = self._values(key, self._scalar("<I"), 1)[0]
         infos = [self._tensor_info() for _ in range(num_tensors)]
         start = self._data_start(metadata)
         tensors: dict[str, GGUFTensor] = {}
@@ -181,31 +181,23 @@ class _Reader:
         except UnicodeDecodeError:
             raise _Corrupt(f"a {what} is not UTF-8") from None
 
-    def _value(self, key: str, type_id: int, depth: int) -> Any:
-        if type_id == _STRING:
-            return self._strings(key, 1)[0]
-        if type_id == _ARRAY:
-            return self._array(key, depth + 1)
-        if type_id not in _SCALARS:
-            raise _Corrupt(f"the metadata {key!r} has the unknown type {type_id}")
-        value = self._scalar(_SCALARS[type_id])
-        return bool(value) if type_id == _BOOL else value
-
-    def _array(self, key: str, depth: int) -> list[Any]:
-        if depth > MAX_ARRAY_DEPTH:
-            raise _Corrupt(f"the arrays of {key!r} are nested more than {MAX_ARRAY_DEPTH} deep")
-        type_id = self._scalar("<I")
-        count = self._count(f"length of the array {key!r}", MAX_ARRAY)
+    def _values(self, key: str, type_id: int, count: int, depth: int = 0) -> list[Any]:
         if type_id == _STRING:
             return self._strings(key, count)
         if type_id == _ARRAY:
+            if depth == MAX_ARRAY_DEPTH:
+                raise _Corrupt(f"the arrays of {key!r} are nested more than {MAX_ARRAY_DEPTH} deep")
             return [self._array(key, depth + 1) for _ in range(count)]
         if type_id not in _SCALARS:
-            raise _Corrupt(f"the array {key!r} has the unknown type {type_id}")
+            raise _Corrupt(f"the metadata {key!r} has the unknown type {type_id}")
         dtype = np.dtype(_SCALARS[type_id])
         start = self._advance(count * dtype.itemsize)
         values = np.frombuffer(self._buffer, dtype=dtype, count=count, offset=start)
         return list((values != 0).tolist() if type_id == _BOOL else values.tolist())
+
+    def _array(self, key: str, depth: int) -> list[Any]:
+        type_id = self._scalar("<I")
+        return self._values(key, type_id, self._count(f"length of the array {key!r}", MAX_ARRAY), depth)
 
     def _strings(self, key: str, count: int) -> list[str]:
         # Vocabularies have 10^5 strings: locals and one fused bounds check keep this loop under 0.5 us a string.
