@@ -151,9 +151,8 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
 
 def _hub_cache() -> str | None:
     """Where the Hugging Face tools keep models, as their environment variables say."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return os.environ["HF_HUB_CACHE"]
-    return str(Path(os.environ["HF_HOME"]) / "hub") if os.environ.get("HF_HOME") else None
+    home = os.environ.get("HF_HOME")
+    return os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None)
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

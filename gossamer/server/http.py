@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -150,8 +150,7 @@ class HttpProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self._receive_timeout = receive_timeout
         self._send_timeout = send_timeout
-        self._header_timer: asyncio.TimerHandle | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
+        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
 
     @property
     def _answering(self) -> bool:
@@ -167,33 +166,34 @@ class HttpProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(self._send_timeout, self._on_stall)
+        self._start_timer(self._send_timeout, self._on_stall)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_timers(header=False)
+        self._cancel_timer(self._on_stall)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timers()
+        self._cancel_timer(self._on_header_timeout)
+        self._cancel_timer(self._on_stall)
         super().connection_lost(exc)
 
     def _watch_headers(self) -> None:
         if self._answering:
-            self._cancel_timers(stall=False)
-        elif self._header_timer is None:
-            self._header_timer = self.loop.call_later(self._receive_timeout, self._on_header_timeout)
+            self._cancel_timer(self._on_header_timeout)
+        else:
+            self._start_timer(self._receive_timeout, self._on_header_timeout)
 
-    def _cancel_timers(self, header: bool = True, stall: bool = True) -> None:
-        if header and self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-        if stall and self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+    def _start_timer(self, seconds: float, action: Callable[[], None]) -> None:
+        if action not in self._timers:
+            self._timers[action] = self.loop.call_later(seconds, action)
+
+    def _cancel_timer(self, action: Callable[[], None]) -> None:
+        timer = self._timers.pop(action, None)
+        if timer is not None:
+            timer.cancel()
 
     def _on_header_timeout(self) -> None:
-        self._header_timer = None
+        self._timers.pop(self._on_header_timeout)
         if self._answering or self.transport.is_closing():
             return
         error = ApiError(408, f"The request's headers did not arrive within {self._receive_timeout:g} seconds.")
@@ -218,5 +218,4 @@ class HttpProtocol(H11Protocol):
 
     def _on_stall(self) -> None:
         logger.warning("a client read nothing of its answer for %g seconds; connection closed", self._send_timeout)
-        self._stall_timer = None
         self.transport.abort()
