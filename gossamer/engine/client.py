@@ -83,7 +83,7 @@ class EngineClient:
                 case messages.Ready():
                     self._ready = True
                     return message.info
-                case messages.StartupFailed():
+                case messages.Fatal():
                     raise StartupError(message.message)
                 case _:
                     logger.debug("message before the engine is ready: %r", message)

@@ -58,10 +58,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     info: EngineInfo
 
 
-class StartupFailed(msgspec.Struct, frozen=True, tag="startup_failed"):
-    message: str
-
-
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """What one step produced. Sent without outputs too, so that statistics stay fresh and silence means trouble."""
 
@@ -81,13 +77,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
-    """The engine's last words."""
+    """The engine's last words: why it cannot start, or go on."""
 
     message: str
 
 
 ToEngine = AddRequest | AbortRequests | Shutdown
-FromEngine = Progress | Ready | StartupFailed | Outputs | Refused | Fatal
+FromEngine = Progress | Ready | Outputs | Refused | Fatal
 
 
 class FrameDecoder(Generic[T]):

@@ -140,7 +140,7 @@ def _build(config: messages.StartConfig, outputs: zmq.Socket[bytes]) -> EngineLi
     else:
         outputs.send(messages.encode(messages.Ready(info)))
         return engine
-    outputs.send(messages.encode(messages.StartupFailed(failure)))
+    outputs.send(messages.encode(messages.Fatal(failure)))
     return None
 
 

@@ -23,15 +23,56 @@ _LENGTH_BUCKETS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
 _FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 
-class _EngineCollector:
-    """The engine's own counters and gauges, as of its latest step."""
+class ServerMetrics:
+    """Everything at /metrics. One registry of its own, so that two servers in one process do not meet.
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str, ceilings: DeviceCeilings | None) -> None:
-        self._stats = stats
-        self._model_name = model_name
-        self._ceilings = ceilings
+    Times are in seconds, lengths in tokens. Each of the n continuations of a request counts as a request, as in vLLM.
+    """
+
+    def __init__(
+        self, model_name: str, stats: Callable[[], EngineStats], ceilings: DeviceCeilings | None = None
+    ) -> None:
+        self._stats, self._model_name, self._ceilings = stats, model_name, ceilings
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+        def counter(name: str, help_text: str) -> Counter:
+            return Counter(name, help_text, ["model_name"], registry=self.registry).labels(model_name)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(name, help_text, ["model_name"], registry=self.registry, buckets=buckets)
+            return family.labels(model_name)
+
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a first token.")
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        labels = ["model_name", "finished_reason"]
+        success = Counter("vllm:request_success", "Requests finished, by reason.", labels, registry=self.registry)
+        self._finished = {reason: success.labels(model_name, reason) for reason in _FINISH_REASONS}
+        self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
+        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
+        per_output = "Mean time of a request's later tokens."
+        self._per_output = [
+            histogram(f"vllm:{name}time_per_output_token_seconds", per_output, _TOKEN_BUCKETS)
+            for name in ("request_", "")  # the latter is its former name
+        ]
+        self._queue, self._prefill, self._decode, self._inference = (
+            histogram(f"vllm:request_{name}_time_seconds", help_text, _REQUEST_BUCKETS)
+            for name, help_text in (
+                ("queue", "Arrival to first scheduling."),
+                ("prefill", "First scheduling to first token."),
+                ("decode", "First token to last."),
+                ("inference", "First scheduling to last token."),
+            )
+        )
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
+        self._prompt_length = histogram("vllm:request_prompt_tokens", "Length of prompts.", _LENGTH_BUCKETS)
+        self._output_length = histogram("vllm:request_generation_tokens", "Length of outputs.", _LENGTH_BUCKETS)
+        self._longest_output = histogram(
+            "vllm:request_max_num_generation_tokens", "The same, for each output is a request here.", _LENGTH_BUCKETS
+        )
 
     def collect(self) -> Iterable[Metric]:
+        """The engine's own counters and gauges, as of its latest step."""
         s = self._stats()
         usage = s.num_pages_in_use / s.num_pages if s.num_pages else 0.0
         gauges = [
@@ -70,54 +111,6 @@ class _EngineCollector:
                 family = kind(name, help_text, labels=["model_name"])
                 family.add_metric([self._model_name], value)
                 yield family
-
-
-class ServerMetrics:
-    """Everything at /metrics. One registry of its own, so that two servers in one process do not meet.
-
-    Times are in seconds, lengths in tokens. Each of the n continuations of a request counts as a request, as in vLLM.
-    """
-
-    def __init__(
-        self, model_name: str, stats: Callable[[], EngineStats], ceilings: DeviceCeilings | None = None
-    ) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats, model_name, ceilings))
-
-        def counter(name: str, help_text: str) -> Counter:
-            return Counter(name, help_text, ["model_name"], registry=self.registry).labels(model_name)
-
-        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-            family = Histogram(name, help_text, ["model_name"], registry=self.registry, buckets=buckets)
-            return family.labels(model_name)
-
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that got a first token.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        labels = ["model_name", "finished_reason"]
-        success = Counter("vllm:request_success", "Requests finished, by reason.", labels, registry=self.registry)
-        self._finished = {reason: success.labels(model_name, reason) for reason in _FINISH_REASONS}
-        self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
-        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _TOKEN_BUCKETS)
-        per_output = "Mean time of a request's later tokens."
-        self._per_output = [
-            histogram(f"vllm:{name}time_per_output_token_seconds", per_output, _TOKEN_BUCKETS)
-            for name in ("request_", "")  # the latter is its former name
-        ]
-        self._queue, self._prefill, self._decode, self._inference = (
-            histogram(f"vllm:request_{name}_time_seconds", help_text, _REQUEST_BUCKETS)
-            for name, help_text in (
-                ("queue", "Arrival to first scheduling."),
-                ("prefill", "First scheduling to first token."),
-                ("decode", "First token to last."),
-                ("inference", "First scheduling to last token."),
-            )
-        )
-        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
-        self._prompt_length = histogram("vllm:request_prompt_tokens", "Length of prompts.", _LENGTH_BUCKETS)
-        self._output_length = histogram("vllm:request_generation_tokens", "Length of outputs.", _LENGTH_BUCKETS)
-        self._longest_output = histogram(
-            "vllm:request_max_num_generation_tokens", "The same, for each output is a request here.", _LENGTH_BUCKETS
-        )
 
     def describe_cache(self, cache: CacheConfig, num_pages: int) -> None:
         """The KV cache's configuration as vLLM publishes it: the labels of a gauge that is 1."""
