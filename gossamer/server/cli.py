@@ -69,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output (head, less) left; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except GossamerError as error:
-        if debug:
-            traceback.print_exc()
-        _print_error(str(error))
-        return 1 if isinstance(error, EngineDead) else 2
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, GossamerError):
+            _print_error(str(error))
+            return 1 if isinstance(error, EngineDead) else 2
         _print_error(
             f"{type(error).__name__}: {error}\nThis is a fault of Gossamer, not of the command. "
             "Add --log-level debug for the details."

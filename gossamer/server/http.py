@@ -35,23 +35,19 @@ async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
     )
     if "expect" in request.headers and _declared_length(request) > max_bytes:
         raise too_large
-    chunks: list[bytes] = []
-    size = 0
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(timeout):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= max_bytes:
-                    chunks.append(chunk)
-                else:
-                    chunks.clear()
+                    body += chunk
     except TimeoutError:
-        if size > max_bytes:
-            raise too_large from None
-        raise ApiError(408, f"The request body did not arrive within {timeout:g} seconds.", close=True) from None
+        if size <= max_bytes:
+            raise ApiError(408, f"The request body did not arrive within {timeout:g} seconds.", close=True) from None
     if size > max_bytes:
         raise too_large
-    return b"".join(chunks)
+    return bytes(body)
 
 
 def _declared_length(request: Request) -> int:

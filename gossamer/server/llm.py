@@ -139,14 +139,11 @@ class LLM:
         self.shutdown()
 
     def _read_prompt(self, prompt: Prompt, index: int) -> tuple[str | None, list[int], str | None]:
-        text: Any = prompt if isinstance(prompt, str) else None
-        token_ids: Any = None
-        salt: Any = None
-        if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown:
-                raise InvalidRequest(f"Prompt {index} has the unknown key {min(map(str, unknown))!r}.", "prompt")
-            text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+        parts: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        unknown = set(parts) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise InvalidRequest(f"Prompt {index} has the unknown key {min(map(str, unknown))!r}.", "prompt")
+        text, token_ids, salt = (parts.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
         if token_ids is None and isinstance(text, str):
             token_ids = self.get_tokenizer().encode(text)
         if not isinstance(token_ids, Sequence) or not all(type(token) is int for token in token_ids):
