@@ -67,18 +67,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _add_missing_tokens(backend: Backend, config: dict[str, Any], file: Path) -> None:
     """Older checkpoints list added tokens in tokenizer_config.json alone."""
-    listed = config.get("added_tokens_decoder")
-    if not isinstance(listed, dict):
-        return
-    for key, entry in sorted(listed.items(), key=lambda item: int(item[0])):
-        if backend.id_to_token(int(key)) is not None:
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        tokens = sorted((int(key), str(entry["content"]), entry) for key, entry in listed.items())
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise StartupError(f"The added_tokens_decoder beside {file} is damaged: {e!r}. Download it again.") from e
+    for token_id, text, entry in tokens:
+        if backend.id_to_token(token_id) is not None:
             continue
         flags = {n: bool(entry.get(n, False)) for n in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-        backend.add_tokens([AddedToken(entry["content"], **flags)])
-        if backend.token_to_id(entry["content"]) != int(key):
+        backend.add_tokens([AddedToken(text, **flags)])
+        if backend.token_to_id(text) != token_id:
             raise StartupError(
-                f"tokenizer_config.json gives the token {entry['content']!r} the id {key}, but {file} would give it "
-                f"{backend.token_to_id(entry['content'])}: the files do not belong together. Download them again."
+                f"tokenizer_config.json gives the token {text!r} the id {token_id}, but {file} would give it "
+                f"{backend.token_to_id(text)}: the files do not belong together. Download them again."
             )
 
 

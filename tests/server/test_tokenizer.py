@@ -430,3 +430,9 @@ def test_chat_is_quick() -> None:
         tokenizer.apply_chat_template(messages)
         best = min(best, time.perf_counter() - start)
     assert best < 2e-3
+
+
+@pytest.mark.parametrize("damaged", [{"x": {"content": "a"}}, {"5000": 5}, {"5000": {}}, [1]])
+def test_damaged_added_tokens_are_explained(damaged: object, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="added_tokens_decoder"):
+        load_tokenizer(hf_folder(tmp_path, "byte_level", added_tokens_decoder=damaged))
