@@ -50,8 +50,31 @@ class MoEConfig:
     intermediate_size: int
     renormalize: bool = True
     score_func: Literal["softmax", "sigmoid"] = "softmax"
+    choice_bias: bool = False
+    """A learned bias on the scores decides with them who is chosen; weights are without it."""
+    num_groups: int = 1
+    topk_groups: int = 1
+    """Only experts of the best `topk_groups` of `num_groups` groups are chosen."""
+    group_top: int = 1
+    """A group is as good as the sum of this many of its best scores."""
+    routed_scale: float = 1.0
+    num_shared: int = 0
+    """Experts of the same width that see every token, with weight 1."""
     dense_layers: frozenset[int] = frozenset()
     """Layers that keep a dense MLP of ModelConfig.intermediate_size."""
+
+
+@dataclass(frozen=True, slots=True)
+class MLAConfig:
+    """Multi-head latent attention (TECHNIQUES 3): a head's query and key are `nope_dim` + `rope_dim` wide."""
+
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_lora_rank: int | None = None
+    interleaved: bool = True
+    """Neighbours rotate together, not the two halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +103,10 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()
     """Per layer: a token sees this many tokens, itself included; None: all. Empty: no layer has a window."""
     attention: str = "gqa"
+    mla: MLAConfig | None = None
+    """Of `attention` "mla", whose `head_dim` is that of queries and keys."""
+    num_mtp_layers: int = 0
+    """Multi-token-prediction layers that a checkpoint has behind its last layer; they are left aside."""
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from gossamer.layers.linear import Part, WeightFormat, dense, to_fp8
 from gossamer.ops.gemm_fp8 import FP8_BLOCK, fp8_moe_mlp, fp8_moe_mlp_add_rms_norm, quantize_weight
 from gossamer.ops.moe import moe_mlp, moe_mlp_add_rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
-from gossamer.ops.weights import Fp8Tensor
+from gossamer.ops.weights import Fp8Tensor, QuantizedTensor
 
 _LOGGER = logging.getLogger(__name__)
 _NAME = re.compile(r".*\.experts\.(\d+)\.(gate|up|down)\.weight")
@@ -21,16 +21,16 @@ _NAME = re.compile(r".*\.experts\.(\d+)\.(gate|up|down)\.weight")
 
 class StackedExperts:
     """w_gate_up [num_experts, 2 * intermediate, hidden], rows of gate and up in turn; w_down [num_experts, hidden,
-    intermediate]: the layout of `ops.moe.moe_mlp`.
+    intermediate]: the layout of `ops.moe.moe_mlp`. Shared experts are the last ones.
 
     FP8 experts have scales of 128 x 128 blocks of gate, up and down each, as `ops.gemm_fp8.fp8_moe_mlp` wants them.
     All is allocated with the first tensor that comes and filled in place: a layer is never held twice.
     """
 
     def __init__(self, prefix: str, config: MoEConfig, backend: str) -> None:
-        self.names = [
-            f"{prefix}.experts.{e}.{part}.weight" for e in range(config.num_experts) for part in ("gate", "up", "down")
-        ]
+        parts = ("gate", "up", "down")
+        self.names = [f"{prefix}.experts.{e}.{part}.weight" for e in range(config.num_experts) for part in parts]
+        self.names += [f"{prefix}.shared.{part}.weight" for part in parts if config.num_shared]
         self.w_gate_up: torch.Tensor | None = None
         self.w_down: torch.Tensor | None = None
         self.gate_up_scales: torch.Tensor | None = None
@@ -39,11 +39,19 @@ class StackedExperts:
         self._backend = backend
 
     def load(self, name: str, part: Part, fmt: WeightFormat) -> None:
-        """Takes one expert's matrix by canonical name."""
+        """Takes one expert's matrix, or that of all shared experts, by canonical name."""
         match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{name} is no expert's weight")
-        expert, kind = int(match[1]), match[2]
+        if match is not None:
+            self._load(name, int(match[1]), match[2], part, fmt)
+            return
+        kind, width = name.split(".")[-2], self._config.intermediate_size
+        for i in range(self._config.num_shared):  # a checkpoint holds them as one MLP
+            if isinstance(part, QuantizedTensor):
+                raise StartupError(f"{name} is {part.ggml_type}, which shared experts cannot be.")
+            piece = part.narrow(int(kind == "down"), i * width, width)
+            self._load(name, self._config.num_experts + i, kind, piece, fmt)
+
+    def _load(self, name: str, expert: int, kind: str, part: Part, fmt: WeightFormat) -> None:
         weight = to_fp8(part, fmt) if fmt.quantization == "fp8" else dense(part, fmt)
         if isinstance(weight, Fp8Tensor) and weight.kind == "channel":
             _say_requantised()
@@ -65,7 +73,7 @@ class StackedExperts:
             place.copy_(weight.scale)  # a tensor's one scale is that of each block
 
     def _allocate(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        num_experts, width = self._config.num_experts, self._config.intermediate_size
+        num_experts, width = self._config.num_experts + self._config.num_shared, self._config.intermediate_size
         self.w_gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=dtype, device=device)
         self.w_down = torch.empty(num_experts, hidden, width, dtype=dtype, device=device)
         if dtype == torch.float8_e4m3fn:

@@ -42,10 +42,15 @@ class MoELayer:
     def __init__(self, config: MoEConfig, layer: int, backend: str, *, stacked: bool = False) -> None:
         name = f"layers.{layer}.moe"
         self.router_name = f"{name}.router.weight"
+        self.bias_name = f"{name}.router.bias" if config.choice_bias else None
         self.router: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         self.stacked = StackedExperts(name, config, backend) if stacked else None
         self.experts = [GatedMLP(f"{name}.experts.{e}", backend) for e in range(0 if stacked else config.num_experts)]
-        self.linears: list[Linear] = [linear for expert in self.experts for linear in expert.linears]
+        # Stacked, the shared experts are the last of the stack and cost no launch; else they are one MLP.
+        self.shared = GatedMLP(f"{name}.shared", backend) if config.num_shared and not stacked else None
+        mlps = [*self.experts, *([self.shared] if self.shared else [])]
+        self.linears: list[Linear] = [linear for mlp in mlps for linear in mlp.linears]
         self.use: ExpertUse | None = None
         self._arrivals: torch.Tensor | None = None
         self.num_experts = config.num_experts
@@ -64,7 +69,7 @@ class MoELayer:
         if self.use is not None:
             self.use.add(ids)
         if stacked is None:
-            return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
+            return self._separate(x, weights, ids)
         inputs = (x, weights, ids, quantized)
         fused = partial(stacked.add_rms_norm_fp8, *inputs) if fp8 else None
         return Pending(partial(stacked, *inputs), partial(stacked.add_rms_norm, *inputs), fused)
@@ -77,7 +82,11 @@ class MoELayer:
             self.use.add(ids)
         if self.stacked is not None:
             return self.stacked(x, weights, ids)
-        return grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
+        return self._separate(x, weights, ids)
+
+    def _separate(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        routed = grouped_mlp(x, weights, ids, self.experts, backend=self._backend)
+        return routed if self.shared is None else routed.add_(self.shared(x))
 
     def _router(self) -> tuple[torch.Tensor, int]:
         if self.router is None:
@@ -88,4 +97,11 @@ class MoELayer:
         if self._arrivals is None:
             self._arrivals = torch.zeros(16, dtype=torch.int32, device=device)
         config = self._config
-        return {"renormalize": config.renormalize, "score_func": config.score_func, "arrivals": self._arrivals}
+        options: dict[str, Any] = {
+            "renormalize": config.renormalize,
+            "score_func": config.score_func,
+            "arrivals": self._arrivals,
+        }
+        options |= {"bias": self.bias, "num_groups": config.num_groups, "topk_groups": config.topk_groups}
+        num_shared = 0 if self.stacked is None else config.num_shared
+        return options | {"group_top": config.group_top, "scale": config.routed_scale, "num_shared": num_shared}

@@ -61,13 +61,18 @@ def attention_scaling(config: RopeConfig) -> float:
         return 1.0
     if config.attention_factor is not None:
         return config.attention_factor
-
-    def mscale(weight: float) -> float:
-        return 1.0 if config.factor <= 1 else 0.1 * weight * math.log(config.factor) + 1.0
-
     if config.mscale and config.mscale_all_dim:
-        return mscale(config.mscale) / mscale(config.mscale_all_dim)
-    return mscale(1.0)
+        return _mscale(config, config.mscale) / _mscale(config, config.mscale_all_dim)
+    return _mscale(config, 1.0)
+
+
+def softmax_scaling(config: RopeConfig) -> float:
+    """DeepSeek's factor on attention scores under YaRN: mscale squared, of `mscale_all_dim`; else 1.0."""
+    return _mscale(config, config.mscale_all_dim) ** 2 if config.mscale_all_dim else 1.0
+
+
+def _mscale(config: RopeConfig, weight: float) -> float:
+    return 1.0 if config.factor <= 1 else 0.1 * weight * math.log(config.factor) + 1.0
 
 
 class RotaryTable:

@@ -17,8 +17,9 @@ from gossamer.models.shapes import canonical_weights
 
 def bytes_per_weight(fmt: WeightFormat, template: str = "layers.{i}.mlp.up.weight") -> float:
     """Bytes of one element of a matrix, scales included: quantised are projections, and the head unless FP8."""
+    # MLA's kv_b is held dense, for it is multiplied head by head.
     never = template in ("embed.weight", *(["lm_head.weight"] if fmt.quantization == "fp8" else []))
-    if never or "router" in template:
+    if never or "router" in template or ".kv_b." in template:
         return fmt.dtype.itemsize
     stored = {"none": fmt.dtype.itemsize, "int8": 1.0, "int4": 0.5 + 2 * fmt.dtype.itemsize / 32, "fp8": 1 + 4 / 128**2}
     return stored[fmt.quantization]

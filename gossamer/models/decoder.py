@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, PagedPlan
+from gossamer.layers.attention import gqa, mla
+from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import DenseWeight, Linear, Part, Weight, WeightFormat, dense, make_head, storage_bytes
 from gossamer.layers.mlp import GatedMLP
@@ -26,7 +26,7 @@ from gossamer.ops.embedding import embed_tokens
 from gossamer.ops.norm import rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 
-ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa}
+ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa, "mla": mla}
 Loader = Callable[[str, Part], None]
 
 
@@ -77,6 +77,8 @@ class Decoder:
             loaders |= dict.fromkeys(block.attention.norms, self._into(block.attention))
             if isinstance(block.mlp, MoELayer):
                 loaders[block.mlp.router_name] = self._router_loader(block.mlp)
+                if block.mlp.bias_name is not None:
+                    loaders[block.mlp.bias_name] = self._setter(block.mlp, "bias", torch.float32)
                 if block.mlp.stacked is not None:
                     loaders |= dict.fromkeys(block.mlp.stacked.names, self._into(block.mlp.stacked))
             for linear in [*block.attention.linears, *block.mlp.linears]:
@@ -89,10 +91,11 @@ class Decoder:
             return
         self.head = make_head(self.embed if self.fmt.quantization in ("none", "fp8") else tensor, self.fmt)
 
-    def _setter(self, owner: object, attribute: str) -> Loader:
-        return lambda _, tensor: setattr(owner, attribute, dense(tensor, self.fmt))
+    def _setter(self, owner: object, attribute: str, dtype: torch.dtype | None = None) -> Loader:
+        fmt = dataclasses.replace(self.fmt, dtype=dtype or self.fmt.dtype)
+        return lambda _, tensor: setattr(owner, attribute, dense(tensor, fmt))
 
-    def _into(self, part: Linear | StackedExperts | gqa.GQALayer) -> Loader:
+    def _into(self, part: Linear | StackedExperts | AttentionLayer) -> Loader:
         return lambda name, tensor: part.load(name, tensor, self.fmt)
 
     def _router_loader(self, layer: MoELayer) -> Loader:
@@ -123,7 +126,7 @@ class Decoder:
         for block in self.blocks:
             held += [block.attn_norm, block.mlp_norm, *block.attention.norms.values()]
             if isinstance(block.mlp, MoELayer):
-                held += [block.mlp.router, *(block.mlp.stacked.tensors() if block.mlp.stacked else [])]
+                held += [block.mlp.router, block.mlp.bias, *(block.mlp.stacked.tensors() if block.mlp.stacked else [])]
             for linear in [*block.attention.linears, *block.mlp.linears]:
                 held += linear.weight.tensors()
         return storage_bytes(t for t in held if t is not None)
@@ -153,18 +156,19 @@ class Decoder:
         input_ids: int32 [num_tokens], -1 for what the token's slot sampled last (`last_token`, int64 [num_slots]).
         `result` gets the hidden states [num_tokens, hidden] after the final norm; rows of padding hold no meaning.
         """
-        config, eps, backend = self.config, self.config.rms_norm_eps, self._backend
+        eps, backend = self.config.rms_norm_eps, self._backend
         cos, sin = self._rotary.table(plan.max_seq_len)
-        shape = (input_ids.shape[0], config.num_q_heads, config.head_dim)
+        num_tokens, attention = input_ids.shape[0], self.blocks[0].attention
         x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=backend)
-        q = torch.empty(shape, dtype=x.dtype, device=x.device)
+        q = x.new_empty(num_tokens, *attention.q_shape)
+        attended_shape = (num_tokens, *attention.out_shape)
         buffers: dict[bool, Attended] = {}
         stream = ResidualStream(x, eps, backend)
         for block, planes in zip(self.blocks, pool.layers, strict=True):
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
-            fp8 = block.attention.gives_fp8(plan, planes, shape[0])
+            fp8 = block.attention.gives_fp8(plan, planes, num_tokens)
             if fp8 not in buffers:
-                buffers[fp8] = _empty_fp8(q) if fp8 else torch.empty_like(q)
+                buffers[fp8] = _empty_fp8(x, attended_shape) if fp8 else x.new_empty(attended_shape)
             attended = buffers[fp8]
             yield partial(block.attention.attend, q, planes=planes, out=attended)
             block.attention.output(attended, stream)
@@ -189,11 +193,11 @@ class Decoder:
         return self.head(hidden).float()
 
 
-def _empty_fp8(q: torch.Tensor) -> Quantized:
+def _empty_fp8(x: torch.Tensor, shape: tuple[int, ...]) -> Quantized:
     """Scales of many rows lie as `quantize_activation` leaves them on a device: a group's side by side."""
-    many = q.shape[0] >= 64
-    scales = q.new_empty(q.shape[1::-1] if many else q.shape[:2], dtype=torch.float32)
-    return torch.empty_like(q, dtype=torch.float8_e4m3fn), scales.t() if many else scales
+    many = shape[0] >= 64
+    scales = x.new_empty(shape[1::-1] if many else shape[:2], dtype=torch.float32)
+    return x.new_empty(shape, dtype=torch.float8_e4m3fn), scales.t() if many else scales
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -28,11 +28,12 @@ def dummy_weights(
     exponent = zipf_exponent(routing)
     # A tied embedding is the head too, whose logits want unit variance; but routers want to tell tokens apart.
     embed_std = config.hidden_size**-0.5 if config.tie_word_embeddings and config.moe is None else 1.0
-    # Attention averages over a sequence. Undamped, what its tokens have in common grows with every layer until all
-    # of them choose the same experts.
-    o_std = (2 * config.num_layers * config.num_q_heads * config.head_dim) ** -0.5
     for name, shape in expected_shapes(config).items():
-        std = embed_std if name == "embed.weight" else o_std if name.endswith(".o.weight") else None
+        std = embed_std if name == "embed.weight" else None
+        if name.endswith(".o.weight"):
+            # Attention averages over a sequence. Undamped, what its tokens have in common grows with every layer until
+            # all of them choose the same experts.
+            std = (2 * config.num_layers * shape[1]) ** -0.5
         weight = draw(torch.empty(shape, dtype=dtype, device=device), name, seed, std)
         if exponent and config.moe is not None:
             _add_popularity(weight, name, config.moe, seed, exponent)

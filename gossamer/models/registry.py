@@ -6,7 +6,7 @@ from typing import Any
 
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
-from gossamer.models import llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
+from gossamer.models import deepseek, glm4_moe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from gossamer.models.weight_names import HF_WEIGHTS, WeightMap
 
 
@@ -22,6 +22,9 @@ class Family:
 
 
 FAMILIES = (
+    Family("deepseek_v2", "DeepseekV2ForCausalLM", deepseek.v2_from_hf, deepseek.WEIGHTS),
+    Family("deepseek_v3", "DeepseekV3ForCausalLM", deepseek.v3_from_hf, deepseek.WEIGHTS),
+    Family("glm4_moe", "Glm4MoeForCausalLM", glm4_moe.from_hf, glm4_moe.WEIGHTS),
     Family("llama", "LlamaForCausalLM", llama.from_hf, gguf="llama"),
     Family("mistral", "MistralForCausalLM", mistral.from_hf),
     Family("mixtral", "MixtralForCausalLM", mixtral.from_hf, mixtral.WEIGHTS),

@@ -6,7 +6,7 @@ Torch-free, so that memory can be planned and a checkpoint refused before torch 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gossamer.config import ModelConfig
+from gossamer.config import MLAConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -34,6 +34,8 @@ def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
             weights += _mlp("mlp", config.intermediate_size, hidden, config.mlp_bias)
         else:
             weights.append(("moe.router.weight", (moe.num_experts, hidden)))
+            weights += [("moe.router.bias", (moe.num_experts,))] if moe.choice_bias else []
+            weights += _mlp("moe.shared", moe.num_shared * moe.intermediate_size, hidden) if moe.num_shared else []
         for name, shape in weights:
             yield CanonicalWeight(f"layers.{{i}}.{name}", layer, 0, shape)
         for expert in range(moe.num_experts if moe else 0):
@@ -52,6 +54,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
 def _attention(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
     q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
     yield "attn_norm.weight", (c.hidden_size,)
+    if c.mla is not None:
+        yield from _latent_attention(c, c.mla)
+        return
     for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
         yield from _linear(f"attn.{name}", rows, c.hidden_size, c.qkv_bias)
     if c.qk_norm != "none":
@@ -59,6 +64,20 @@ def _attention(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "attn.q_norm.weight", (q_size if whole else c.head_dim,)
         yield "attn.k_norm.weight", (kv_size if whole else c.head_dim,)
     yield from _linear("attn.o", c.hidden_size, q_size, c.o_bias)
+
+
+def _latent_attention(c: ModelConfig, mla: MLAConfig) -> Iterator[tuple[str, Shape]]:
+    q_size, rank = c.num_q_heads * c.head_dim, mla.q_lora_rank
+    if rank is None:
+        yield "attn.q.weight", (q_size, c.hidden_size)
+    else:
+        yield "attn.q_a.weight", (rank, c.hidden_size)
+        yield "attn.q_a_norm.weight", (rank,)
+        yield "attn.q_b.weight", (q_size, rank)
+    yield "attn.kv_a.weight", (mla.kv_lora_rank + mla.rope_dim, c.hidden_size)
+    yield "attn.kv_a_norm.weight", (mla.kv_lora_rank,)
+    yield "attn.kv_b.weight", (c.num_q_heads * (mla.nope_dim + mla.v_dim), mla.kv_lora_rank)
+    yield "attn.o.weight", (c.hidden_size, c.num_q_heads * mla.v_dim)
 
 
 def _mlp(name: str, inner: int, hidden: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:

@@ -117,7 +117,9 @@ def plan_weights(
     _refuse("misses", missing)
     if config.tie_word_embeddings:
         used.update(place.name for place in weights["lm_head.weight"])
-    _refuse("has, unexpectedly,", [n for n in stored if n not in used and not ignorable.search(n)])
+    mtp = tuple(f"model.layers.{config.num_layers + i}." for i in range(config.num_mtp_layers))
+    others = [n for n in stored if n not in used and not n.startswith(mtp)]
+    _refuse("has, unexpectedly,", [n for n in others if not ignorable.search(n)])
     return plan
 
 

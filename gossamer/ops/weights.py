@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from gossamer.core import StartupError
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -90,6 +92,20 @@ class Fp8Tensor:
             if size > 1:
                 scale = scale.repeat_interleave(size, dim)
         return self.data.float() * (scale if self.block is None else scale[: self.shape[0], : self.shape[1]])
+
+    def narrow(self, dim: int, start: int, length: int) -> Fp8Tensor:
+        """Rows (dim 0) or columns (1) of whole blocks. Raises StartupError where others share a block with them."""
+        data, scale, block = self.data.narrow(dim, start, length), self.scale, self.block
+        if block is not None and block[dim] == self.shape[dim]:  # a row's one scale
+            block = (block[0], length)
+        elif block is not None:
+            size = block[dim]
+            if start % size or (length % size and start + length != self.shape[dim]):
+                raise StartupError(
+                    f"FP8 blocks of {block[0]} x {block[1]} straddle parts of {length}: --quantization none takes them."
+                )
+            scale = scale.narrow(dim, start // size, -(-length // size))
+        return Fp8Tensor(data, scale, block, self.ue8m0)
 
     def to(self, device: torch.device) -> Fp8Tensor:
         return Fp8Tensor(self.data.to(device), self.scale.to(device), self.block, self.ue8m0)

@@ -12,9 +12,10 @@ from models.tiny_checkpoints import save_checkpoint
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
-from gossamer.layers.attention import gqa
+from gossamer.layers.attention import gqa, mla
 from gossamer.ops.kv_cache import write_kv
 from gossamer.ops.kv_cache.reference import page_scale
+from gossamer.ops.mla import write_latents
 
 EXECUTORS = [(False, "cpu"), (True, "cpu"), pytest.param((True, "cuda"), marks=pytest.mark.gpu)]
 
@@ -39,7 +40,7 @@ def forced(outputs: list[list[TokenOutput]]) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
 def test_the_engine_differs_by_the_rounding_and_nothing_else(
     name: str, executor: tuple[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,10 +49,14 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
     found = run(folder, params, paged=paged, device=device, kv_cache_dtype="fp8")
     exact = run(folder, params, paged=False, device="cpu")
 
+    def write_rounded_latents(latents: torch.Tensor, *args: object, **options: object) -> None:
+        write_latents(rounded(latents), *args, **options)  # type: ignore[arg-type]
+
     def write_rounded(k: torch.Tensor, v: torch.Tensor, *args: object, **options: object) -> None:
         write_kv(rounded(k), rounded(v), *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gqa, "write_kv", write_rounded)
+    monkeypatch.setattr(mla, "write_latents", write_rounded_latents)
     simulated = run(folder, params, paged=False, device="cpu")
     (logprobs, best), (expected, best_expected), (without, best_without) = map(forced, (found, simulated, exact))
     if device == "cpu":

@@ -71,11 +71,13 @@ def drain(engine: Engine, order: list[int], aborts: dict[int, int] | None = None
     return tokens
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[list[int]], int]]:
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2_groups"])
+def oracle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, list[list[int]], int]]:
     """The model, the CPU engine's tokens of each request alone, bytes of a page."""
     before = torch.get_num_threads()
-    folder = save_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model") / "qwen3_moe")
+    folder = save_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
     engine = build(folder, paged=False, enable_prefix_caching=False, overlap=False, max_num_batched_tokens=512)
     alone = [drain(engine, [i])[i] for i in range(len(PROMPTS))]
     pool = engine._executor.pool

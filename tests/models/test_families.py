@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_checkpoints import BASE, CHECKPOINTS, make_model, save_checkpoint
 
-from gossamer.config import LoadConfig, MoEConfig, RopeConfig
+from gossamer.config import LoadConfig, MLAConfig, MoEConfig, RopeConfig
 from gossamer.core import StartupError
 from gossamer.models.loader import inspect_model, iter_weights
 from gossamer.models.registry import FAMILIES, family_of_hf
@@ -30,7 +30,9 @@ def test_stream_has_exactly_the_expected_tensors(name: str, checkpoint: Checkpoi
     source = inspect_model(load)
     stream = [(n, tuple(w.shape)) for n, w in iter_weights(source, load)]
     assert stream == list(expected_shapes(source.config).items())
-    parameters = sum(p.numel() for p in make_model(name).parameters())
+    model = make_model(name)
+    biases = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    parameters = sum(p.numel() for p in [*model.parameters(), *biases])
     assert sum(torch.Size(shape).numel() for _, shape in stream) == parameters
 
 
@@ -41,7 +43,9 @@ def test_common_fields(name: str, checkpoint: Checkpoint) -> None:
     assert config.family == hf.model_type
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (128, 64, 3)
     assert (config.num_q_heads, config.num_kv_heads) == (hf.num_attention_heads, hf.num_key_value_heads)
-    assert config.head_dim == (getattr(hf, "head_dim", None) or 16)
+    # Of latent attention transformers' head_dim is the rotated part alone.
+    head_dim = config.rope.rotary_dim if config.attention == "mla" else config.head_dim
+    assert head_dim == (getattr(hf, "head_dim", None) or 16)
     assert config.max_position_embeddings == 256
     assert config.rms_norm_eps == hf.rms_norm_eps
     assert config.tie_word_embeddings == hf.tie_word_embeddings
@@ -81,6 +85,59 @@ TRAITS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"moe": MoEConfig(4, 2, 96, renormalize=True), "sliding_windows": (16, 16, 16)},
     "olmoe": {"qk_norm": "full", "clip_qkv": 0.9, "moe": MoEConfig(8, 2, 96, renormalize=False)},
+    "deepseek_v2": {
+        "attention": "mla",
+        "mla": MLAConfig(32, 16, 8, 12, None, interleaved=True),
+        "rope": RopeConfig(rotary_dim=8),
+        "moe": MoEConfig(8, 3, 32, renormalize=False, num_shared=2, dense_layers=frozenset({0})),
+    },
+    "deepseek_v2_groups": {
+        "mla": MLAConfig(32, 16, 8, 12, 24, interleaved=True),
+        "rope": RopeConfig(
+            kind="yarn",
+            rotary_dim=8,
+            factor=4.0,
+            original_max_position=64,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
+        "moe": MoEConfig(
+            8,
+            3,
+            32,
+            renormalize=False,
+            num_groups=4,
+            topk_groups=2,
+            routed_scale=4.0,
+            num_shared=1,
+            dense_layers=frozenset({0}),
+        ),
+    },
+    "deepseek_v3_halves": {
+        "mla": MLAConfig(32, 16, 8, 12, 24, interleaved=False),
+        "moe": MoEConfig(
+            8,
+            3,
+            32,
+            renormalize=False,
+            score_func="sigmoid",
+            choice_bias=True,
+            num_groups=4,
+            topk_groups=2,
+            group_top=2,
+            routed_scale=2.5,
+            num_shared=1,
+            dense_layers=frozenset({0}),
+        ),
+    },
+    "glm4_moe": {
+        "attention": "gqa",
+        "qkv_bias": True,
+        "o_bias": False,
+        "qk_norm": "head",
+        "rope": RopeConfig(rotary_dim=16),
+    },
+    "glm4_moe_groups": {"qkv_bias": False, "qk_norm": "none", "rope": RopeConfig(rotary_dim=4)},
     "olmoe_normalised": {"clip_qkv": None, "moe": MoEConfig(8, 2, 96, renormalize=True)},
 }
 
@@ -91,7 +148,7 @@ def test_traits(name: str, checkpoint: Checkpoint) -> None:
     assert {key: getattr(config, key) for key in TRAITS[name]} == TRAITS[name]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe_mixed", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3_moe_mixed", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"])
 def test_fused_and_separate_experts_give_the_same_stream(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     fused = save_checkpoint(name, tmp_path, save_original_format=False)
     one, other = LoadConfig(model=str(checkpoint(name))), LoadConfig(model=str(fused))

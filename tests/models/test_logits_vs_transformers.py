@@ -15,9 +15,8 @@ from tiny_checkpoints import CHECKPOINTS, make_model
 from gossamer.config import LoadConfig
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import AttentionBatch
-from gossamer.layers.attention.gqa import kv_layout
 from gossamer.layers.linear import WeightFormat
-from gossamer.models.decoder import Decoder
+from gossamer.models.decoder import ATTENTION_KINDS, Decoder
 from gossamer.models.loader import ModelSource, inspect_model, iter_weights
 from gossamer.models.weight_names import HF_WEIGHTS
 from gossamer.ops.weights import QuantizedTensor, Weight
@@ -36,7 +35,7 @@ class Sequence:
         self.decoder = Decoder(source.config, WeightFormat(torch.float32, CPU), max_len)
         self.decoder.load(iter_weights(source, load))
         pages = max_len // PAGE_SIZE
-        layout = kv_layout(source.config, "float32")
+        layout = ATTENTION_KINDS[source.config.attention].kv_layout(source.config, "float32")
         self.pool = KVPool(source.config.num_layers, layout, pages, PAGE_SIZE, CPU)
         self.table = list(reversed(range(pages)))
         self.length = 0

@@ -29,6 +29,19 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
+V3 = {**LATENT, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
 # name -> (prefix of the transformers classes, config on top of BASE)
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,6 +92,49 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
     "olmoe": ("Olmoe", {"clip_qkv": 0.9, "norm_topk_prob": False, **MOE}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "greedy"}),
+    "deepseek_v2_groups": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            **_rope("yarn", mscale=0.707, mscale_all_dim=0.707, **YARN),
+            "q_lora_rank": 24,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", V3),
+    "deepseek_v3_yarn": ("DeepseekV3", {**V3, **_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN)}),
+    "deepseek_v3_halves": ("DeepseekV3", {**V3, "rope_interleave": False, "norm_topk_prob": False}),
+    "kimi_k2": ("DeepseekV3", {**V3, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 32,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "glm4_moe_groups": (
+        "Glm4Moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "partial_rotary_factor": 0.25,
+            "first_k_dense_replace": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "olmoe_normalised": ("Olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4, **MOE}),
 }
 
@@ -96,6 +152,9 @@ def make_model(name: str, **overrides: Any) -> Any:
                 parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # all below zero, as far apart as scores are
+                buffer.copy_(-1.0 - torch.rand_like(buffer))
     return model
 
 

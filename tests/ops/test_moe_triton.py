@@ -120,6 +120,39 @@ def test_many_tokens_and_too_many_experts_for_one_program(monkeypatch: pytest.Mo
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
 
+GROUPED = [
+    {"score_func": "sigmoid", "group_top": 2},
+    {"score_func": "sigmoid", "num_groups": 6, "topk_groups": 3, "group_top": 2, "scale": 2.5, "num_shared": 1},
+    {"num_groups": 4, "topk_groups": 1, "scale": 16.0, "num_shared": 2},
+    {"num_groups": 5, "topk_groups": 2, "group_top": 2},
+]
+
+
+@pytest.mark.parametrize("options", GROUPED)
+@pytest.mark.parametrize("shift", [None, 0.0, -5.0])
+def test_grouped_routing_with_a_bias_equals_the_reference(options, shift, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every form of the router; biases below zero must not let a dropped group in."""
+    from gossamer.ops.moe import triton_router
+
+    x, weight = torch.randn(40, 32, device=DEVICE), torch.randn(60, 32, device=DEVICE) / 4
+    bias = None if shift is None else torch.randn(60, device=DEVICE) / 4 + shift
+    slots = torch.arange(40, dtype=torch.int32, device=DEVICE) - 1
+    options = {"bias": bias, "renormalize": shift != 0.0, "token_slots": slots, **options}
+    expected = router(x, weight, 5, backend="reference", **options)
+    logits = x @ weight.t()
+    for few, whole in ((64, 1024), (8, 1024), (8, 8)):
+        monkeypatch.setattr(triton_router, "ROUTER_TOKENS", few)
+        monkeypatch.setattr(triton_router, "WHOLE_TOKENS", whole)
+        weights, ids = router(x, weight, 5, backend="triton", **options)
+        assert torch.equal(ids, expected[1])
+        torch.testing.assert_close(weights, expected[0], rtol=1e-5, atol=1e-5)
+    weights, ids = route_topk(logits, 5, backend="triton", **options)
+    assert torch.equal(ids, expected[1])
+    weights, ids = route_topk(torch.full_like(logits, float("nan")), 5, backend="triton", **options)
+    assert weights[1:, :5].isnan().all()
+    assert all(len(set(row)) == len(row) and min(row) >= 0 for row in ids[1:].tolist())
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 11])
 def test_add_norm_and_router_in_one(num_tokens: int) -> None:
     x, residual = torch.randn(2, num_tokens, 48, device=DEVICE)

@@ -47,6 +47,8 @@ class PagedPlan:
     page_table: torch.Tensor
     max_seq_len: int
     workspace: DecodeWorkspace | None
+    num_context: int
+    """The prefill rows' seq_lens in all, on the host; 0 in a step without them."""
 
 
 Attended = torch.Tensor | Quantized
@@ -57,13 +59,16 @@ Attend = Callable[[PagedPlan], None]
 
 
 class AttentionLayer(Protocol):
-    """One layer's attention. `linears` and `norms` are what the loader fills by canonical name.
+    """One layer's attention. `linears` and `norms` (what is held dense) are what the loader fills by canonical name.
 
-    On a GPU it is called in three parts: `project` (to the KV write), `attend`, `output`.
+    `q_shape`, `out_shape`: [heads, dim] of a token's queries and of what `attend` leaves. On a GPU it is called in
+    three parts: `project` (to the KV write), `attend`, `output`.
     """
 
     linears: list[Linear]
     norms: dict[str, torch.Tensor | None]
+    q_shape: tuple[int, int]
+    out_shape: tuple[int, int]
 
     def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None: ...
 
@@ -94,6 +99,10 @@ class AttentionKind(Protocol):
 
     def kv_layout(self, config: ModelConfig, dtype: str) -> KVLayout:
         """What one layer stores per token."""
+        ...
+
+    def workspace(self, config: ModelConfig, max_rows: int, device: torch.device) -> DecodeWorkspace:
+        """What decode steps of up to `max_rows` rows need on a GPU, whatever the layer."""
         ...
 
     def plan(self, config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from gossamer.layers.linear import Fp8Weight, Linear, Part, WeightFormat, dense
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import (
     DecodeGroup,
+    DecodeWorkspace,
     PrefillSequence,
     decode_attention,
     paged_decode,
@@ -39,6 +40,10 @@ class GQAPlan:
 
 def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
     return KVLayout.of((2, config.num_kv_heads, config.head_dim), dtype)
+
+
+def workspace(config: ModelConfig, max_rows: int, device: torch.device) -> DecodeWorkspace:
+    return DecodeWorkspace.allocate(max_rows, config.num_q_heads, config.num_kv_heads, config.head_dim, device)
 
 
 def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAPlan:
@@ -109,6 +114,7 @@ class GQALayer:
         self._q_norm, self._k_norm = f"{name}.q_norm.weight", f"{name}.k_norm.weight"
         if config.qk_norm != "none":
             self.norms = {self._q_norm: None, self._k_norm: None}
+        self.q_shape = self.out_shape = config.num_q_heads, config.head_dim
         self._config = config
         self._backend = backend
         self._window = config.sliding_window(layer)

@@ -15,51 +15,50 @@ MAX_EXPERTS, MAX_TOP_K = 512, 16
 
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax",
-    token_slots: torch.Tensor | None = None, backend: str = "auto",
+    bias: torch.Tensor | None = None, num_groups: int = 1, topk_groups: int = 1, group_top: int = 1,
+    scale: float = 1.0, num_shared: int = 0, token_slots: torch.Tensor | None = None, backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Chooses experts. router_logits [num_tokens, num_experts] -> weights fp32, ids int32 [num_tokens, top_k].
+    """Chooses experts: router_logits [num_tokens, num_experts] -> weights fp32, ids int32 [num_tokens, top_k + shared].
 
-    Scores are softmax or sigmoid of the logits in fp32; of equal logits the lower id wins; `renormalize` makes the kept
-    weights sum to 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
+    Scores are softmax or sigmoid of the logits in fp32; of equals the lower id wins. `bias`, fp32 [num_experts], is
+    added for the choice alone. With `topk_groups` of `num_groups` consecutive groups only those with the largest sum of
+    `group_top` best scores have a chance (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `renormalize` makes the kept
+    weights sum to 1 before they are multiplied by `scale`. Ids num_experts .. num_experts + num_shared - 1 follow, with
+    weight 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
     """
-    _check_choice(router_logits.shape[1], top_k, score_func)
+    options = _choice(
+        router_logits.shape[1], top_k, num_shared, renormalize=renormalize, score_func=score_func, bias=bias,
+        num_groups=num_groups, topk_groups=topk_groups, group_top=group_top, scale=scale,
+    )  # fmt: skip
     if not use_kernel(router_logits, backend):
-        return reference.route_topk(
-            router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
-        )
+        return reference.route_topk(router_logits, top_k, token_slots=token_slots, **options)
     from gossamer.ops.moe import triton_router
 
-    return triton_router.route_topk(
-        router_logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
-    )
+    return triton_router.route_topk(router_logits, top_k, token_slots=token_slots, **options)
 
 
 def router(
-    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax",
-    token_slots: torch.Tensor | None = None, arrivals: torch.Tensor | None = None, backend: str = "auto",
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, token_slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None, backend: str = "auto", num_shared: int = 0, **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`route_topk` of the fp32 product of x [num_tokens, hidden] with the router weight [num_experts, hidden].
+    """`route_topk`, with its options, of the fp32 product of x [num_tokens, hidden] with weight [num_experts, hidden].
 
     arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time.
     Without it every call clears one of its own. `weight` is read before the preceding kernel has ended: a constant.
     """
-    _check_choice(weight.shape[0], top_k, score_func)
+    options = _choice(weight.shape[0], top_k, num_shared, **choice) | {"token_slots": token_slots}
     if not use_kernel(x, backend):
-        return reference.router(
-            x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots
-        )
+        return reference.router(x, weight, top_k, **options)
     _check_contiguous("router", x=x, weight=weight)
     from gossamer.ops.moe import triton_router
 
-    return triton_router.router(
-        x, weight, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots, arrivals=arrivals
-    )
+    return triton_router.router(x, weight, top_k, arrivals=arrivals, **options)
 
 
 def add_rms_norm_router(
     x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int, *,
-    renormalize: bool, score_func: str = "softmax", token_slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None, quantize: bool = False, backend: str = "auto",
+    token_slots: torch.Tensor | None = None, arrivals: torch.Tensor | None = None, quantize: bool = False,
+    backend: str = "auto", num_shared: int = 0, **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """`ops.norm.add_rms_norm` and `router` of what it returns, for few tokens in one launch.
 
@@ -67,8 +66,7 @@ def add_rms_norm_router(
     new residual stream x + residual, its normed rows and, to `quantize`, their FP8 form (`quantize_activation`).
     `residual` itself may hold either stream afterwards.
     """
-    _check_choice(weight.shape[0], top_k, score_func)
-    options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
+    options = _choice(weight.shape[0], top_k, num_shared, **choice) | {"token_slots": token_slots}
     if not use_kernel(x, backend):
         normed = add_rms_norm(x, residual, norm_weight, eps, backend="reference")
         weights, ids = reference.router(normed, weight, top_k, **options)
@@ -143,13 +141,32 @@ def grouped_mlp(
     return reference.grouped_mlp(x, topk_weights, topk_ids, experts)
 
 
-def _check_choice(num_experts: int, top_k: int, score_func: str) -> None:
+def _choice(
+    num_experts: int, top_k: int, num_shared: int, *, renormalize: bool, score_func: str = "softmax",
+    bias: torch.Tensor | None = None, num_groups: int = 1, topk_groups: int = 1, group_top: int = 1, scale: float = 1.0,
+) -> dict[str, Any]:  # fmt: skip
+    """The options of `route_topk`, complete and checked."""
     if score_func not in ("softmax", "sigmoid"):
         raise ValueError(f"score_func {score_func!r} is neither softmax nor sigmoid")
-    if not 1 <= top_k <= min(num_experts, MAX_TOP_K) or num_experts > MAX_EXPERTS:
+    if not 1 <= top_k <= num_experts or top_k + num_shared > MAX_TOP_K or num_experts + num_shared > MAX_EXPERTS:
         raise ValueError(
-            f"top-{top_k} of {num_experts} experts: top-k up to {MAX_TOP_K}, experts up to {MAX_EXPERTS} are supported"
+            f"top-{top_k} of {num_experts} experts and {num_shared} shared ones: up to {MAX_TOP_K} for a token, up to "
+            f"{MAX_EXPERTS} in all are supported"
         )
+    size = num_experts // num_groups if num_groups >= 1 else 0
+    if num_groups * size != num_experts or not top_k <= topk_groups * size <= num_experts or group_top not in (1, 2):
+        raise ValueError(
+            f"top-{top_k} of the best {topk_groups} of {num_groups} groups of {num_experts} experts, by their best "
+            f"{group_top} (1 or 2)"
+        )
+    if group_top > size:
+        raise ValueError(f"groups of {size} experts have no {group_top} best")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (num_experts,)):
+        raise ValueError(f"the bias is {bias.dtype} {[*bias.shape]}, not fp32 [{num_experts}]")
+    return {
+        "renormalize": renormalize, "score_func": score_func, "bias": bias, "num_groups": num_groups,
+        "topk_groups": topk_groups, "group_top": group_top, "scale": scale, "num_shared": num_shared,
+    }  # fmt: skip
 
 
 def _check_mlp(

@@ -1,34 +1,47 @@
 """Torch reference of the MoE block: permute, one product per expert that has tokens, un-permute."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
 def route_topk(
-    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
+    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, bias: torch.Tensor | None,
+    num_groups: int, topk_groups: int, group_top: int, scale: float, num_shared: int,
     token_slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     logits = router_logits.float()
     scores = torch.softmax(logits, -1) if score_func == "softmax" else torch.sigmoid(logits)
-    # Both functions are monotone; topk leaves the order of equal logits open, a stable sort does not.
-    ids = torch.sort(logits, dim=-1, descending=True, stable=True)[1][:, :top_k]
+    # Both functions are monotone: logits tell finer, but know neither biases nor sums.
+    ranks = logits if bias is None and group_top == 1 else scores if bias is None else scores + bias
+    if topk_groups < num_groups:
+        groups = ranks.unflatten(1, (num_groups, -1))
+        best = groups.topk(group_top, -1)[0].sum(-1)
+        dropped = torch.sort(best, dim=-1, descending=True, stable=True)[1][:, topk_groups:]
+        # Minus infinity: a dropped group's zeros would be above negative biases.
+        outside = torch.zeros_like(best, dtype=torch.bool).scatter_(1, dropped, True)
+        ranks = groups.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
+    # topk leaves the order of equals open, a stable sort does not.
+    ids = torch.sort(ranks, dim=-1, descending=True, stable=True)[1][:, :top_k]
     weights, ids = scores.gather(1, ids), ids.int()
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    if scale != 1.0:
+        weights = weights * scale
+    if num_shared:
+        shared = torch.arange(num_shared, dtype=torch.int32, device=ids.device) + logits.shape[1]
+        ids = torch.cat((ids, shared.expand(len(ids), -1)), 1)
+        weights = torch.cat((weights, weights.new_ones(len(ids), num_shared)), 1)
     if token_slots is not None:
         padding = (token_slots < 0).unsqueeze(1)
         weights, ids = weights.masked_fill(padding, 0.0), ids.masked_fill(padding, -1)
     return weights, ids
 
 
-def router(
-    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
-    token_slots: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    logits = F.linear(x.float(), weight.float())
-    return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
+def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return route_topk(F.linear(x.float(), weight.float()), top_k, **options)
 
 
 def moe_mlp(

@@ -25,7 +25,7 @@ def _best(left, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_E: tl.constexpr)
     """The TOP_K largest of each row in order, and where they lie; the lower place wins."""
     places = tl.arange(0, BLOCK_E)
     slots = tl.arange(0, SLOTS)
-    best = tl.zeros([left.shape[0], SLOTS], tl.float32)
+    best = tl.full([left.shape[0], SLOTS], -float("inf"), tl.float32)
     ids = tl.zeros([left.shape[0], SLOTS], tl.int32)
     for slot in tl.static_range(TOP_K):
         value, place = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -36,9 +36,31 @@ def _best(left, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_E: tl.constexpr)
 
 
 @triton.jit
+def _within_groups(ranks, num_experts, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP: tl.constexpr):
+    """Minus infinity outside each row's KEPT groups with the largest sum of their TOP best; the lower group wins."""
+    places = tl.arange(0, ranks.shape[1])[None, :]
+    group = places // (num_experts // GROUPS)
+    numbers = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
+    sums = tl.zeros([ranks.shape[0], triton.next_power_of_2(GROUPS)], tl.float32) - float("inf")
+    for g in tl.static_range(GROUPS):
+        own = tl.where(group == g, ranks, -float("inf"))
+        total, place = tl.max(own, 1, return_indices=True, return_indices_tie_break_left=True)
+        if TOP == 2:
+            total += tl.max(tl.where(places == place[:, None], -float("inf"), own), 1)
+        sums = tl.where(numbers == g, total[:, None], sums)
+    inside = group < 0
+    for _ in tl.static_range(KEPT):
+        _best_sum, best = tl.max(sums, 1, return_indices=True, return_indices_tie_break_left=True)
+        inside = inside | (group == best[:, None])
+        sums = tl.where(numbers == best[:, None], -float("inf"), sums)
+    return tl.where(inside, ranks, -float("inf"))
+
+
+@triton.jit
 def _choose(
-    logits, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    logits, bias_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
+    SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The best TOP_K experts of each row of logits [rows, BLOCK_E]; of equal logits the lower id wins."""
     experts = tl.arange(0, BLOCK_E)[None, :]
@@ -51,16 +73,38 @@ def _choose(
     top = tl.max(left, 1)[:, None]
     total = tl.sum(tl.exp(left - top), 1)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
+    # Both functions are monotone: logits do, unless scores meet a bias or each other.
+    BY_SCORE: tl.constexpr = bias_ptr is not None or GROUP_TOP > 1
+    if BY_SCORE:
+        # e^87 is finite in fp32.
+        scores = 1.0 / (1.0 + tl.exp(-tl.maximum(left, -87.0))) if SIGMOID else tl.exp(left - top) / total
+        left = scores
+        if bias_ptr is not None:
+            left += tl.load(bias_ptr + experts, mask=experts < num_experts, other=0.0)
+        left = tl.where(experts < num_experts, tl.where(is_nan, -1e30, left), -float("inf"))
+    if KEPT < GROUPS:
+        left = _within_groups(left, num_experts, GROUPS, KEPT, GROUP_TOP)
     best, ids = _best(left, TOP_K, SLOTS, BLOCK_E)
-    weights = 1.0 / (1.0 + tl.exp(-best)) if SIGMOID else tl.exp(best - top) / total
+    if BY_SCORE:
+        weights = tl.gather(scores, ids, 1)
+    else:
+        weights = 1.0 / (1.0 + tl.exp(-best)) if SIGMOID else tl.exp(best - top) / total
     weights = tl.where(slots < TOP_K, tl.where(broken, float("nan"), weights), 0.0)
     if RENORMALIZE:
-        weights = weights / tl.sum(weights, 1)[:, None]
+        kept = tl.sum(weights, 1)[:, None]
+        if SIGMOID:
+            kept = tl.maximum(kept, 1e-20)
+        weights = weights / kept
+    if SCALE != 1.0:
+        weights *= SCALE
+    if SHARED:
+        weights = tl.where(slots < TOP_K, weights, 1.0)
+        ids = tl.where(slots < TOP_K, ids, num_experts + slots - TOP_K)
     valid = inside
     if slots_ptr is not None:
         valid = tl.load(slots_ptr + rows, mask=inside, other=-1) >= 0
-    offsets = rows[:, None].to(tl.int64) * TOP_K + slots
-    mask = inside[:, None] & (slots < TOP_K)
+    offsets = rows[:, None].to(tl.int64) * (TOP_K + SHARED) + slots
+    mask = inside[:, None] & (slots < TOP_K + SHARED)
     tl.store(weights_ptr + offsets, tl.where(valid[:, None], weights, 0.0), mask=mask)
     tl.store(ids_ptr + offsets, tl.where(valid[:, None], ids, -1), mask=mask)
 
@@ -75,8 +119,9 @@ def _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E: tl.constexp
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    logits_ptr, bias_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
+    SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -84,16 +129,18 @@ def _route_kernel(
         gdc_launch_dependents()
         gdc_wait()
     _choose(
-        _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr, rows,
-        num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+        _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), bias_ptr, slots_ptr, weights_ptr, ids_ptr,
+        rows, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT, GROUP_TOP,
+        BLOCK_E,
     )  # fmt: skip
 
 
 @triton.jit
 def _router_kernel(
-    x_ptr, residual_ptr, norm_ptr, weight_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr, q_ptr,
-    scales_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, residual_ptr, norm_ptr, weight_ptr, bias_ptr, slots_ptr, logits_ptr, arrivals_ptr, sum_ptr, normed_ptr,
+    q_ptr, scales_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden, eps,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
+    SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, CHOICE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -144,16 +191,18 @@ def _router_kernel(
         # With a warp to each, rows that do not exist cost nothing.
         chosen = tile * ROWS + tl.arange(0, CHOICE_ROWS)
         _choose(
-            _load_logits(logits_ptr, chosen, num_tokens, num_experts, BLOCK_E), slots_ptr, weights_ptr, ids_ptr,
-            chosen, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+            _load_logits(logits_ptr, chosen, num_tokens, num_experts, BLOCK_E), bias_ptr, slots_ptr, weights_ptr,
+            ids_ptr, chosen, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT,
+            GROUP_TOP, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
 
 
 @triton.jit
 def _logits_kernel(
-    x_ptr, weight_ptr, logits_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_ptr, weight_ptr, logits_ptr, bias_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
+    SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts.
@@ -185,34 +234,45 @@ def _logits_kernel(
                 acc = tl.dot(x, (rest - part.to(tl.float32)).to(x.dtype).T, acc)
     if BLOCK_N == BLOCK_E:
         _choose(
-            acc, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
-            TOP_K, SLOTS, RENORMALIZE, SIGMOID, BLOCK_E,
+            acc, bias_ptr, slots_ptr, weights_ptr, ids_ptr, rows, num_tokens, num_experts,
+            TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT, GROUP_TOP, BLOCK_E,
         )  # fmt: skip
     else:
         mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
 
 
-def _choice(num_experts: int, top_k: int, renormalize: bool, score_func: str) -> dict[str, Any]:
+def _choice(
+    num_experts: int, top_k: int, *, renormalize: bool, score_func: str, num_groups: int, topk_groups: int,
+    group_top: int, scale: float, num_shared: int,
+) -> dict[str, Any]:  # fmt: skip
     return {
-        "TOP_K": top_k, "SLOTS": triton.next_power_of_2(top_k), "BLOCK_E": triton.next_power_of_2(num_experts),
-        "RENORMALIZE": renormalize, "SIGMOID": score_func == "sigmoid",
+        "TOP_K": top_k, "SLOTS": triton.next_power_of_2(top_k + num_shared), "RENORMALIZE": renormalize,
+        "SIGMOID": score_func == "sigmoid", "SCALE": scale, "SHARED": num_shared, "GROUPS": num_groups,
+        "KEPT": topk_groups, "GROUP_TOP": group_top, "BLOCK_E": triton.next_power_of_2(num_experts),
     }  # fmt: skip
 
 
-def _results(num_tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+def _results(num_tokens: int, choice: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.empty(num_tokens, choice["TOP_K"] + choice["SHARED"], dtype=torch.float32, device=device)
     return weights, torch.empty_like(weights, dtype=torch.int32)
 
 
 def route_topk(
-    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None
+    router_logits: torch.Tensor, top_k: int, *, bias: torch.Tensor | None, token_slots: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    choice = _choice(router_logits.shape[1], top_k, **options)
+    return _route(router_logits.contiguous(), bias, choice, token_slots)
+
+
+def _route(
+    logits: torch.Tensor, bias: torch.Tensor | None, choice: dict[str, Any], token_slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_experts = router_logits.shape
-    weights, ids = _results(num_tokens, top_k, router_logits.device)
+    num_tokens, num_experts = logits.shape
+    weights, ids = _results(num_tokens, choice, logits.device)
     _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
-        router_logits.contiguous(), token_slots, weights, ids, num_tokens, num_experts,
-        **_choice(num_experts, top_k, renormalize, score_func), ROWS=ROUTER_ROWS, num_warps=4,
+        logits, bias, token_slots, weights, ids, num_tokens, num_experts, **choice, ROWS=ROUTER_ROWS, num_warps=4,
         **overlap_options(weights),
     )  # fmt: skip
     return weights, ids
@@ -239,47 +299,46 @@ def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsCon
 
 
 def router(
-    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str,
-    token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, *, bias: torch.Tensor | None, token_slots: torch.Tensor | None,
+    arrivals: torch.Tensor | None, **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
-    choice = _choice(num_experts, top_k, renormalize, score_func)
+    choice = _choice(num_experts, top_k, **options)
     if num_tokens <= ROUTER_TOKENS:
-        return _route_few(x, None, None, 0.0, weight, choice, token_slots, arrivals, False)[:2]
-    weights, ids = _results(num_tokens, top_k, x.device)
+        return _route_few(x, None, None, 0.0, weight, bias, choice, token_slots, arrivals, False)[:2]
+    weights, ids = _results(num_tokens, choice, x.device)
     config = logits_config(num_tokens, num_experts, weight.element_size())
     whole = config.block_n == choice["BLOCK_E"]
     logits = x if whole else torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     _logits_kernel[(triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n))](
-        x, weight, logits, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice,
+        x, weight, logits, bias, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
         num_stages=config.num_stages, **overlap_options(x),
     )  # fmt: skip
-    if whole:
-        return weights, ids
-    return route_topk(logits, top_k, renormalize=renormalize, score_func=score_func, token_slots=token_slots)
+    return (weights, ids) if whole else _route(logits, bias, choice, token_slots)
 
 
 def add_rms_norm_router(
     x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int,
-    *, renormalize: bool, score_func: str, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
-    quantize: bool,
+    *, bias: torch.Tensor | None, token_slots: torch.Tensor | None, arrivals: torch.Tensor | None, quantize: bool,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     if x.shape[0] > FUSED_NORM_TOKENS:
-        options: dict[str, Any] = {"renormalize": renormalize, "score_func": score_func, "token_slots": token_slots}
+        options |= {"bias": bias, "token_slots": token_slots}
         normed, quantized = torch.empty_like(x), None
         if quantize:
             quantized = add_rms_norm_fp8(x, residual, norm_weight, eps, normed=normed)
         else:
             add_rms_norm(x, residual, norm_weight, eps, normed)
         return *router(normed, weight, top_k, arrivals=arrivals, **options), residual, normed, quantized
-    choice = _choice(weight.shape[0], top_k, renormalize, score_func)
-    return _route_few(x, residual, norm_weight, eps, weight, choice, token_slots, arrivals, quantize)
+    choice = _choice(weight.shape[0], top_k, **options)
+    return _route_few(x, residual, norm_weight, eps, weight, bias, choice, token_slots, arrivals, quantize)
 
 
 def _route_few(
     x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float, weight: torch.Tensor,
-    choice: dict[str, Any], token_slots: torch.Tensor | None, arrivals: torch.Tensor | None, quantize: bool,
+    bias: torch.Tensor | None, choice: dict[str, Any], token_slots: torch.Tensor | None, arrivals: torch.Tensor | None,
+    quantize: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """The choice, and with a norm the new residual, normed rows and their FP8 form; what is absent is compiled out."""
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
@@ -288,14 +347,14 @@ def _route_few(
     if arrivals is None:
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    weights, ids = _results(num_tokens, choice["TOP_K"], x.device)
+    weights, ids = _results(num_tokens, choice, x.device)
     summed, normed = (x, x) if residual is None else (torch.empty_like(residual), torch.empty_like(x))
     quantized = fp8_like(x) if quantize else None
     q, scales = quantized or (x, x)
     _router_kernel[(num_experts, tiles)](
-        x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, token_slots,
-        logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps, **choice,
-        ROWS=rows, CHOICE_ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
+        x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, bias,
+        token_slots, logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps,
+        **choice, ROWS=rows, CHOICE_ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
         NORM=residual is not None, QUANTIZE=FP8_BLOCK if quantize else 0, num_warps=4 if hidden <= 4096 else 8,
         **overlap_options(x),
     )  # fmt: skip

@@ -18,7 +18,7 @@ def _zero(dtype: torch.dtype) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     width = x.shape[-1]
     if x.is_cpu and x.numel() == width:
-        norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
         return torch.addcmul(_zero(x.dtype), x, weight, value=1.0 / math.sqrt(norm * norm / width + eps))
     if x.is_cpu and x.numel() <= _SMALL:
         # layer_norm has one fused CPU kernel, and [x, -x] has mean 0 and variance mean(x^2).

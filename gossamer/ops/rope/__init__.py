@@ -8,10 +8,10 @@ from gossamer.ops.rope import reference
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """Rotates `x` [num_tokens, num_heads, head_dim] by per-token angles.
+    """Rotates the first rotary_dim dimensions of `x` [num_tokens, num_heads, head_dim] by per-token angles.
 
-    `cos`, `sin`: [num_tokens, 1, head_dim] with both halves filled; the first half of `sin` carries the minus sign of
-    rotate-half, so that y = x * cos + roll(x, head_dim / 2) * sin.
+    `cos`, `sin`: [num_tokens, 1, rotary_dim] with both halves filled; the first half of `sin` carries the minus sign of
+    rotate-half, so that y = x * cos + roll(x, rotary_dim / 2) * sin.
     """
     require_reference(x, backend, "apply_rope")
     return reference.apply_rope(x, cos, sin)

@@ -7,7 +7,10 @@ from gossamer.ops.norm.reference import rms_norm
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), -1)
+    return x.roll(rotary_dim // 2, -1).mul_(sin).addcmul_(x, cos)
 
 
 def rope_write_kv(
@@ -28,7 +31,7 @@ def rope_write_kv(
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
     slots, at = token_slots[live].long(), positions[live].long()
     cos, sin = (table.view(-1, 1, table.shape[-1])[at].to(qkv.dtype) for table in (cos, sin))
-    q, k = (_rotate(x, cos, sin) for x in (q, k))
+    q, k = (apply_rope(x, cos, sin) for x in (q, k))
     page_size = k_pages.shape[2]
     page = page_table[slots, at // page_size].long()
     for new, pages, scales in ((k, k_pages, k_scales), (v, v_pages, v_scales)):
@@ -38,9 +41,3 @@ def rope_write_kv(
             pages[page, :, at % page_size] = new.to(pages.dtype)
     q_out.zero_()
     q_out[live] = q
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    rotary_dim = cos.shape[-1]
-    rotated = apply_rope(x[..., :rotary_dim], cos, sin)
-    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), -1)
