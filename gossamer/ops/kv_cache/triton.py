@@ -31,8 +31,8 @@ def encode_e4m3(x):
 @triton.jit
 def _write_pages(
     new, pages, scales, positions, token_slots, page_table, head, begin, num_tokens, table_stride,
-    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The pages whose first token of this step is one of TOKENS from `begin` on, for one head of keys or values."""
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -49,11 +49,11 @@ def _write_pages(
             count = tl.minimum(tl.min(tl.where(same, PAGE, n), 0), PAGE - offset)
             at = tl.load(page_table + slot.to(tl.int64) * table_stride + position // PAGE).to(tl.int64) * NUM_KV + head
             base = pages + at * (PAGE * HEAD_DIM)
-            rows = new + token.to(tl.int64) * (2 * NUM_KV * HEAD_DIM)
+            rows = new + token.to(tl.int64) * ROW
             largest = tl.zeros([BLOCK_T], tl.float32)
             for low in range(0, count, BLOCK_T):
                 inside = (low + t < count)[:, None] & (d < HEAD_DIM)
-                x = tl.load(rows + (low + t)[:, None] * (2 * NUM_KV * HEAD_DIM) + d, inside, 0.0).to(tl.float32)
+                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
                 size = tl.abs(x)
                 largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
             # reference.page_scale, and one over it: both are exponents alone.
@@ -72,7 +72,7 @@ def _write_pages(
                     tl.store(base + (low + t)[:, None] * HEAD_DIM + d, code, inside)
             for low in range(0, count, BLOCK_T):
                 inside = (low + t < count)[:, None] & (d < HEAD_DIM)
-                x = tl.load(rows + (low + t)[:, None] * (2 * NUM_KV * HEAD_DIM) + d, inside, 0.0).to(tl.float32)
+                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
                 # A finite number times `inverse` is finite, and no larger than 448.
                 tl.store(base + (offset + low + t)[:, None] * HEAD_DIM + d, encode_e4m3(x * inverse), inside)
             # No warp may find the new scale where it looks for the old one.
@@ -83,8 +83,8 @@ def _write_pages(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _write_kernel(
     kv, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales, num_tokens, table_stride,
-    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * TOKENS
     plane_head = tl.program_id(1)
@@ -95,12 +95,12 @@ def _write_kernel(
     if plane_head < NUM_KV:
         _write_pages(
             new, k_pages, k_scales, positions, token_slots, page_table, plane_head, begin, num_tokens, table_stride,
-            NUM_KV, HEAD_DIM, PAGE, TOKENS, BLOCK_T, BLOCK_D,
+            NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
         )  # fmt: skip
     else:
         _write_pages(
             new, v_pages, v_scales, positions, token_slots, page_table, plane_head - NUM_KV, begin, num_tokens,
-            table_stride, NUM_KV, HEAD_DIM, PAGE, TOKENS, BLOCK_T, BLOCK_D,
+            table_stride, NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
         )  # fmt: skip
 
 
@@ -108,14 +108,30 @@ def write_kv_fp8(
     kv: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
     k_pages: torch.Tensor, v_pages: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor,
 ) -> None:  # fmt: skip
-    num_tokens, (num_kv_heads, page_size, head_dim) = kv.shape[0], k_pages.shape[1:]
+    _write(kv, positions, token_slots, page_table, (k_pages, k_scales), (v_pages, v_scales))
+
+
+def write_rows_fp8(
+    rows: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
+    pages: torch.Tensor, scales: torch.Tensor,
+) -> None:  # fmt: skip
+    """`write_kv_fp8` of one plane with one head: rows [num_tokens, dim]."""
+    _write(rows, positions, token_slots, page_table, (pages, scales))
+
+
+def _write(
+    new: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor,
+    *planes: tuple[torch.Tensor, torch.Tensor],
+) -> None:  # fmt: skip
+    num_tokens, (num_heads, page_size, dim) = new.shape[0], planes[0][0].shape[1:]
     if not num_tokens:
         return
     # Of the tokens of a long prompt one in a page has work: programs for all would mostly start in vain.
-    tokens = 1 if num_tokens <= _SPREAD_TOKENS else 8
-    _write_kernel[(triton.cdiv(num_tokens, tokens), 2 * num_kv_heads)](
-        kv, positions, token_slots, page_table, k_pages.view(torch.uint8), v_pages.view(torch.uint8), k_scales,
-        v_scales, num_tokens, page_table.shape[1],
-        NUM_KV=num_kv_heads, HEAD_DIM=head_dim, PAGE=page_size, TOKENS=tokens, BLOCK_T=min(_BLOCK_TOKENS, page_size),
-        BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **overlap_options(kv),
+    tokens, block_d = 1 if num_tokens <= _SPREAD_TOKENS else 8, triton.next_power_of_2(dim)
+    (k_pages, k_scales), (v_pages, v_scales) = planes[0], planes[-1]
+    _write_kernel[(triton.cdiv(num_tokens, tokens), len(planes) * num_heads)](
+        new, positions, token_slots, page_table, k_pages.view(torch.uint8), v_pages.view(torch.uint8), k_scales,
+        v_scales, num_tokens, page_table.shape[1], NUM_KV=num_heads, HEAD_DIM=dim, ROW=len(planes) * num_heads * dim,
+        PAGE=page_size, TOKENS=tokens, BLOCK_T=min(_BLOCK_TOKENS, page_size), BLOCK_D=block_d,
+        num_warps=4 if block_d <= 256 else 8, **overlap_options(new),
     )  # fmt: skip

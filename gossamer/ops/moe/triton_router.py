@@ -354,7 +354,8 @@ def _route_few(
     _router_kernel[(num_experts, tiles)](
         x, x if residual is None else residual, weight if norm_weight is None else norm_weight, weight, bias,
         token_slots, logits, arrivals, summed, normed, q, scales, weights, ids, num_tokens, num_experts, hidden, eps,
-        **choice, ROWS=rows, CHOICE_ROWS=ROUTER_ROWS, BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
+        **choice, ROWS=rows, CHOICE_ROWS=ROUTER_ROWS,
+        BLOCK_H=max(FP8_BLOCK if quantize else 1, triton.next_power_of_2(hidden)),
         NORM=residual is not None, QUANTIZE=FP8_BLOCK if quantize else 0, num_warps=4 if hidden <= 4096 else 8,
         **overlap_options(x),
     )  # fmt: skip
