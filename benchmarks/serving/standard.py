@@ -3,6 +3,7 @@
     python benchmarks/serving/standard.py [--repeats 3]
     python benchmarks/serving/standard.py --prefix fp8 --engine quantization=fp8
     python benchmarks/serving/standard.py --prefix fp8kv --engine quantization=fp8 --engine kv_cache_dtype=fp8
+    python benchmarks/serving/standard.py --prefix mla --model benchmarks/models/deepseek-v2-lite
 
 Weights are random (`--load-format dummy --seed 0`), prompts distinct and random, temperature 1. A decode rate is the
 difference of a long and a short output, so that neither prefill nor start-up is in it. Each engine is a process of its
@@ -30,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 READY, RESULT = "READY ", "RESULT "
 
 
-BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256]}
+BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256], "mla": [1, 64, 256]}
 """Of the suites that have batches of their own; with an FP8 KV cache prefill is not measured."""
 
 

@@ -87,15 +87,15 @@ TRAITS: dict[str, dict[str, Any]] = {
     "olmoe": {"qk_norm": "full", "clip_qkv": 0.9, "moe": MoEConfig(8, 2, 96, renormalize=False)},
     "deepseek_v2": {
         "attention": "mla",
-        "mla": MLAConfig(32, 16, 8, 12, None, interleaved=True),
-        "rope": RopeConfig(rotary_dim=8),
+        "mla": MLAConfig(32, 32, 16, 16, None, interleaved=True),
+        "rope": RopeConfig(rotary_dim=16),
         "moe": MoEConfig(8, 3, 32, renormalize=False, num_shared=2, dense_layers=frozenset({0})),
     },
     "deepseek_v2_groups": {
-        "mla": MLAConfig(32, 16, 8, 12, 24, interleaved=True),
+        "mla": MLAConfig(32, 32, 16, 16, 24, interleaved=True),
         "rope": RopeConfig(
             kind="yarn",
-            rotary_dim=8,
+            rotary_dim=16,
             factor=4.0,
             original_max_position=64,
             mscale=0.707,
@@ -114,7 +114,7 @@ TRAITS: dict[str, dict[str, Any]] = {
         ),
     },
     "deepseek_v3_halves": {
-        "mla": MLAConfig(32, 16, 8, 12, 24, interleaved=False),
+        "mla": MLAConfig(32, 32, 16, 16, 24, interleaved=False),
         "moe": MoEConfig(
             8,
             3,

@@ -32,9 +32,9 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
     "moe_intermediate_size": 32,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,

@@ -107,6 +107,16 @@ def test_decode(seq_lens: list[int], num_programs: int, dtype: torch.dtype) -> N
     assert rel_rms(batch.decode("triton", num_programs, blocks=2), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_decode_with_heads_as_rows_or_columns(swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.ops.mla import triton
+
+    monkeypatch.setattr(triton, "decode_cut", lambda *_: triton.DecodeCut(16, 4, 1, swap))
+    for fp8 in (False, True):
+        batch = Batch([33, 80, 1], [1, 1, 1], TINY, torch.float32, fp8=fp8)
+        assert rel_rms(batch.decode("triton", 2), batch.decode("reference")) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("num_programs", [1, 3])
 def test_decode_over_fp8_pages(num_programs: int) -> None:
     batch = Batch([33, 80, 1], [1, 1, 1], TINY, torch.float32, fp8=True)
