@@ -37,8 +37,7 @@ PREFILL = {
     "512 after 8k": [(512, 8704)],
 }
 WRITE = {"write b1": 1, "write b64": 64, "write b256": 256}
-SWEEP = {16: [(16, 4, 2, True), (16, 4, 3, False), (16, 8, 3, False), (64, 8, 2, False), (16, 8, 2, True)]}
-SWEEP |= {64: [(64, 8, 2, False), (64, 8, 2, True)], 128: [(64, 8, 2, False), (64, 8, 2, True)]}
+SWEEP = {16: [(16, 4, 3), (16, 8, 2), (16, 8, 3), (64, 8, 2)], 64: [(64, 8, 2)], 128: [(64, 8, 2)]}
 
 
 class Cache:
@@ -151,7 +150,7 @@ def sweep(read: float) -> Iterator[tuple[str, dict[str, object]]]:
         for heads, cuts in SWEEP.items():
             for cut in cuts:
                 kernels.decode_cut = lambda *_, cut=cut: kernels.DecodeCut(*cut)  # type: ignore[misc]
-                tag = " g{} w{} s{} {}".format(*cut[:3], "columns" if cut[3] else "rows")
+                tag = " g{} w{} s{}".format(*cut)
                 try:
                     yield from run_decode({"b64 8k": DECODE["b64 8k"]}, heads, kv, read, tag)
                 except Exception as error:

@@ -114,7 +114,7 @@ class MLALayer:
         """Queries [num_tokens, heads * head_dim] and raw latents, of what `q_kv` gives."""
         q, kv = projected.split(self._splits, 1)
         if self.q_b is not None:
-            q = self.q_b(rms_norm(q, self._held(self._q_norm), _LATENT_EPS, backend=self._backend))
+            q = self.q_b(rms_norm(q.contiguous(), self._held(self._q_norm), _LATENT_EPS, backend=self._backend))
         return q, kv
 
     def _absorbed(self, q: torch.Tensor) -> torch.Tensor:

@@ -104,12 +104,9 @@ def rope_write_latents(
 @triton.jit
 def _attend_pages(
     latent_q, rope_q, peak, weight, total, measure, latent_desc, rope_desc, scales, table, low, high, seq_len,
-    scale_log2, RANK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
+    scale_log2, RANK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Pages low .. high - 1 of one sequence. SWAP: tokens and latents are the products' rows, heads their columns.
-
-    SCALED: `total` counts in units of `measure`, the last page's scale."""
-    TOKENS: tl.constexpr = 0 if SWAP else 1
+    """Pages low .. high - 1 of one sequence. SCALED: `total` counts in units of `measure`, the last page's scale."""
     page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
     # The one page that is masked passes through registers: no memory is left to load others ahead.
     for p in tl.range(low, high, num_stages=1 if MASKED else None):
@@ -124,26 +121,18 @@ def _attend_pages(
             # What the last page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
             visible = p * PAGE + tl.arange(0, PAGE) < seq_len
             latent = tl.where(visible[:, None], latent, 0.0)
-        if SWAP:
-            scores = tl.dot(latent, latent_q.T, input_precision=PRECISION)
-            scores = tl.dot(key, rope_q.T, scores, input_precision=PRECISION)
-        else:
-            scores = tl.dot(latent_q, latent.T, input_precision=PRECISION)
-            scores = tl.dot(rope_q, key.T, scores, input_precision=PRECISION)
+        scores = tl.dot(latent_q, latent.T, input_precision=PRECISION)
+        scores = tl.dot(rope_q, key.T, scores, input_precision=PRECISION)
         if MASKED:
-            scores = tl.where(tl.expand_dims(visible, 1 - TOKENS), scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, TOKENS) * to_log2)
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+        highest = tl.maximum(peak, tl.max(scores, 1) * to_log2)
         fade = tl.exp2(peak - highest)
-        weights = tl.exp2(scores * to_log2 - tl.expand_dims(highest, TOKENS))
-        weight = weight * fade + tl.sum(weights, TOKENS)
+        weights = tl.exp2(scores * to_log2 - highest[:, None])
+        weight = weight * fade + tl.sum(weights, 1)
         if SCALED:
             fade *= measure / page_scale
             measure = copy_scale(page_scale)
-        total *= tl.expand_dims(fade, TOKENS)
-        if SWAP:
-            total = tl.dot(latent.T, weights.to(latent.dtype), total, input_precision=PRECISION)
-        else:
-            total = tl.dot(weights.to(latent.dtype), latent, total, input_precision=PRECISION)
+        total = tl.dot(weights.to(latent.dtype), latent, total * fade[:, None], input_precision=PRECISION)
         peak = highest
         page = tl.load(table + tl.minimum(p + 1, high - 1))
     return peak, weight, total, measure
@@ -166,8 +155,7 @@ def _decode_kernel(
     latent_q, rope_q, latent_desc, rope_desc, scales, page_table, slots, seq_lens, out, partials, lse,
     num_rows, row_stride, head_stride, table_stride, scale_log2,
     NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr,
-    PDL: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' pages, laid end to end, are cut into equal shares: program p of a block of GROUP heads takes share p.
 
@@ -203,21 +191,19 @@ def _decode_kernel(
             rotated = tl.load(rope_q + rope_at, mask=inside[:, None], other=0.0)
             peak = tl.full([BLOCK_G], LOW, tl.float32)
             weight = tl.zeros([BLOCK_G], tl.float32)
-            total = tl.zeros([RANK, BLOCK_G] if SWAP else [BLOCK_G, RANK], tl.float32)
+            total = tl.zeros([BLOCK_G, RANK], tl.float32)
             measure = 1.0
             table = page_table + slot.to(tl.int64) * table_stride
             whole = tl.maximum(tl.minimum(seq_len // PAGE, high), low)
             peak, weight, total, measure = _attend_pages(
                 queries, rotated, peak, weight, total, measure, latent_desc, rope_desc, scales, table, low, whole,
-                seq_len, scale_log2, RANK, PAGE, False, SCALED, SWAP,
+                seq_len, scale_log2, RANK, PAGE, False, SCALED,
             )  # fmt: skip
             peak, weight, total, measure = _attend_pages(
                 queries, rotated, peak, weight, total, measure, latent_desc, rope_desc, scales, table, whole, high,
-                seq_len, scale_log2, RANK, PAGE, True, SCALED, SWAP,
+                seq_len, scale_log2, RANK, PAGE, True, SCALED,
             )  # fmt: skip
-            result = total * tl.expand_dims(measure / weight, 0 if SWAP else 1)
-            if SWAP:
-                result = result.T
+            result = total * (measure / weight)[:, None]
             if (low == 0) & (part_end == row_end):
                 tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
             else:
@@ -284,20 +270,22 @@ def check_pages(q: torch.Tensor, pages: torch.Tensor, rank: int, indices: dict[s
 
 
 class DecodeCut(NamedTuple):
-    """A decode program: its heads (padded), warps and pipeline stages; `swap`: they are columns."""
+    """A decode program: its heads (padded), warps and pipeline stages."""
 
     block_g: int
     num_warps: int
     num_stages: int
-    swap: bool
 
 
-def decode_cut(group: int, itemsize: int, scaled: bool) -> DecodeCut:
-    """For `group` heads and queries of `itemsize` bytes. A product's rows are 64 or more, its columns may be 16."""
+def decode_cut(group: int, itemsize: int) -> DecodeCut:
+    """For `group` heads and queries of `itemsize` bytes (measured on an H200).
+
+    From 64 rows on products are Hopper's own, whose rows lie in shared memory: one page fewer is loaded ahead.
+    """
     block_g = max(16, triton.next_power_of_2(group))
     if itemsize == 4:
-        return DecodeCut(block_g, 4, 1, True)
-    return DecodeCut(block_g, 4, 2, True) if group <= 32 else DecodeCut(block_g, 8, 2, False)
+        return DecodeCut(block_g, 4, 1)
+    return DecodeCut(block_g, 8, 3 if block_g < 64 else 2)
 
 
 def latent_decode(
@@ -318,7 +306,7 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    cut = decode_cut(group, q_latent.element_size(), scales is not None)
+    cut = decode_cut(group, q_latent.element_size())
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     flat = pages.view(-1, pages.shape[3])
@@ -328,7 +316,7 @@ def latent_decode(
         q_latent, q_rope, TensorDescriptor.from_tensor(flat, [page_size, rank]),
         TensorDescriptor.from_tensor(flat, [page_size, q_rope.shape[2]]), scales, page_table, slots, seq_lens, out,
         workspace.partials, workspace.lse, num_rows, q_rope.stride(0), q_rope.stride(1), page_table.stride(0),
-        scale * LOG2E, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2], SCALED=scales is not None, SWAP=cut.swap,
+        scale * LOG2E, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2], SCALED=scales is not None,
         num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
     )  # fmt: skip
     _merge_kernel[(num_rows, num_heads)](
