@@ -180,8 +180,9 @@ def main() -> None:
             if options.only in (None, "write"):
                 runs.append(run_write(16, kv))
             if options.only in (None, "decode"):
-                runs += [run_decode(DECODE, heads, kv, read) for heads in (16, 64, 128)]
-            if options.only in (None, "prefill"):
+                chosen = DECODE if kv == "bf16" else {name: DECODE[name] for name in ("b64 1k", "b64 8k", "b256 1k")}
+                runs += [run_decode(chosen, heads, kv, read) for heads in (16, 64, 128)]
+            if options.only in (None, "prefill") and kv == "bf16":
                 runs += [run_prefill(heads, kv) for heads in (16, 128)]
     for run in runs:
         for name, case in run:

@@ -4,7 +4,7 @@ The query heads are the rows of the products. Work is cut as in `ops/attention/t
 launch of its own, for a row's heads are many and its latents wide.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION, copy_scale, row
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.kv_cache.triton import write_rows_fp8
+from gossamer.ops.mla import hopper
 
 _MIN_PAGES = 2  # in a program: fewer cost more in merging than they gain in parallelism
 _MERGE_PARTS = 16  # that a merging program has at once
@@ -306,20 +307,31 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    cut = decode_cut(group, q_latent.element_size())
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
-    flat = pages.view(-1, pages.shape[3])
-    common = {"PAGE": page_size, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES, **overlap_options(q_latent)}
-    common |= {"NUM_BLOCKS": num_blocks, "GROUP": group, "RANK": rank}
-    _decode_kernel[(num_programs * num_blocks,)](
-        q_latent, q_rope, TensorDescriptor.from_tensor(flat, [page_size, rank]),
-        TensorDescriptor.from_tensor(flat, [page_size, q_rope.shape[2]]), scales, page_table, slots, seq_lens, out,
-        workspace.partials, workspace.lse, num_rows, q_rope.stride(0), q_rope.stride(1), page_table.stride(0),
-        scale * LOG2E, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2], SCALED=scales is not None,
-        num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
-    )  # fmt: skip
+    cut: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
+    common = {**cut, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
+    parts = workspace.partials, workspace.lse
+    if hopper.serves(q_latent, pages, group):
+        metadata = page_table, slots, seq_lens
+        hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, **cut)
+    else:
+        _launch(q_latent, q_rope, pages, page_table, slots, seq_lens, scale, out, scales, parts, num_programs, common)
     _merge_kernel[(num_rows, num_heads)](
-        slots, seq_lens, out, workspace.partials, workspace.lse, num_rows, num_programs, PARTS=_MERGE_PARTS,
-        num_warps=4, **common,
+        slots, seq_lens, out, *parts, num_rows, num_programs, PARTS=_MERGE_PARTS, num_warps=4, **common
+    )
+
+
+def _launch(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float, out: torch.Tensor, scales: torch.Tensor | None,
+    parts: tuple[torch.Tensor, torch.Tensor], num_programs: int, common: dict[str, Any],
+) -> None:  # fmt: skip
+    flat, rope_dim = pages.view(-1, pages.shape[3]), q_rope.shape[2]
+    cut = decode_cut(common["GROUP"], q_latent.element_size())
+    latents, keys = (TensorDescriptor.from_tensor(flat, [common["PAGE"], n]) for n in (common["RANK"], rope_dim))
+    _decode_kernel[(num_programs * common["NUM_BLOCKS"],)](
+        q_latent, q_rope, latents, keys, scales, page_table, slots, seq_lens, out, *parts, seq_lens.shape[0],
+        q_rope.stride(0), q_rope.stride(1), page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim,
+        SCALED=scales is not None, num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
     )  # fmt: skip
