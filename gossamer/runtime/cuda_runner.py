@@ -32,6 +32,8 @@ MAX_PIECEWISE_TOKENS = 512
 """Mixed steps of up to this many tokens run as piecewise graphs; longer ones hide their launches."""
 MAX_KEPT_LOGITS = 16
 """Decode graphs of up to this many rows keep their logits; larger ones would hold gigabytes together."""
+WARM_UP_CONTEXT = 1 << 17
+"""Tokens of context announced to the widest step on padding: what grows with them has reached its bound."""
 CLOCK_SECONDS = 10.0
 """The device's clock is read against an event at most this old: its differences are float32 milliseconds."""
 
@@ -279,7 +281,8 @@ class CudaRunner:
     def warm_up_prefill(self, num_tokens: int) -> None:
         """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
         self.inputs.pad(len(self._sequences), num_tokens)
-        plan = self._token_plan(num_tokens, 0, 1, num_tokens, self._max_model_len)
+        context = min(self._max_model_len * len(self._sequences), WARM_UP_CONTEXT)
+        plan = self._token_plan(num_tokens, 0, 1, num_tokens, context)
         hidden = self._forward(num_tokens, plan)
         self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
 

@@ -196,8 +196,8 @@ def latent_prefill(
         lse = carried.new_empty(num_tokens, num_heads)
     num_blocks = triton.cdiv(num_tokens, block_m) + num_rows
     common: dict[str, Any] = {"BLOCK_R": row_block(num_rows), **overlap_options(q)}
-    # Whole tiles of lines: cuBLAS and Triton's descriptors like few shapes.
-    lines = min(piece, triton.cdiv(num_context, 64) * 64)
+    # Few sizes, so that one step's memory serves the next.
+    lines = min(piece, max(64, triton.next_power_of_2(num_context)))
     latents = q.new_empty(lines, width)
     expanded = q.new_empty(lines, num_heads * out_dim)
     for start in range(0, num_context, piece):
