@@ -92,6 +92,8 @@ def missing(name: str) -> str:
     command = f"python benchmarks/ops/bench_{stem}.py --out benchmarks/results/{name}.json"
     if stem == "standard_bf16":
         command = "python benchmarks/serving/standard.py"
+    if stem == "standard_mla":
+        command = "python benchmarks/serving/standard.py --prefix mla --model benchmarks/models/deepseek-v2-lite"
     if stem in ("standard_fp8", "standard_fp8kv"):
         options = "--engine quantization=fp8" + " --engine kv_cache_dtype=fp8" * stem.endswith("kv")
         command = f"python benchmarks/serving/standard.py --prefix {stem.removeprefix('standard_')} {options}"

@@ -66,7 +66,12 @@ def rope_write_latents(
     (num_tokens, num_heads, head_dim), width = q_out.shape, kv.shape[1]
     if q.shape != (num_tokens, num_heads * head_dim) or pages.shape[1] != 1 or pages.shape[3] != width:
         raise ValueError(f"q {[*q.shape]}, q_out {[*q_out.shape]}, kv {[*kv.shape]}, pages {[*pages.shape]} differ")
-    if cos.shape != sin.shape or cos.shape[-1] % 2 or norm.shape[0] + cos.shape[-1] != width or q.stride(1) != 1:
+    if (
+        cos.shape != sin.shape
+        or cos.shape[-1] % 2
+        or norm.shape[0] + cos.shape[-1] != width
+        or q.stride(1) + kv.stride(1) != 2
+    ):
         raise ValueError(f"a latent of {norm.shape[0]} and {cos.shape[-1]} rotated are not the {width} of a page")
     if not all(t.is_contiguous() for t in (norm, cos, sin, positions, token_slots, page_table, pages, q_out)):
         raise ValueError("rope_write_latents needs contiguous tensors")

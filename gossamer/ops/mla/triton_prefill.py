@@ -18,7 +18,8 @@ from gossamer.ops.mla.triton import check_pages
 PIECE_BYTES = 1 << 29  # of expanded keys and values: the step's largest temporary
 
 
-@triton.jit(do_not_specialize=["num_rows", "start", "count"])
+# The metadata begins behind that of a step's decode rows: no compilation for each alignment.
+@triton.jit(do_not_specialize=["num_rows", "start", "count"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _gather_kernel(
     pages, scales, page_table, slots, seq_lens, out, num_rows, start, count, table_stride,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, TOKENS: tl.constexpr,
@@ -77,21 +78,19 @@ def _attend(
     return peak, weight, total
 
 
-# The metadata begins behind that of a step's decode rows: no compilation for each alignment.
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "start", "count"],
+    do_not_specialize=["num_tokens", "num_rows", "num_blocks", "start", "count", "last"],
     do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"],
 )
 def _prefill_kernel(
     q, k_desc, v_desc, rope_desc, slots, cu_seqlens_q, seq_lens, out, carried, lse,
-    num_tokens, num_rows, num_blocks, start, count, scale_log2,
+    num_tokens, num_rows, num_blocks, start, count, last, scale_log2,
     NUM_HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of BLOCK_M tokens of one row, over the keys that lie in lines start .. start + count - 1 of all rows'.
 
-    Between pieces the normalised sum lies in `carried`, and the log2 of its weight in `lse`.
+    Until the `last` piece the normalised sum lies in `carried`, and the log2 of its weight in `lse`.
     """
     head = tl.program_id(0) % NUM_HEADS
     block = num_blocks - 1 - tl.program_id(0) // NUM_HEADS  # a sequence's last blocks see the most keys
@@ -124,14 +123,11 @@ def _prefill_kernel(
     low = tl.maximum(row_context - start, 0)
     high = tl.minimum(row_context + visible - start, count)
     at = (token.to(tl.int64) * NUM_HEADS + head)[:, None]
-    peak = tl.full([BLOCK_M], LOW, tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, V], tl.float32)
     state = token.to(tl.int64) * NUM_HEADS + head
-    if not FIRST:
-        peak = tl.load(lse + state, mask=inside, other=LOW)
-        weight = tl.where(peak > LOW, 1.0, 0.0)
-        total = tl.load(carried + at * V + d[None, :], mask=inside[:, None], other=0.0)
+    carries = inside & (start + m * 0 > 0)
+    peak = tl.load(lse + state, mask=carries, other=LOW)
+    weight = tl.where(peak > LOW, 1.0, 0.0)
+    total = tl.load(carried + at * V + d[None, :], mask=carries[:, None], other=0.0)
     if low < high:
         q_at = q + at * (NOPE + ROPE)
         nope_q = tl.load(q_at + tl.arange(0, NOPE)[None, :], mask=inside[:, None], other=0.0)
@@ -151,18 +147,16 @@ def _prefill_kernel(
             position, shift, high, scale_log2, NOPE, RANK, BLOCK_N, True,
         )  # fmt: skip
     result = tl.where(inside[:, None], total / tl.maximum(weight, 1e-30)[:, None], 0.0)
-    if LAST:
+    if last:
         tl.store(out + at * V + d[None, :], result.to(out.dtype.element_ty), mask=inside[:, None])
     else:
         tl.store(carried + at * V + d[None, :], result, mask=inside[:, None])
         tl.store(lse + state, tl.where(weight > 0, peak + tl.log2(tl.maximum(weight, 1e-30)), LOW), mask=inside)
 
 
-def prefill_cut(element_size: int, max_q_len: int) -> tuple[int, int, int, int]:
+def prefill_cut(element_size: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and pipeline stages (measured on an H200)."""
-    if element_size == 4:
-        return 32, 32, 4, 1
-    return (64, 64, 4, 2) if max_q_len <= 64 else (128, 64, 8, 3)
+    return (32, 32, 4, 1) if element_size == 4 else (128, 64, 8, 3)
 
 
 def latent_prefill(
@@ -186,14 +180,13 @@ def latent_prefill(
     if num_rows == 0:
         out.zero_()
         return
-    block_m, block_n, num_warps, num_stages = prefill_cut(q.element_size(), max_q_len)
+    block_m, block_n, num_warps, num_stages = prefill_cut(q.element_size())
     piece = max(block_n, PIECE_BYTES // (num_heads * out_dim * q.element_size()))
     num_context = max(num_context, 1)
     num_pieces = triton.cdiv(num_context, piece)
-    carried = lse = q
-    if num_pieces > 1:
-        carried = torch.empty(out.shape, dtype=torch.float32, device=q.device)
-        lse = carried.new_empty(num_tokens, num_heads)
+    kept = num_tokens if num_pieces > 1 else 0
+    carried = torch.empty(kept, num_heads, v_dim, dtype=torch.float32, device=q.device)
+    lse = carried.new_empty(kept, num_heads)
     num_blocks = triton.cdiv(num_tokens, block_m) + num_rows
     common: dict[str, Any] = {"BLOCK_R": row_block(num_rows), **overlap_options(q)}
     # Few sizes, so that one step's memory serves the next.
@@ -212,7 +205,7 @@ def latent_prefill(
             q, TensorDescriptor.from_tensor(expanded, [block_n, nope_dim]),
             TensorDescriptor.from_tensor(expanded, [block_n, v_dim]),
             TensorDescriptor.from_tensor(latents, [block_n, width - rank]), slots, cu_seqlens_q, seq_lens, out, carried,
-            lse, num_tokens, num_rows, num_blocks, start, count, scale * LOG2E,
+            lse, num_tokens, num_rows, num_blocks, start, count, start + piece >= num_context, scale * LOG2E,
             NUM_HEADS=num_heads, NOPE=nope_dim, ROPE=width - rank, V=v_dim, RANK=rank, BLOCK_M=block_m, BLOCK_N=block_n,
-            FIRST=start == 0, LAST=start + piece >= num_context, num_warps=num_warps, num_stages=num_stages, **common,
+            num_warps=num_warps, num_stages=num_stages, **common,
         )  # fmt: skip

@@ -14,39 +14,35 @@ MAX_EXPERTS, MAX_TOP_K = 512, 16
 
 
 def route_topk(
-    router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str = "softmax",
-    bias: torch.Tensor | None = None, num_groups: int = 1, topk_groups: int = 1, group_top: int = 1,
-    scale: float = 1.0, num_shared: int = 0, token_slots: torch.Tensor | None = None, backend: str = "auto",
+    router_logits: torch.Tensor, top_k: int, *, token_slots: torch.Tensor | None = None, backend: str = "auto",
+    **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Chooses experts: router_logits [num_tokens, num_experts] -> weights fp32, ids int32 [num_tokens, top_k + shared].
 
-    Scores are softmax or sigmoid of the logits in fp32; of equals the lower id wins. `bias`, fp32 [num_experts], is
-    added for the choice alone. With `topk_groups` of `num_groups` consecutive groups only those with the largest sum of
-    `group_top` best scores have a chance (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `renormalize` makes the kept
-    weights sum to 1 before they are multiplied by `scale`. Ids num_experts .. num_experts + num_shared - 1 follow, with
-    weight 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
+    The options and their defaults are those of `_choice`. Scores are softmax or sigmoid (`score_func`) of the logits in
+    fp32; of equals the lower id wins. `bias`, fp32 [num_experts], is added for the choice alone. With `topk_groups` of
+    `num_groups` consecutive groups only those with the largest sum of `group_top` best scores have a chance
+    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `renormalize` makes the kept weights sum to 1 before they are
+    multiplied by `scale`. Ids num_experts .. num_experts + num_shared - 1 follow, with weight 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
     """
-    options = _choice(
-        router_logits.shape[1], top_k, num_shared, renormalize=renormalize, score_func=score_func, bias=bias,
-        num_groups=num_groups, topk_groups=topk_groups, group_top=group_top, scale=scale,
-    )  # fmt: skip
+    options = _choice(router_logits.shape[1], top_k, **choice) | {"token_slots": token_slots}
     if not use_kernel(router_logits, backend):
-        return reference.route_topk(router_logits, top_k, token_slots=token_slots, **options)
+        return reference.route_topk(router_logits, top_k, **options)
     from gossamer.ops.moe import triton_router
 
-    return triton_router.route_topk(router_logits, top_k, token_slots=token_slots, **options)
+    return triton_router.route_topk(router_logits, top_k, **options)
 
 
 def router(
     x: torch.Tensor, weight: torch.Tensor, top_k: int, *, token_slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None, backend: str = "auto", num_shared: int = 0, **choice: Any,
+    arrivals: torch.Tensor | None = None, backend: str = "auto", **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`route_topk`, with its options, of the fp32 product of x [num_tokens, hidden] with weight [num_experts, hidden].
 
     arrivals: zeroed int32 [16] that the kernel leaves zeroed; calls that share one must not run at the same time.
     Without it every call clears one of its own. `weight` is read before the preceding kernel has ended: a constant.
     """
-    options = _choice(weight.shape[0], top_k, num_shared, **choice) | {"token_slots": token_slots}
+    options = _choice(weight.shape[0], top_k, **choice) | {"token_slots": token_slots}
     if not use_kernel(x, backend):
         return reference.router(x, weight, top_k, **options)
     _check_contiguous("router", x=x, weight=weight)
@@ -58,7 +54,7 @@ def router(
 def add_rms_norm_router(
     x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor, top_k: int, *,
     token_slots: torch.Tensor | None = None, arrivals: torch.Tensor | None = None, quantize: bool = False,
-    backend: str = "auto", num_shared: int = 0, **choice: Any,
+    backend: str = "auto", **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """`ops.norm.add_rms_norm` and `router` of what it returns, for few tokens in one launch.
 
@@ -66,7 +62,7 @@ def add_rms_norm_router(
     new residual stream x + residual, its normed rows and, to `quantize`, their FP8 form (`quantize_activation`).
     `residual` itself may hold either stream afterwards.
     """
-    options = _choice(weight.shape[0], top_k, num_shared, **choice) | {"token_slots": token_slots}
+    options = _choice(weight.shape[0], top_k, **choice) | {"token_slots": token_slots}
     if not use_kernel(x, backend):
         normed = add_rms_norm(x, residual, norm_weight, eps, backend="reference")
         weights, ids = reference.router(normed, weight, top_k, **options)
@@ -142,8 +138,8 @@ def grouped_mlp(
 
 
 def _choice(
-    num_experts: int, top_k: int, num_shared: int, *, renormalize: bool, score_func: str = "softmax",
-    bias: torch.Tensor | None = None, num_groups: int = 1, topk_groups: int = 1, group_top: int = 1, scale: float = 1.0,
+    num_experts: int, top_k: int, *, renormalize: bool, score_func: str = "softmax", bias: torch.Tensor | None = None,
+    num_groups: int = 1, topk_groups: int = 1, group_top: int = 1, scale: float = 1.0, num_shared: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The options of `route_topk`, complete and checked."""
     if score_func not in ("softmax", "sigmoid"):
