@@ -37,7 +37,7 @@ PREFILL = {
     "512 after 8k": [(512, 8704)],
 }
 WRITE = {"write b1": 1, "write b64": 64, "write b256": 256}
-SWEEP = {16: [(16, 4, 3), (16, 8, 2), (16, 8, 3), (64, 8, 2)], 64: [(64, 8, 2)], 128: [(64, 8, 2)]}
+SWEEP = [(16, 4, 3), (16, 8, 2), (16, 8, 3), (64, 8, 2)]
 
 
 class Cache:
@@ -56,12 +56,12 @@ class Cache:
         self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
 
 
-def decode_case(seq_lens: list[int], heads: int, kv: str, block: int = 64) -> tuple[Callable[[int], None], int]:
+def decode_case(seq_lens: list[int], heads: int, kv: str) -> tuple[Callable[[int], None], int]:
     num_sets = common.rotations(sum(seq_lens) * WIDTH * (1 if kv == "fp8" else 2), most=32)
     cache = Cache(seq_lens, num_sets, kv)
     q = torch.randn(len(seq_lens), heads, RANK, dtype=torch.bfloat16, device="cuda")
     q_rope = torch.randn(len(seq_lens), heads, NOPE + ROPE, dtype=torch.bfloat16, device="cuda")[..., NOPE:]
-    out, blocks = torch.empty_like(q), max(1, heads // block)
+    out, blocks = torch.empty_like(q), max(1, heads // 64)
     programs = torch.cuda.get_device_properties(0).multi_processor_count // blocks
     workspace = DecodeWorkspace.allocate(len(seq_lens), heads, blocks, RANK, "cuda", programs)
 
@@ -75,11 +75,11 @@ def decode_case(seq_lens: list[int], heads: int, kv: str, block: int = 64) -> tu
 
 
 def run_decode(
-    cases: dict[str, list[int]], heads: int, kv: str, read: float, tag: str = "", block: int = 64
+    cases: dict[str, list[int]], heads: int, kv: str, read: float, tag: str = ""
 ) -> Iterator[tuple[str, dict[str, object]]]:
     for name, seq_lens in cases.items():
         tokens = sum(seq_lens)
-        call, num_sets = decode_case(seq_lens, heads, kv, block)
+        call, num_sets = decode_case(seq_lens, heads, kv)
         times = common.measure_us(call, calls=max(8, min(32, num_sets)))
         median, flops = statistics.median(times), 2.0 * tokens * heads * (WIDTH + RANK)
         num_bytes = tokens * WIDTH * (1 if kv == "fp8" else 2)
@@ -145,16 +145,16 @@ def run_write(heads: int, kv: str) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def sweep(read: float) -> Iterator[tuple[str, dict[str, object]]]:
+    """Cuts of the plain kernel, for 16 heads: which ones it compiles for, and how fast they are."""
     chosen = kernels.decode_cut
     for kv in ("bf16", "fp8"):
-        for heads, cuts in SWEEP.items():
-            for cut in cuts:
-                kernels.decode_cut = lambda *_, cut=cut: kernels.DecodeCut(*cut)  # type: ignore[misc]
-                tag = " g{} w{} s{}".format(*cut)
-                try:
-                    yield from run_decode({"b64 8k": DECODE["b64 8k"]}, heads, kv, read, tag)
-                except Exception as error:
-                    print(f"h{heads} {kv}{tag}: {type(error).__name__} {str(error)[:120]}", flush=True)
+        for cut in SWEEP:
+            kernels.decode_cut = lambda *_, cut=cut: kernels.DecodeCut(*cut)  # type: ignore[misc]
+            tag = " g{} w{} s{}".format(*cut)
+            try:
+                yield from run_decode({"b64 8k": DECODE["b64 8k"]}, 16, kv, read, tag)
+            except Exception as error:
+                print(f"{kv}{tag}: {type(error).__name__} {str(error)[:120]}", flush=True)
     kernels.decode_cut = chosen
 
 

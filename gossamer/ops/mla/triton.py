@@ -309,29 +309,23 @@ def latent_decode(
         return
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
-    cut: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
-    common = {**cut, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
-    parts = workspace.partials, workspace.lse
+    shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
+    common = {**shares, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
+    metadata, parts = (page_table, slots, seq_lens), (workspace.partials, workspace.lse)
     if hopper.serves(q_latent, pages, group):
-        metadata = page_table, slots, seq_lens
-        hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, **cut)
+        hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, **shares)
     else:
-        _launch(q_latent, q_rope, pages, page_table, slots, seq_lens, scale, out, scales, parts, num_programs, common)
+        cut, flat, rope_dim = (
+            decode_cut(group, q_latent.element_size()),
+            pages.view(-1, pages.shape[3]),
+            q_rope.shape[2],
+        )
+        latents, keys = (TensorDescriptor.from_tensor(flat, [page_size, width]) for width in (rank, rope_dim))
+        _decode_kernel[(num_programs * num_blocks,)](
+            q_latent, q_rope, latents, keys, scales, *metadata, out, *parts, num_rows, *q_rope.stride()[:2],
+            page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim, SCALED=scales is not None,
+            num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
+        )  # fmt: skip
     _merge_kernel[(num_rows, num_heads)](
         slots, seq_lens, out, *parts, num_rows, num_programs, PARTS=_MERGE_PARTS, num_warps=4, **common
     )
-
-
-def _launch(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float, out: torch.Tensor, scales: torch.Tensor | None,
-    parts: tuple[torch.Tensor, torch.Tensor], num_programs: int, common: dict[str, Any],
-) -> None:  # fmt: skip
-    flat, rope_dim = pages.view(-1, pages.shape[3]), q_rope.shape[2]
-    cut = decode_cut(common["GROUP"], q_latent.element_size())
-    latents, keys = (TensorDescriptor.from_tensor(flat, [common["PAGE"], n]) for n in (common["RANK"], rope_dim))
-    _decode_kernel[(num_programs * common["NUM_BLOCKS"],)](
-        q_latent, q_rope, latents, keys, scales, page_table, slots, seq_lens, out, *parts, seq_lens.shape[0],
-        q_rope.stride(0), q_rope.stride(1), page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim,
-        SCALED=scales is not None, num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
-    )  # fmt: skip

@@ -23,7 +23,8 @@ def route_topk(
     fp32; of equals the lower id wins. `bias`, fp32 [num_experts], is added for the choice alone. With `topk_groups` of
     `num_groups` consecutive groups only those with the largest sum of `group_top` best scores have a chance
     (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `renormalize` makes the kept weights sum to 1 before they are
-    multiplied by `scale`. Ids num_experts .. num_experts + num_shared - 1 follow, with weight 1. token_slots: int32 [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
+    multiplied by `scale`. Ids num_experts .. num_experts + num_shared - 1 follow, with weight 1. token_slots: int32
+    [num_tokens]; tokens of slot -1 are padding: weights 0, ids -1.
     """
     options = _choice(router_logits.shape[1], top_k, **choice) | {"token_slots": token_slots}
     if not use_kernel(router_logits, backend):
