@@ -71,7 +71,15 @@ def _tokens(plane: _Plane, index: torch.Tensor | slice, dtype: torch.dtype) -> t
     """
     pages, scales = plane
     by_head = pages.transpose(0, 1)
-    taken = by_head[:, index] if isinstance(index, slice) else by_head.index_select(1, index)
+    if isinstance(index, slice):
+        taken = by_head[:, index]
+    elif by_head.is_contiguous():  # a page of a head is one row: rows are copied whole, and by all threads
+        heads, num_pages = by_head.shape[:2]
+        rows = torch.arange(0, heads * num_pages, num_pages, device=index.device)[:, None] + index
+        taken = by_head.flatten(0, 1).flatten(1).index_select(0, rows.flatten())
+        taken = taken.view(heads, len(index), *by_head.shape[2:])
+    else:
+        taken = by_head.index_select(1, index)
     if scales is not None:
         taken = taken.to(dtype) * scales[index].t()[:, :, None, None].to(dtype)
     return taken.flatten(1, 2)
