@@ -2,8 +2,10 @@
 
     python benchmarks/serving/cpu_peers.py [--llama-python PYTHON_WITH_llama_cpp] [--repeats 5] [--out results.json]
 
-Each engine lives in a process of its own and idles while another works. transformers runs seeded random weights of the
-same shape; its speed does not depend on their values. A decode rate is (tokens - 1) / (time of N - time of 1 token).
+Each engine lives in a process of its own and idles while another works; all wait at OpenMP's barriers as the command
+line has it (`GOMP_SPINCOUNT`), so that other users of the machine disturb all of them less. transformers runs seeded
+random weights of the same shape; its speed does not depend on their values. A decode rate is (tokens - 1) / (time of N
+- time of 1 token).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -184,6 +187,8 @@ def main() -> None:
     if args.worker:
         worker(*args.worker.split("|"))
         return
+    from gossamer.server.cli import SPIN_COUNT  # workers with llama.cpp's interpreter have no gossamer
+
     pathlib.Path(args.scratch).mkdir(parents=True, exist_ok=True)
     processes = {}
     for name, (cls, argument) in ENGINES.items():
@@ -193,8 +198,9 @@ def main() -> None:
         path = str(pathlib.Path(args.scratch) / f"smollm2-{argument}.gguf")
         command = [python, __file__, "--worker", f"{name}|{path}|{model_file()}"]
         processes[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ,
+        )  # fmt: skip
         expect(processes[name], "READY")
     results: dict[str, dict[str, list[float]]] = {name: {case: [] for case in CASES} for name in processes}
     for repeat in range(args.repeats):

@@ -44,7 +44,7 @@ MAX_ERROR_LINES = 5
 # How often a CPU thread looks again, at the barrier that ends every parallel loop, before it sleeps: some tens of
 # microseconds. libgomp's own choice is milliseconds, which a thread that shares its core spins away: with two busy
 # neighbours on two cores a step took ten times as long.
-SPIN_COUNT = "2000"
+SPIN_COUNT = "3000"
 
 
 @dataclass(frozen=True)
