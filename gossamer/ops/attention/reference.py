@@ -71,15 +71,11 @@ def _tokens(plane: _Plane, index: torch.Tensor | slice, dtype: torch.dtype) -> t
     """
     pages, scales = plane
     by_head = pages.transpose(0, 1)
-    if isinstance(index, slice):
+    if isinstance(index, slice) or not by_head.is_contiguous():
         taken = by_head[:, index]
-    elif by_head.is_contiguous():  # a page of a head is one row: rows are copied whole, and by all threads
-        heads, num_pages = by_head.shape[:2]
-        rows = torch.arange(0, heads * num_pages, num_pages, device=index.device)[:, None] + index
-        taken = by_head.flatten(0, 1).flatten(1).index_select(0, rows.flatten())
-        taken = taken.view(heads, len(index), *by_head.shape[2:])
-    else:
-        taken = by_head.index_select(1, index)
+    else:  # a page of a head is one row: rows are copied whole, and by all threads
+        rows = torch.arange(0, len(by_head) * len(pages), len(pages), device=index.device)[:, None] + index
+        taken = by_head.flatten(0, 1).flatten(1).index_select(0, rows.view(-1)).view(len(by_head), -1, *pages.shape[2:])
     if scales is not None:
         taken = taken.to(dtype) * scales[index].t()[:, :, None, None].to(dtype)
     return taken.flatten(1, 2)
@@ -94,10 +90,8 @@ def plan_decode(
     `page_tables[i]` holds at least ceil(seq_lens[i] / page_size) pages; `seq_lens[i]` counts the new token. With a
     `window` only its pages are read.
     """
-    spans: list[tuple[int, int]] = []
-    for seq_len in seq_lens:
-        first = 0 if window is None else max(0, seq_len - window) // page_size
-        spans.append((first, -(-seq_len // page_size)))
+    firsts = [0 if window is None else max(0, seq_len - window) // page_size for seq_len in seq_lens]
+    spans = [(first, -(-seq_len // page_size)) for first, seq_len in zip(firsts, seq_lens, strict=True)]
     order = sorted(range(len(spans)), key=lambda i: spans[i][1] - spans[i][0])
     bounds, start, padding = [], 0, 0
     for i in range(1, len(order)):
@@ -185,8 +179,7 @@ def _decode_one(q: torch.Tensor, planes: tuple[_Plane, _Plane], group: DecodeGro
 
 def _by_row(tokens: torch.Tensor, batch: int) -> torch.Tensor:
     """[num_kv_heads, batch * tokens, head_dim] -> [batch, num_kv_heads, tokens, head_dim], a view."""
-    num_kv_heads, num_tokens, head_dim = tokens.shape
-    return tokens.view(num_kv_heads, batch, num_tokens // batch, head_dim).transpose(0, 1)
+    return tokens.view(len(tokens), batch, -1, tokens.shape[-1]).transpose(0, 1)
 
 
 def _decode_batch(
