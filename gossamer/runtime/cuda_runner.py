@@ -221,7 +221,9 @@ class CudaRunner:
         self.inputs.load_mixed(rows, bucket)
         _record(start)
         num_decode = sum(row.is_decode for row in rows)
-        plan = self._token_plan(bucket, num_decode, len(rows), max(row.num_tokens for row in rows))
+        chunks = rows[num_decode:]
+        span = min(row.start_pos for row in chunks), max(row.start_pos + row.num_tokens for row in chunks)
+        plan = self._token_plan(bucket, num_decode, len(rows), max(row.num_tokens for row in rows), span)
         if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
         else:
@@ -243,20 +245,23 @@ class CudaRunner:
         ids = self.inputs.device["input_ids"][:num_tokens]
         return self.decoder.forward_paged(ids, self.last_token, plan, self._pool())
 
-    def _token_plan(self, num_tokens: int, num_decode: int, num_rows: int, longest: int) -> PagedPlan:
+    def _token_plan(
+        self, num_tokens: int, num_decode: int, num_rows: int, longest: int, span: tuple[int, int]
+    ) -> PagedPlan:
         device = self.inputs.device
         positions, slots = device["positions"][:num_tokens], device["token_slots"][:num_tokens]
-        return self._plan(positions, slots, num_decode, num_rows, longest)
+        return self._plan(positions, slots, num_decode, num_rows, longest, span)
 
     def _plan(
-        self, positions: torch.Tensor, token_slots: torch.Tensor, num_decode: int, num_rows: int, longest: int
-    ) -> PagedPlan:
+        self, positions: torch.Tensor, token_slots: torch.Tensor, num_decode: int, num_rows: int, longest: int,
+        span: tuple[int, int] = (0, 0),
+    ) -> PagedPlan:  # fmt: skip
         device = self.inputs.device
         return PagedPlan(
             num_decode=num_decode, positions=positions, token_slots=token_slots, slots=device["slots"][:num_rows],
             seq_lens=device["seq_lens"][:num_rows], cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
             max_q_len=longest, page_table=self.inputs.page_table, max_seq_len=self._max_model_len,
-            workspace=self._workspace,
+            workspace=self._workspace, chunk_span=span,
         )  # fmt: skip
 
     def _pool(self) -> KVPool:
@@ -278,7 +283,7 @@ class CudaRunner:
     def warm_up_prefill(self, num_tokens: int) -> None:
         """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
         self.inputs.pad(len(self._sequences), num_tokens)
-        plan = self._token_plan(num_tokens, 0, 1, num_tokens)
+        plan = self._token_plan(num_tokens, 0, 1, num_tokens, (0, self._max_model_len))
         hidden = self._forward(num_tokens, plan)
         self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
 
@@ -286,7 +291,7 @@ class CudaRunner:
         """Captures the graphs of a token count, after a run of padding that compiles its kernels."""
         self.warm_up_prefill(bucket)
         if self._graphs is not None and ("mixed", bucket) not in self._graphs:
-            ids, plan = self.inputs.device["input_ids"][:bucket], self._token_plan(bucket, 0, 0, 0)
+            ids, plan = self.inputs.device["input_ids"][:bucket], self._token_plan(bucket, 0, 0, 0, (0, 0))
             pieces = partial(self.decoder.pieces, ids, self.last_token, plan, self._pool())
             self._graphs.capture(("mixed", bucket), pieces)
 

@@ -34,7 +34,8 @@ class PagedPlan:
     """A step as a GPU sees it: host numbers, and static int32 device tensors that `runtime.step_inputs` explains.
 
     The first `num_decode` rows have one token each, padding included; the other rows are prefill chunks, whose tokens
-    follow. Padding has slot -1. `max_seq_len` bounds every seq_len that a captured graph will ever see.
+    follow. Padding has slot -1. `max_seq_len` bounds every seq_len that a captured graph will ever see. `chunk_span`:
+    the lowest position of this step's chunks and the end of their highest, which launches outside graphs may use.
     """
 
     num_decode: int
@@ -47,6 +48,7 @@ class PagedPlan:
     page_table: torch.Tensor
     max_seq_len: int
     workspace: DecodeWorkspace | None
+    chunk_span: tuple[int, int] = (0, 0)
 
 
 Attended = torch.Tensor | Quantized
