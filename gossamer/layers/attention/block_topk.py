@@ -145,6 +145,11 @@ class BlockTopKLayer(gqa.GQALayer):
                 k_scales=scales.get("k_scales"), backend=self._backend,
             )  # fmt: skip
 
+    def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
+        """Without a window in steps of decode alone."""
+        decodes = self._window is not None or plan.num_decode == num_tokens
+        return decodes and super().gives_fp8(plan, planes, num_tokens)
+
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         if self._window is not None:
             super().attend(q, plan, planes, out)
@@ -160,7 +165,7 @@ class BlockTopKLayer(gqa.GQALayer):
                 **scales, max_seq_len=plan.max_seq_len, backend=backend,
             )  # fmt: skip
         if len(plan.slots) > n:
-            self.attend_chunks(q[n:], plan, planes, dense[n:], rule.dense_below)
+            self.attend_chunks(q[n:], plan, planes, dense[n:], below=rule.dense_below)
             sparse_attention(
                 q[n:], k_pages, v_pages, summaries, plan.page_table, plan.token_slots[n:], plan.positions[n:], rule,
                 self._entries, self._scale, dense[n:], **scales, max_seq_len=plan.chunk_span[1],

@@ -77,19 +77,20 @@ def _half(queries):
     return (x * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_rows", "row_stride", "head_stride", "window"])
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "head_stride", "window", "dense_below"])
 def _decode_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, out_scales, partials, lse,
-    arrivals,
-    num_rows, table_stride, row_stride, head_stride, scale_log2, window,
+    arrivals, blocks, pages,
+    num_rows, table_stride, row_stride, head_stride, scale_log2, window, dense_below,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, LIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
-    SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values.
+    SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values. LIST: rows longer
+    than `dense_below` have that many pages at most, whose `blocks` of the sequence and `pages` each KV head lists.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS
@@ -98,6 +99,8 @@ def _decode_kernel(
     lens = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     lens = tl.where(tl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0, lens, 0)
     row_pages = tl.cdiv(lens, PAGE) - tl.maximum(lens - window, 0) // PAGE
+    if LIST:
+        row_pages = tl.where(lens > dense_below, tl.minimum(row_pages, LIST), row_pages)
     ends = tl.cumsum(row_pages, 0)
     num_pages = tl.sum(row_pages, 0)
     share = tl.maximum(tl.cdiv(num_pages, num_programs), MIN_PAGES)
@@ -122,6 +125,10 @@ def _decode_kernel(
         first_token = tl.maximum(seq_len - window, 0)
         first_page = first_token // PAGE
         row_end = row_begin + tl.cdiv(seq_len, PAGE) - first_page
+        listed = False
+        if LIST:
+            listed = seq_len > dense_below
+            row_end = tl.where(listed, tl.minimum(row_end, row_begin + LIST), row_end)
         if row_end > unit:
             part_end = tl.minimum(row_end, stop)
             low, high = first_page + unit - row_begin, first_page + part_end - row_begin
@@ -136,6 +143,11 @@ def _decode_kernel(
                 peak = tl.where(unit == row_begin, tl.maximum(sink * 1.4426950408889634, LOW), peak)
                 weight = tl.where(unit == row_begin, 1.0, weight)
             table = page_table + slot.to(tl.int64) * table_stride
+            if LIST:
+                order = blocks + (row * NUM_KV_HEADS + head) * LIST
+                if listed:
+                    table = pages + (row * NUM_KV_HEADS + head) * LIST
+                block = tl.where(listed, tl.load(order + low, mask=listed, other=0), low)
             page = tl.load(table + low)
             to_log2 = scale_log2
             if SCALED:
@@ -151,6 +163,8 @@ def _decode_kernel(
             for p in range(low, high):
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
+                if LIST:
+                    token = block * PAGE + n
                 visible = (token >= first_token) & (token < seq_len)
                 # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
                 k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
@@ -184,6 +198,8 @@ def _decode_kernel(
                     v = v.to(queries.dtype)
                     total = tl.dot(weights, v, total * fade[:, None], input_precision=PRECISION)
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
+                if LIST:
+                    block = tl.where(listed, tl.load(order + tl.minimum(p + 1, high - 1), mask=listed, other=0), p + 1)
                 if SCALED:
                     k_scale, v_scale = page_scales(k_scales, v_scales, page, head, True, NUM_KV_HEADS)
             if SCALED:
@@ -246,7 +262,12 @@ def paged_decode(
     seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, window: int | None,
     sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None, max_seq_len: int,
+    selected: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> None:  # fmt: skip
+    """selected: int32 [num_rows, num_kv_heads, list], blocks and pages, of rows longer than the third (no window then).
+
+    A list has the pages of its row, as many as it has place for at most, the row's last among them.
+    """
     indices = {"page_table": page_table, "slots": slots, "seq_lens": seq_lens}
     check(q, k_pages, v_pages, out, out_scales, window, indices)
     num_rows, num_q_heads, head_dim = q.shape
@@ -263,6 +284,10 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
+    blocks, pages, dense_below = (None, None, 0) if selected is None else selected
+    num_listed = 0 if pages is None else pages.shape[2]
+    if num_listed:
+        pages_per_row = min(pages_per_row, max(num_listed, triton.cdiv(dense_below, page_size)))
     page_bytes, scaled = 2 * page_size * head_dim * k_pages.element_size(), k_scales is not None
     max_programs, num_stages, registers = _decode_cut(num_rows, workspace, page_bytes, scaled)
     # Programs without a share leave at once; their number never changes the others' shares.
@@ -271,12 +296,12 @@ def paged_decode(
     _decode_kernel[(num_programs * num_kv_heads,)](
         q, k_pages, v_pages.view(torch.int16) if scaled else v_pages, k_scales, v_scales, page_table, slots, seq_lens,
         sinks, out, out_scales,
-        workspace.partials, workspace.lse, workspace.arrivals,
+        workspace.partials, workspace.lse, workspace.arrivals, blocks, pages,
         num_rows, page_table.stride(0), *((0, 0) if out_scales is None else out_scales.stride()), scale * LOG2E,
-        window or NO_WINDOW,
+        window or NO_WINDOW, dense_below,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        SCALED=scaled, num_warps=4, num_stages=num_stages, **({"maxnreg": registers} if registers else {}),
+        SCALED=scaled, LIST=num_listed, num_warps=4, num_stages=num_stages, **({"maxnreg": registers} if registers else {}),
         **overlap_options(q),
     )  # fmt: skip
