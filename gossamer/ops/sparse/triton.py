@@ -213,6 +213,7 @@ def _select_kernel(
 ):  # fmt: skip
     """One program: a token and KV head. The TOP best blocks in rising order, by a search for the bits of the least of
     them; equal ones from the earliest on. FORCED: the first ones stand before them, the local ones behind."""
+    STEPS: tl.constexpr = (31 + BITS - 1) // BITS
     row = tl.program_id(0)
     token = row // NUM_KV_HEADS
     slot = tl.load(token_slots + token)
@@ -235,23 +236,23 @@ def _select_kernel(
     least = tl.where(count > TOP, 0, -1)
     above = 0
     if count > TOP:
-        for step in tl.static_range((31 + BITS - 1) // BITS):
-            SHIFT: tl.constexpr = ((31 + BITS - 1) // BITS - 1 - step) * BITS
+        for step in range(STEPS):
+            shift = (STEPS - 1 - step) * BITS
             if BITS == 1:
                 at_least = 0
                 for low in range(FIRST, end, BLOCK):
                     _, key = _keys(found, low, end, BLOCK)
-                    at_least += tl.sum((key >= least + (1 << SHIFT)).to(tl.int32), 0)
-                least = tl.where(at_least >= TOP, least + (1 << SHIFT), least)
+                    at_least += tl.sum((key >= least + (1 << shift)).to(tl.int32), 0)
+                least = tl.where(at_least >= TOP, least + (1 << shift), least)
             else:
                 digit = tl.arange(0, 1 << BITS)
-                bound = least + (digit << SHIFT)
+                bound = least + (digit << shift)
                 many = tl.zeros([1 << BITS], tl.int32)
                 for low in range(FIRST, end, BLOCK):
                     _, key = _keys(found, low, end, BLOCK)
                     many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
                 best = tl.max(tl.where((many >= TOP) & (bound >= 0), digit, 0), 0)
-                least += best << SHIFT
+                least += best << shift
         for low in range(FIRST, end, BLOCK):
             _, key = _keys(found, low, end, BLOCK)
             above += tl.sum((key > least).to(tl.int32), 0)

@@ -153,7 +153,7 @@ def _span_kernel(
         num_first = tl.minimum(highest // PAGE + 1, FIRST)
         low = tl.maximum(lowest // PAGE - LOCAL + 1, num_first)
         table = page_table + current.to(tl.int64) * table_stride
-        for i in range(0, num_first + highest // PAGE + 1 - low):
+        for i in range(num_first + highest // PAGE + 1 - low):
             block = tl.where(i < num_first, i, low + i - num_first)
             at = tl.load(table + block).to(tl.int64) * NUM_KV_HEADS + head
             base = at * (PAGE * HEAD_DIM)
