@@ -26,6 +26,7 @@ from gossamer.ops.sparse import Selection, page_entries, sparse_attention, spars
 Q_HEADS, KV_HEADS, DIM, PAGE = 64, 4, 128, 64
 SCALE = DIM**-0.5
 RULE = Selection(num_blocks=32, first=1, local=8, dense_below=8192)
+SHORT_RULE = RULE._replace(dense_below=RULE.num_blocks * PAGE)
 ENTRIES = page_entries(RULE, PAGE)
 CHUNK = 8192
 """Tokens of a prefill step."""
@@ -73,7 +74,7 @@ def decode_cases(length: int, num_rows: int, kv: str) -> dict[str, Callable[[int
     def dense(_: int) -> None:
         paged_decode(*keys, *rows, SCALE, out, workspace=workspace, max_seq_len=length, **cache.scales)
 
-    def sparse(_: int, bound: int = length, rule: Selection = RULE._replace(dense_below=2048)) -> None:
+    def sparse(_: int, bound: int = length, rule: Selection = SHORT_RULE) -> None:
         sparse_decode(
             *keys, cache.summaries, *rows, rule, ENTRIES, SCALE, out, workspace=workspace, max_seq_len=bound,
             **cache.scales,

@@ -302,6 +302,6 @@ def paged_decode(
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        SCALED=scaled, LIST=num_listed, num_warps=4, num_stages=num_stages, **({"maxnreg": registers} if registers else {}),
-        **overlap_options(q),
+        SCALED=scaled, LIST=num_listed, num_warps=4, num_stages=num_stages,
+        **({"maxnreg": registers} if registers else {}), **overlap_options(q),
     )  # fmt: skip

@@ -65,7 +65,7 @@ def write_summaries(
 
 @triton.jit
 def _entry_rows(plane, table, head, index, end, NUM_KV_HEADS: tl.constexpr, PER: tl.constexpr, DIM: tl.constexpr):
-    """Entries `index` of a sequence as columns [DIM, len(index)]; those from `end` on are another's, never NaN's page."""
+    """Entries `index` of a sequence as columns [DIM, len(index)]; zeros from `end` on."""
     inside = index < end
     page = tl.load(table + index // PER, mask=inside, other=0).to(tl.int64)
     at = ((page * NUM_KV_HEADS + head) * PER + index % PER) * DIM
@@ -99,7 +99,7 @@ def _entries_kernel(
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SCORE: tl.constexpr, BOUNDS: tl.constexpr,
     ATTEND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: some tokens and a KV head against the entries they see, or with SPLITS > 1 a token and a part of them.
+    """One program: some tokens and a KV head against the entries they see; with SPLITS > 1 a token and a part of them.
 
     Without SCORE: each row's maximum and sum of exponentials (ATTEND: and its attention to `values`). With it: the
     probabilities' sums over the group, weighted over a block's entries (TECHNIQUES 4).
