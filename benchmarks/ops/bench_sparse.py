@@ -21,7 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
-from gossamer.ops.sparse import Selection, page_entries, sparse_attention, sparse_decode, write_summaries
+from gossamer.ops.sparse import (
+    Selection,
+    page_entries,
+    sparse_attention,
+    sparse_decode,
+    triton_prefill,
+    write_summaries,
+)
+from gossamer.ops.sparse import triton as sparse_kernels
 
 Q_HEADS, KV_HEADS, DIM, PAGE = 64, 4, 128, 64
 SCALE = DIM**-0.5
@@ -33,6 +41,17 @@ CHUNK = 8192
 PREFILL = {"4k": 1 << 12, "16k": 1 << 14, "64k": 1 << 16, "256k": 1 << 18}
 DECODE = {"4k x 8": (1 << 12, 8), "16k x 8": (1 << 14, 8), "64k x 1": (1 << 16, 1), "64k x 8": (1 << 16, 8),
           "256k x 8": (1 << 18, 8), "1M x 8": (1 << 20, 8)}  # fmt: skip
+CUTS = (
+    (triton_prefill, "page_cut", ((128, 4, 2, 2), (64, 4, 1, 4), (64, 4, 2, 3), (64, 4, 1, 6), (128, 8, 1, 2))),
+    (triton_prefill, "span_cut", ((128, 8, 2), (128, 4, 2), (64, 4, 2), (64, 4, 3), (128, 8, 3))),
+    (
+        sparse_kernels,
+        "entry_cut",
+        ((128, 64, 4, 3), (128, 128, 4, 2), (128, 128, 8, 3), (256, 64, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3)),
+    ),
+    (sparse_kernels, "select_cut", ((1, 2), (1, 1), (2, 2), (1, 4), (2, 4))),
+)
+"""What the kernels' cuts were chosen from."""
 Report = dict[str, dict[str, object]]
 
 
@@ -203,9 +222,7 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 
 def tune() -> None:
-    """The candidates of `page_cut`, on the last chunk of 64k; then where the time goes."""
-    from gossamer.ops.sparse import triton_prefill
-
+    """The candidates, on the last chunk of 64k; then where the time goes."""
     length = 1 << 16
     cache = Cache(length, 1, "bf16")
     q = torch.randn(CHUNK, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -219,11 +236,15 @@ def tune() -> None:
             out, max_seq_len=length,
         )  # fmt: skip
 
-    chosen = triton_prefill.page_cut
-    for cut in ((128, 4, 1, 3), (128, 4, 2, 2), (128, 8, 1, 3), (128, 8, 2, 1), (64, 4, 1, 4), (64, 4, 2, 3)):
-        triton_prefill.page_cut = lambda q, cut=cut: cut
-        print("rows, warps, stages, programs", cut, f"{statistics.median(timed_us(call, 5)):.0f} us", flush=True)
-    triton_prefill.page_cut = chosen
+    for module, name, candidates in CUTS:
+        chosen = getattr(module, name)
+        for cut in candidates:
+            setattr(module, name, lambda *_, cut=cut: cut)
+            try:
+                print(name, cut, f"{statistics.median(timed_us(call, 5)):.0f} us", flush=True)
+            except Exception as error:  # a cut that does not fit the device
+                print(name, cut, str(error).splitlines()[0][:80])
+        setattr(module, name, chosen)
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()

@@ -13,9 +13,9 @@ from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, StartupError
 from gossamer.engine.build import build_engine
 
-PAGE = 8
-PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((90, 150, 33, 121))]
-PROMPTS += [[*PROMPTS[1][:100], 5, 6, 7], [*PROMPTS[1], 9]]  # shared prefixes
+PAGE = 16
+PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((120, 190, 33, 150))]
+PROMPTS += [[*PROMPTS[1][:130], 5, 6, 7], [*PROMPTS[1], 9]]  # shared prefixes
 SPARSE = {"attention": "block_topk", "sparse_budget": 6 * PAGE, "sparse_window": 2 * PAGE}
 EXECUTORS = [(False, "cpu"), (True, "cpu"), pytest.param((True, "cuda"), marks=pytest.mark.gpu)]
 
@@ -67,7 +67,7 @@ def test_the_schedule_leaves_tokens_alone(folder: Path, executor: tuple[bool, st
     if "kv_cache_dtype" in sparse:  # a page's scale grows with its tokens: chunks see it at other sizes
         return
     assert run(folder, executor, max_num_batched_tokens=24, **options) == expected
-    tight = {"kv_cache_memory_bytes": 33 * page_bytes(folder, options)}
+    tight = {"kv_cache_memory_bytes": 20 * page_bytes(folder, options)}
     assert run(folder, executor, **options, **tight) == expected
     assert run.preemptions > 0  # type: ignore[attr-defined]
 
@@ -97,9 +97,9 @@ def test_what_lies_beside_pages_is_counted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparse_budget": 50}, "--sparse-budget 50 is no multiple of --page-size 8; 48"),
-        ({"sparse_window": 12}, "--sparse-window 12"),
-        ({"sparse_budget": 16}, "--sparse-budget 32 or more"),
+        ({"sparse_budget": 100}, "--sparse-budget 100 is no multiple of --page-size 16; 96"),
+        ({"sparse_window": 24}, "--sparse-window 24"),
+        ({"sparse_budget": 32}, "--sparse-budget 64 or more"),
     ],
 )
 def test_budgets_that_cannot_be(folder: Path, options: dict[str, object], message: str) -> None:

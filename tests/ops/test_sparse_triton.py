@@ -8,7 +8,15 @@ from ops import test_sparse
 from ops.test_sparse import RULES, Cache
 
 from gossamer.ops.attention import DecodeWorkspace
-from gossamer.ops.sparse import Selection, page_entries, sparse_attention, sparse_decode, write_summaries
+from gossamer.ops.sparse import (
+    Selection,
+    page_entries,
+    sparse_attention,
+    sparse_decode,
+    triton_prefill,
+    write_summaries,
+)
+from gossamer.ops.sparse import triton as sparse_kernels
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # On a device the interpreter is off, and these caches lie on the CPU.
@@ -74,17 +82,17 @@ def test_summaries_are_of_full_pages_alone() -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 32)])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "heads", "planes"),
+    [(RULES[0], (4, 2, 16), 1), (RULES[1], (3, 1, 32), 2), (RULES[2], (4, 2, 16), 2), (RULES[3], (3, 1, 32), 1)],
+)
 def test_prefill(rule: Selection, heads: tuple[int, int, int], planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gossamer.ops.sparse import triton_prefill
-
-    cache = Cache([150, 61, 90], planes, PAGE, heads, torch.float32)
+    cache = Cache([110, 61, 90], planes, PAGE, heads, torch.float32)
     cache.summarise("triton")
-    spans = [(0, 41, 150), (1, 0, 61), (2, 88, 90)]
+    spans = [(0, 60, 110), (1, 40, 61), (2, 88, 90)]
     expected = double(cache).run(spans, rule)
     monkeypatch.setattr(triton_prefill, "_UNIT", 4)
+    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (8, 1))  # fewer steps to interpret
     for workspace_bytes in (1 << 30, 1):
         monkeypatch.setattr(triton_prefill, "_WORKSPACE_BYTES", workspace_bytes)
         found = cache.run(spans, rule, "triton")

@@ -14,9 +14,9 @@ from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
 
-# Entries of a product, and scores that a selecting program holds at once.
 _BLOCK_N = 64
-_SELECT_BLOCK = 1024
+# Scores that a selecting program holds at once, and those that it then reads once only.
+_SELECT_BLOCK, _SELECT_WHOLE = 1024, 4096
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def _entry_logits(
     if BOUNDS:
         zero = tl.zeros_like(queries)
         high = _entry_rows(second, table, head, index, end, NUM_KV_HEADS, PER, DIM).to(queries.dtype)
-        logits = tl.dot(tl.maximum(queries, zero), high, input_precision=PRECISION)
-        logits = tl.dot(tl.minimum(queries, zero), low, logits, input_precision=PRECISION)
+        logits = tl.dot(tl.maximum(queries, zero).to(queries.dtype), high, input_precision=PRECISION)
+        logits = tl.dot(tl.minimum(queries, zero).to(queries.dtype), low, logits, input_precision=PRECISION)
     else:
         logits = tl.dot(queries, low, input_precision=PRECISION)
     return logits * scale_log2
@@ -204,12 +204,25 @@ def _keys(scores, low, end, BLOCK: tl.constexpr):
     return i, tl.where(i < end, x, -1)
 
 
+@triton.jit
+def _num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """How many keys are at least each of `bound`; all of them are `held` where they are WHOLE."""
+    if WHOLE:
+        many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
+    else:
+        many = tl.zeros_like(bound)
+        for low in range(begin, end, BLOCK):
+            _, key = _keys(scores, low, end, BLOCK)
+            many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
+    return many
+
+
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _select_kernel(
     scores, page_table, token_slots, positions, blocks, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
     LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. The TOP best blocks in rising order, by a search for the bits of the least of
     them; equal ones from the earliest on. FORCED: the first ones stand before them, the local ones behind."""
@@ -236,26 +249,14 @@ def _select_kernel(
     least = tl.where(count > TOP, 0, -1)
     above = 0
     if count > TOP:
+        _, held = _keys(found, FIRST, end, BLOCK)
+        digit = tl.arange(0, 1 << BITS)
         for step in range(STEPS):
             shift = (STEPS - 1 - step) * BITS
-            if BITS == 1:
-                at_least = 0
-                for low in range(FIRST, end, BLOCK):
-                    _, key = _keys(found, low, end, BLOCK)
-                    at_least += tl.sum((key >= least + (1 << shift)).to(tl.int32), 0)
-                least = tl.where(at_least >= TOP, least + (1 << shift), least)
-            else:
-                digit = tl.arange(0, 1 << BITS)
-                bound = least + (digit << shift)
-                many = tl.zeros([1 << BITS], tl.int32)
-                for low in range(FIRST, end, BLOCK):
-                    _, key = _keys(found, low, end, BLOCK)
-                    many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
-                best = tl.max(tl.where((many >= TOP) & (bound >= 0), digit, 0), 0)
-                least += best << shift
-        for low in range(FIRST, end, BLOCK):
-            _, key = _keys(found, low, end, BLOCK)
-            above += tl.sum((key > least).to(tl.int32), 0)
+            bound = least + (digit << shift)
+            many = _num_at_least(bound, held, found, FIRST, end, BLOCK, WHOLE)
+            least += tl.max(tl.where((many >= TOP) & (bound >= 0), digit, 0), 0) << shift
+        above = tl.sum(_num_at_least(least + 1 + tl.arange(0, 1), held, found, FIRST, end, BLOCK, WHOLE), 0)
     before = 0
     equals = 0
     if FORCED:
@@ -292,17 +293,24 @@ def entry_pass(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, splits, group_p = state[0].shape[1:]
-    block_m = group_p if decode else max(64 if q.element_size() == 4 else 128, group_p)
+    rows, block_n, warps, stages = entry_cut(q, decode)
+    block_m = group_p if decode else max(rows, group_p)
     tiles = triton.cdiv(num_tokens, block_m // group_p)
     _entries_kernel[(tiles * splits, num_kv_heads)](
         q, planes[0], planes[-1], values, page_table, token_slots, positions, *state, scores,
         num_tokens, page_table.stride(0), 0 if scores is None else scores.stride(1), scale * LOG2E, rule.dense_below,
         BEGIN=entries.begin, TAIL=entries.tail, PER=entries.per_block, OFFSET=int(decode), NUM_KV_HEADS=num_kv_heads,
         GROUP=num_q_heads // num_kv_heads, GROUP_P=group_p, BLOCK_M=block_m, HEAD_DIM=head_dim, PAGE=page_size,
-        BLOCK_N=_BLOCK_N, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits), SCORE=scores is not None,
-        BOUNDS=len(planes) > 1, ATTEND=values is not None, num_warps=4,
-        num_stages=1 if q.element_size() == 4 else 3, **overlap_options(q),
+        BLOCK_N=block_n, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits), SCORE=scores is not None,
+        BOUNDS=len(planes) > 1, ATTEND=values is not None, num_warps=warps, num_stages=stages, **overlap_options(q),
     )  # fmt: skip
+
+
+def entry_cut(q: torch.Tensor, decode: bool) -> tuple[int, int, int, int]:
+    """Rows (of prefill), entries, warps and stages of a program's products."""
+    if q.element_size() == 4:
+        return 64, _BLOCK_N, 4, 1
+    return (16, _BLOCK_N, 4, 3) if decode else (128, _BLOCK_N, 4, 3)
 
 
 def select(
@@ -312,13 +320,21 @@ def select(
     """pages [tokens, kv heads, list], physical; with `blocks` the forced ones too, as decode wants them."""
     num_tokens, num_kv_heads, num_listed = pages.shape
     decode = blocks is not None
+    num_blocks = triton.next_power_of_2(scores.shape[2])
+    whole = num_blocks <= _SELECT_WHOLE
+    block = max(64, num_blocks) if whole else _SELECT_BLOCK
+    bits, warps = select_cut(block, decode)
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, blocks, pages, page_table.stride(0), scores.stride(1),
         rule.dense_below, OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode,
         LIST=num_listed, LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size,
-        BITS=4 if decode else 1, BLOCK=_SELECT_BLOCK if decode else 512, num_warps=8 if decode else 1,
-        **overlap_options(scores),
+        BITS=bits, BLOCK=block, WHOLE=whole, num_warps=warps, **overlap_options(scores),
     )  # fmt: skip
+
+
+def select_cut(block: int, decode: bool) -> tuple[int, int]:
+    """Bits found at a time and warps, to select among `block` scores: few programs hurry, many share the device."""
+    return (4, 8) if decode else (1, max(1, min(8, block // 512)))
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:

@@ -257,7 +257,12 @@ def _attend_listed(
 
 def page_cut(q: torch.Tensor) -> tuple[int, int, int, int]:
     """Rows, warps, stages and programs of a multiprocessor, of the kernel that goes page by page."""
-    return (32, 4, 1, 2) if q.element_size() == 4 else (128, 4, 2, 2)
+    return (32, 4, 1, 2) if q.element_size() == 4 else (64, 4, 2, 3)
+
+
+def span_cut(q: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, warps and stages of the kernel of first and last pages."""
+    return (32, 4, 1) if q.element_size() == 4 else (128, 8, 2)
 
 
 def sparse_attention(
@@ -280,25 +285,25 @@ def sparse_attention(
     parts = q.new_empty(step, num_kv_heads, top + 1, group, head_dim)
     lse = q.new_empty(step, num_kv_heads, top + 1, group, dtype=torch.float32)
     cache = (k_pages, v_pages, k_scales, v_scales)
-    block_m = max(32 if q.element_size() == 4 else 128, group_p)
+    rows, warps, stages = span_cut(q)
+    block_m = max(rows, group_p)
     for begin in range(0, num_tokens, step):
         end = min(begin + step, num_tokens)
-        rows, slots, at, listed = q[begin:end], token_slots[begin:end], positions[begin:end], pages[: end - begin]
+        part, slots, at, listed = q[begin:end], token_slots[begin:end], positions[begin:end], pages[: end - begin]
         state = (peaks, sums, None)
         for kept in (None, scores):
             entry_pass(
-                rows, summaries, None, page_table, slots, at, rule, entries, scale, page_size, state, kept, decode=False
+                part, summaries, None, page_table, slots, at, rule, entries, scale, page_size, state, kept, decode=False
             )
         select(scores, page_table, slots, at, rule, page_size, listed, None)
-        _attend_listed(rows, cache, listed, parts, lse, scale, group_p)
+        _attend_listed(part, cache, listed, parts, lse, scale, group_p)
         shape = {"TOP": top, "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "GROUP_P": group_p, "HEAD_DIM": head_dim}
-        _span_kernel[(triton.cdiv(len(rows), block_m // group_p), num_kv_heads)](
-            rows, *cache, page_table, slots, at, parts, lse, len(rows), page_table.stride(0), rule.dense_below,
+        _span_kernel[(triton.cdiv(len(part), block_m // group_p), num_kv_heads)](
+            part, *cache, page_table, slots, at, parts, lse, len(part), page_table.stride(0), rule.dense_below,
             scale * LOG2E, FIRST=rule.first, LOCAL=rule.local, **shape, BLOCK_M=block_m, PAGE=page_size,
-            SCALED=k_scales is not None, num_warps=4 if block_m < 128 else 8,
-            num_stages=1 if q.element_size() == 4 else 2, **overlap_options(q),
+            SCALED=k_scales is not None, num_warps=warps, num_stages=stages, **overlap_options(q),
         )  # fmt: skip
-        _merge_kernel[(len(rows) * num_kv_heads,)](
+        _merge_kernel[(len(part) * num_kv_heads,)](
             listed, parts, lse, slots, at, out[begin:end], rule.dense_below, **shape,
             PARTS_P=triton.next_power_of_2(top + 1), num_warps=4, **overlap_options(q),
         )  # fmt: skip
