@@ -16,7 +16,7 @@ from gossamer.engine.build import build_engine
 PAGE = 16
 PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((120, 190, 33, 150))]
 PROMPTS += [[*PROMPTS[1][:130], 5, 6, 7], [*PROMPTS[1], 9]]  # shared prefixes
-SPARSE = {"attention": "block_topk", "sparse_budget": 6 * PAGE, "sparse_window": 2 * PAGE}
+SPARSE = {"attention": "block_topk", "sparse_budget": 6 * PAGE, "sparse_window": 2 * PAGE, "sparse_from": 0}
 EXECUTORS = [(False, "cpu"), (True, "cpu"), pytest.param((True, "cuda"), marks=pytest.mark.gpu)]
 
 

@@ -310,7 +310,7 @@ def entry_cut(q: torch.Tensor, decode: bool) -> tuple[int, int, int, int]:
     """Rows (of prefill), entries, warps and stages of a program's products."""
     if q.element_size() == 4:
         return 64, _BLOCK_N, 4, 1
-    return (16, _BLOCK_N, 4, 3) if decode else (128, _BLOCK_N, 4, 3)
+    return (16, _BLOCK_N, 4, 3) if decode else (128, _BLOCK_N, 8, 3)
 
 
 def select(
@@ -334,7 +334,7 @@ def select(
 
 def select_cut(block: int, decode: bool) -> tuple[int, int]:
     """Bits found at a time and warps, to select among `block` scores: few programs hurry, many share the device."""
-    return (4, 8) if decode else (1, max(1, min(8, block // 512)))
+    return (4, 8) if decode else (2, max(1, min(8, block // 512)))
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:

@@ -257,12 +257,12 @@ def _attend_listed(
 
 def page_cut(q: torch.Tensor) -> tuple[int, int, int, int]:
     """Rows, warps, stages and programs of a multiprocessor, of the kernel that goes page by page."""
-    return (32, 4, 1, 2) if q.element_size() == 4 else (64, 4, 2, 3)
+    return (32, 4, 1, 2) if q.element_size() == 4 else (64, 4, 1, 4)
 
 
 def span_cut(q: torch.Tensor) -> tuple[int, int, int]:
     """Rows, warps and stages of the kernel of first and last pages."""
-    return (32, 4, 1) if q.element_size() == 4 else (128, 8, 2)
+    return (32, 4, 1) if q.element_size() == 4 else (64, 4, 3)
 
 
 def sparse_attention(
