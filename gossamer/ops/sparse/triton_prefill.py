@@ -271,7 +271,8 @@ def sparse_attention(
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     max_seq_len: int,
 ) -> None:  # fmt: skip
-    check(q, k_pages, v_pages, out, None, {"page_table": page_table, "seq_lens": positions, "slots": token_slots})
+    indices = {"page_table": page_table, "seq_lens": positions, "slots": token_slots}
+    check(q, k_pages, v_pages, out, None, None, indices)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
     group, top = num_q_heads // num_kv_heads, rule.num_scored
