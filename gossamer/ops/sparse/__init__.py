@@ -59,9 +59,7 @@ def sparse_attention(
         return
     run = reference.sparse_attention
     if use_kernel(q, backend):
-        from gossamer.ops.sparse import triton_prefill
-
-        run = triton_prefill.sparse_attention
+        from gossamer.ops.sparse.triton_prefill import sparse_attention as run
     run(
         q, k_pages, v_pages, summaries, page_table, token_slots, positions, rule, entries, scale, out,
         k_scales=k_scales, v_scales=v_scales, max_seq_len=max_seq_len,

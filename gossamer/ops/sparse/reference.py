@@ -71,7 +71,7 @@ def block_scores(logits: torch.Tensor, positions: torch.Tensor, entries: Entries
     p = torch.softmax(logits.masked_fill(~visible, -torch.inf), -1).nan_to_num(0.0).sum(2)
     *own, following = entries.weights
     blocks = p.unflatten(-1, (-1, entries.per_block))
-    scores = (blocks * torch.tensor(own, dtype=p.dtype, device=p.device)).sum(-1)
+    scores: torch.Tensor = (blocks * torch.tensor(own, dtype=p.dtype, device=p.device)).sum(-1)
     scores[..., :-1] += following * blocks[..., 1:, 0]
     return scores
 
