@@ -440,48 +440,33 @@ class DeviceCeilings:
 
 
 @dataclass(frozen=True, slots=True)
-class PagePlane:
-    """What lies beside a page of one layer: `num_entries` for each head, [num_pages, heads, num_entries, dim]."""
-
-    num_entries: int
-    heads: int
-    dim: int
-    dtype: str
-
-    @property
-    def page_bytes(self) -> int:
-        return self.num_entries * self.heads * self.dim * _ITEMSIZE[self.dtype]
-
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True)
 class KVLayout:
     """What one layer stores per token, as an attention kind declares it: `entry_shape` is (planes, heads, dim).
 
     The pool allocates each plane of a layer as [num_pages, heads, page_size, dim] of `dtype`; a KV transfer moves
     whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values. Where it is `scaled`, the
-    planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages. `beside` come
-    last: planes of few entries a page, which a page's tokens leave behind together.
+    planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages. Last come the
+    planes `beside` pages, (heads, entries a page, dim) each: what a page's tokens leave behind together.
     """
 
     entry_shape: tuple[int, int, int]
     dtype: str
     itemsize: int
     scaled: bool = False
-    beside: tuple[PagePlane, ...] = ()
+    beside: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(
         cls, entry_shape: tuple[int, int, int], kv_cache_dtype: str, beside: tuple[tuple[int, int, int], ...] = ()
     ) -> KVLayout:
-        """For a --kv-cache-dtype without `auto` and aliases. beside: (entries a page, heads, dim); beside fp8: bf16."""
-        dtype = "bfloat16" if kv_cache_dtype == "fp8" else kv_cache_dtype
-        planes = tuple(PagePlane(*shape, dtype) for shape in beside)
+        """For a --kv-cache-dtype without `auto` and aliases."""
         if kv_cache_dtype == "fp8":
-            return cls(entry_shape, "float8_e4m3fn", 1, True, planes)
-        return cls(entry_shape, dtype, _ITEMSIZE[dtype], beside=planes)
+            return cls(entry_shape, "float8_e4m3fn", 1, True, beside)
+        return cls(entry_shape, kv_cache_dtype, {"float32": 4, "bfloat16": 2}[kv_cache_dtype], beside=beside)
+
+    @property
+    def beside_dtype(self) -> str:
+        return "bfloat16" if self.scaled else self.dtype
 
     @property
     def bytes_per_token(self) -> int:
@@ -492,7 +477,8 @@ class KVLayout:
         """Of one layer's page in all planes, with its scales and what lies beside it."""
         planes, heads, _ = self.entry_shape
         scales = 4 * planes * heads if self.scaled else 0
-        return page_size * self.bytes_per_token + scales + sum(plane.page_bytes for plane in self.beside)
+        beside = sum(map(math.prod, self.beside)) * (2 if self.scaled else self.itemsize)
+        return page_size * self.bytes_per_token + scales + beside
 
 
 @dataclass(frozen=True, slots=True)

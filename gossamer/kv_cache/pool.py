@@ -31,9 +31,9 @@ class KVPool:
             self.scales = _zeros((num_layers, planes, num_pages, heads), torch.float32, device)
             self.layers = [p + tuple(s.unbind(0)) for p, s in zip(self.layers, self.scales.unbind(0), strict=True)]
         self.beside: list[torch.Tensor] = []
-        for plane in layout.beside:
-            outer = (plane.heads, num_pages) if heads_first else (num_pages, plane.heads)
-            memory = _zeros((num_layers, *outer, plane.num_entries, plane.dim), getattr(torch, plane.dtype), device)
+        for heads, *entries in layout.beside:
+            outer = (heads, num_pages) if heads_first else (num_pages, heads)
+            memory = _zeros((num_layers, *outer, *entries), getattr(torch, layout.beside_dtype), device)
             self.beside.append(memory.transpose(1, 2) if heads_first else memory)
             self.layers = [(*p, x) for p, x in zip(self.layers, self.beside[-1].unbind(0), strict=True)]
         self.page_size = page_size

@@ -43,7 +43,7 @@ def sparse_config(config: ModelConfig) -> SparseConfig:
 def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
     heads, dim = config.num_kv_heads, config.head_dim
     num_planes = 2 if sparse_config(config).score == "bounds" else 1
-    return KVLayout.of((2, heads, dim), dtype, ((1, heads, dim),) * num_planes)
+    return KVLayout.of((2, heads, dim), dtype, ((heads, 1, dim),) * num_planes)
 
 
 def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> SparsePlan:

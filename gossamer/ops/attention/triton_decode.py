@@ -77,11 +77,29 @@ def _half(queries):
     return (x * inverse).to(tl.float16), exponent.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _kept(seq_len, dense_below, PAGE: tl.constexpr, LIST: tl.constexpr):
+    """Tokens that a row of this length attends to: longer than `dense_below`, those of LIST pages."""
+    kept = seq_len
+    if LIST:
+        kept = tl.minimum(seq_len, (LIST - 1) * PAGE + (seq_len - 1) % PAGE + 1)
+        kept = tl.where(seq_len > dense_below, kept, seq_len)
+    return kept
+
+
+@triton.jit
+def _listed(table, pages, index, seq_len, dense_below, LIST: tl.constexpr):
+    """Where the pages of a row stand: in its table, or in a list of its own."""
+    if LIST:  # noqa: SIM102 - known when compiling
+        if tl.load(seq_len) > dense_below:
+            table = pages + index.to(tl.int64) * LIST
+    return table
+
+
 @triton.jit(do_not_specialize=["num_rows", "row_stride", "head_stride", "window", "dense_below"])
 def _decode_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, out_scales, partials, lse,
-    arrivals, blocks, pages,
-    num_rows, table_stride, row_stride, head_stride, scale_log2, window, dense_below,
+    arrivals, pages, num_rows, table_stride, row_stride, head_stride, scale_log2, window, dense_below,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
     CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, LIST: tl.constexpr, PDL: tl.constexpr,
@@ -90,17 +108,16 @@ def _decode_kernel(
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
     SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values. LIST: rows longer
-    than `dense_below` have that many pages at most, whose `blocks` of the sequence and `pages` each KV head lists.
+    than `dense_below` have that many pages at most, which each KV head lists; all but the last are seen whole.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS
     num_programs = tl.num_programs(0) // NUM_KV_HEADS
     rows = tl.arange(0, BLOCK_R)
     lens = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
-    lens = tl.where(tl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0, lens, 0)
+    present = tl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0
+    lens = _kept(tl.where(present, lens, 0), dense_below, PAGE, LIST)
     row_pages = tl.cdiv(lens, PAGE) - tl.maximum(lens - window, 0) // PAGE
-    if LIST:
-        row_pages = tl.where(lens > dense_below, tl.minimum(row_pages, LIST), row_pages)
     ends = tl.cumsum(row_pages, 0)
     num_pages = tl.sum(row_pages, 0)
     share = tl.maximum(tl.cdiv(num_pages, num_programs), MIN_PAGES)
@@ -121,14 +138,10 @@ def _decode_kernel(
     unit = begin
     while unit < stop:
         slot = tl.load(slots + row)
-        seq_len = tl.where(slot >= 0, tl.load(seq_lens + row), 0)
+        seq_len = _kept(tl.where(slot >= 0, tl.load(seq_lens + row), 0), dense_below, PAGE, LIST)
         first_token = tl.maximum(seq_len - window, 0)
         first_page = first_token // PAGE
         row_end = row_begin + tl.cdiv(seq_len, PAGE) - first_page
-        listed = False
-        if LIST:
-            listed = seq_len > dense_below
-            row_end = tl.where(listed, tl.minimum(row_end, row_begin + LIST), row_end)
         if row_end > unit:
             part_end = tl.minimum(row_end, stop)
             low, high = first_page + unit - row_begin, first_page + part_end - row_begin
@@ -143,11 +156,7 @@ def _decode_kernel(
                 peak = tl.where(unit == row_begin, tl.maximum(sink * 1.4426950408889634, LOW), peak)
                 weight = tl.where(unit == row_begin, 1.0, weight)
             table = page_table + slot.to(tl.int64) * table_stride
-            if LIST:
-                order = blocks + (row * NUM_KV_HEADS + head) * LIST
-                if listed:
-                    table = pages + (row * NUM_KV_HEADS + head) * LIST
-                block = tl.where(listed, tl.load(order + low, mask=listed, other=0), low)
+            table = _listed(table, pages, row * NUM_KV_HEADS + head, seq_lens + row, dense_below, LIST)
             page = tl.load(table + low)
             to_log2 = scale_log2
             if SCALED:
@@ -163,8 +172,6 @@ def _decode_kernel(
             for p in range(low, high):
                 base = (page.to(tl.int64) * NUM_KV_HEADS + head) * (PAGE * HEAD_DIM)
                 token = p * PAGE + n
-                if LIST:
-                    token = block * PAGE + n
                 visible = (token >= first_token) & (token < seq_len)
                 # Masked: what a page holds beyond the sequence may be NaN, and 0 * NaN is NaN.
                 k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=visible[None, :], other=0.0)
@@ -198,8 +205,6 @@ def _decode_kernel(
                     v = v.to(queries.dtype)
                     total = tl.dot(weights, v, total * fade[:, None], input_precision=PRECISION)
                 page = tl.load(table + tl.minimum(p + 1, high - 1))
-                if LIST:
-                    block = tl.where(listed, tl.load(order + tl.minimum(p + 1, high - 1), mask=listed, other=0), p + 1)
                 if SCALED:
                     k_scale, v_scale = page_scales(k_scales, v_scales, page, head, True, NUM_KV_HEADS)
             if SCALED:
@@ -262,11 +267,11 @@ def paged_decode(
     seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, window: int | None,
     sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None, max_seq_len: int,
-    selected: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    selected: tuple[torch.Tensor, int] | None = None,
 ) -> None:  # fmt: skip
-    """selected: int32 [num_rows, num_kv_heads, list], blocks and pages, of rows longer than the third (no window then).
+    """selected: pages, int32 [num_rows, num_kv_heads, list], of rows longer than the second; there is no window then.
 
-    A list has the pages of its row, as many as it has place for at most, the row's last among them.
+    A list has the row's pages, as many as it has place for at most; the row's last page comes last.
     """
     indices = {"page_table": page_table, "slots": slots, "seq_lens": seq_lens}
     check(q, k_pages, v_pages, out, out_scales, window, indices)
@@ -284,7 +289,7 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
-    blocks, pages, dense_below = (None, None, 0) if selected is None else selected
+    pages, dense_below = (None, 0) if selected is None else selected
     num_listed = 0 if pages is None else pages.shape[2]
     if num_listed:
         pages_per_row = min(pages_per_row, max(num_listed, triton.cdiv(dense_below, page_size)))
@@ -296,7 +301,7 @@ def paged_decode(
     _decode_kernel[(num_programs * num_kv_heads,)](
         q, k_pages, v_pages.view(torch.int16) if scaled else v_pages, k_scales, v_scales, page_table, slots, seq_lens,
         sinks, out, out_scales,
-        workspace.partials, workspace.lse, workspace.arrivals, blocks, pages,
+        workspace.partials, workspace.lse, workspace.arrivals, pages,
         num_rows, page_table.stride(0), *((0, 0) if out_scales is None else out_scales.stride()), scale * LOG2E,
         window or NO_WINDOW, dense_below,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,

@@ -219,7 +219,7 @@ def _num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr, WHOLE: t
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _select_kernel(
-    scores, page_table, token_slots, positions, blocks, pages, table_stride, score_stride, dense_below,
+    scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
     LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
@@ -268,14 +268,11 @@ def _select_kernel(
         taken = (key > least) | (equal & (rank <= TOP - above))
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(pages + out + at, tl.load(table + block, mask=taken, other=0), mask=taken)
-        if FORCED:
-            tl.store(blocks + out + at, block, mask=taken)
         equals += tl.sum(equal.to(tl.int32), 0)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
         block = tl.where(i < FIRST, i, end + i - FIRST - num)
         forced = ((i < FIRST) | (i >= FIRST + num)) & (i < LIST) & (block <= last)
-        tl.store(blocks + out + i, block, mask=forced)
         tl.store(pages + out + i, tl.load(table + block, mask=forced, other=0), mask=forced)
     else:
         tl.store(pages + out + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num) & (i < LIST))
@@ -315,17 +312,16 @@ def entry_cut(q: torch.Tensor, decode: bool) -> tuple[int, int, int, int]:
 
 def select(
     scores: torch.Tensor, page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor,
-    rule: Selection, page_size: int, pages: torch.Tensor, blocks: torch.Tensor | None,
+    rule: Selection, page_size: int, pages: torch.Tensor, *, decode: bool,
 ) -> None:  # fmt: skip
-    """pages [tokens, kv heads, list], physical; with `blocks` the forced ones too, as decode wants them."""
+    """pages [tokens, kv heads, list]: those chosen by score; in decode with the forced ones, by their place."""
     num_tokens, num_kv_heads, num_listed = pages.shape
-    decode = blocks is not None
     num_blocks = triton.next_power_of_2(scores.shape[2])
     whole = num_blocks <= _SELECT_WHOLE
     block = max(64, num_blocks) if whole else _SELECT_BLOCK
     bits, warps = select_cut(block, decode)
     _select_kernel[(num_tokens * num_kv_heads,)](
-        scores, page_table, token_slots, positions, blocks, pages, page_table.stride(0), scores.stride(1),
+        scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1),
         rule.dense_below, OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode,
         LIST=num_listed, LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size,
         BITS=bits, BLOCK=block, WHOLE=whole, num_warps=warps, **overlap_options(scores),
@@ -360,13 +356,13 @@ def sparse_decode(
         where = page_table, slots, seq_lens
         peaks, sums = q.new_empty(2, num_rows, num_kv_heads, splits, group_p, dtype=torch.float32)
         scores = q.new_empty(num_rows, num_kv_heads, num_pages, dtype=torch.float32)
-        blocks, pages = slots.new_empty(2, num_rows, num_kv_heads, rule.num_blocks)
+        pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks)
         for kept in (None, scores):
             entry_pass(
                 q, summaries, None, *where, rule, entries, scale, page_size, (peaks, sums, None), kept, decode=True
             )
-        select(scores, *where, rule, page_size, pages, blocks)
-        selected = blocks, pages, rule.dense_below
+        select(scores, *where, rule, page_size, pages, decode=True)
+        selected = pages, rule.dense_below
     triton_decode.paged_decode(
         q, k_pages, v_pages, page_table, slots, seq_lens, scale, out, out_scales=out_scales, window=None, sinks=None,
         k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len, selected=selected,

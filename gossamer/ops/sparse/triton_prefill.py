@@ -296,7 +296,7 @@ def sparse_attention(
             entry_pass(
                 part, summaries, None, page_table, slots, at, rule, entries, scale, page_size, state, kept, decode=False
             )
-        select(scores, page_table, slots, at, rule, page_size, listed, None)
+        select(scores, page_table, slots, at, rule, page_size, listed, decode=False)
         _attend_listed(part, cache, listed, parts, lse, scale, group_p)
         shape = {"TOP": top, "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "GROUP_P": group_p, "HEAD_DIM": head_dim}
         _span_kernel[(triton.cdiv(len(part), block_m // group_p), num_kv_heads)](
