@@ -10,7 +10,9 @@ from ops.test_sparse import RULES, Cache
 from gossamer.ops.attention import DecodeWorkspace
 from gossamer.ops.sparse import (
     Selection,
+    nsa_entries,
     page_entries,
+    reference,
     sparse_attention,
     sparse_decode,
     triton_prefill,
@@ -155,3 +157,145 @@ def test_on_the_device(q_heads: int, kv_heads: int, dim: int, planes: int) -> No
             if length > 500:
                 expected = run["triton"][rows - 1]
                 assert float((out[0].float() - expected).norm() / expected.norm()) < 1e-2
+
+
+@on_cpu
+def test_fp8_pages_count_as_what_they_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache([110, 61], 1, PAGE, (4, 2, 16), torch.float32)
+    scales: dict[str, torch.Tensor] = {}
+    exact = double(cache)
+    for name, pages in (("k_scales", "k_pages"), ("v_scales", "v_pages")):
+        held = getattr(cache, pages)
+        scales[name] = torch.randint(-4, 5, held.shape[:2]).float().exp2()
+        quantised = (held / scales[name][..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        setattr(cache, pages, quantised)
+        setattr(exact, pages, quantised.double() * scales[name][..., None, None].double())
+    for slot, n in enumerate(cache.lens):
+        where = torch.full((n,), slot, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
+        options = {"k_scales": scales["k_scales"], "backend": "triton"}
+        write_summaries(cache.k_pages, cache.summaries, cache.page_table, *where, **options)  # type: ignore[arg-type]
+    exact.summaries = tuple(s.double() for s in cache.summaries)
+    rule, lens, slots = RULES[1], [110, 61, 31, 30], [0, 1, 1, 0]
+    expected = test_sparse.decode(exact, lens, slots, rule)
+    found = test_sparse.decode(cache, lens, slots, rule, "triton", workspace=workspace(cache, 4, 5), **scales)
+    check(found, expected, torch.float32)
+    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (8, 1))
+    spans = [(0, 80, 110), (1, 45, 61)]
+    q, token_slots, positions = cache.tokens(spans)
+    out = torch.full_like(q, torch.nan)
+    token_slots[-3:] = -1
+    sparse_attention(
+        q, cache.k_pages, cache.v_pages, cache.summaries, cache.page_table, token_slots, positions, rule,
+        page_entries(rule, PAGE), cache.scale, out, max_seq_len=110, backend="triton", **scales,
+    )  # fmt: skip
+    check(out[:-3], exact.run(spans, rule)[:-3], torch.float32)
+    assert not out[-3:].any()
+
+
+@on_cpu
+@pytest.mark.parametrize(("bits", "whole"), [(1, True), (2, False), (4, True), (4, False)])
+def test_the_kernel_selects_what_the_reference_does(bits: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very same blocks, with many ties, zeros and subnormal scores among them."""
+    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (bits, 1))
+    monkeypatch.setattr(sparse_kernels, "_SELECT_BLOCK", 32)
+    monkeypatch.setattr(sparse_kernels, "_SELECT_WHOLE", 4096 if whole else 0)
+    rule, num_pages = Selection(9, 1, 2, 0), 75
+    positions = torch.tensor([num_pages * PAGE - 1, 700, 145, 130, 40, 3], dtype=torch.int32)
+    scores = torch.rand(6, 2, num_pages).mul(8).round() / 4
+    scores[0] *= 1e-42
+    scores[1, 0] = torch.rand(num_pages)
+    table = torch.randperm(num_pages, dtype=torch.int32)[None]
+    slots = torch.zeros(6, dtype=torch.int32)
+    expected = reference.select(scores, positions, rule, PAGE)
+    found = torch.full((6, 2, 9), -7, dtype=torch.int32)
+    sparse_kernels.select(scores, table, slots, positions + 1, rule, PAGE, found, decode=True)
+    for row, ids in zip(found.flatten(0, 1), expected.flatten(0, 1), strict=True):
+        ids = ids[ids >= 0]
+        assert row[: len(ids)].tolist() == table[0, ids].tolist()
+        assert (row[len(ids) :] == -7).all()
+    found = torch.full((6, 2, rule.num_scored), -7, dtype=torch.int32)
+    sparse_kernels.select(scores, table, slots, positions, rule, PAGE, found, decode=False)
+    for row, ids, position in zip(
+        found.flatten(0, 1), expected.flatten(0, 1), positions.repeat_interleave(2), strict=True
+    ):
+        ids = ids[(ids >= rule.first) & (ids <= int(position) // PAGE - rule.local)]
+        assert row.tolist() == table[0, ids].tolist() + [-1] * (rule.num_scored - len(ids))
+
+
+@on_cpu
+def test_a_million_positions() -> None:
+    """Position 2^20 - 1: the sequence's pages repeat a few, one of which holds what its query looks for."""
+    page, length, dim = 64, 1 << 20, 16
+    cache = Cache([6 * page], 1, page, (2, 1, dim), torch.float32)
+    cache.summarise("reference")
+    repeated = cache.page_table[0, torch.arange(length // page) % 4].clone()
+    repeated[12345] = cache.page_table[0, 4]
+    cache.page_table = repeated[None].contiguous()
+    target = cache.summaries[0][repeated[12345], 0, 0].double()
+    cache.queries = [(target * 40).expand(1, 2, dim)]
+    rule = Selection(8, 1, 2, 0)
+    q = cache.queries[0].float()
+    args = cache.k_pages, cache.v_pages, cache.summaries, cache.page_table
+    slot, position = torch.zeros(1, dtype=torch.int32), torch.tensor([length - 1], dtype=torch.int32)
+    entries, out = page_entries(rule, page), torch.full_like(q, torch.nan)
+    exact = [x.double() for x in (q, cache.k_pages, cache.v_pages)]
+    expected = torch.empty_like(exact[0])
+    sparse_attention(
+        *exact, (cache.summaries[0].double(),), cache.page_table, slot, position, rule, entries, cache.scale,
+        expected, max_seq_len=length, backend="reference",
+    )  # fmt: skip
+    without = cache.page_table.clone()
+    without[0, 12345] = without[0, 12344]
+    missed = torch.empty_like(expected)
+    sparse_attention(
+        *exact, (cache.summaries[0].double(),), without, slot, position, rule, entries, cache.scale, missed,
+        max_seq_len=length, backend="reference",
+    )  # fmt: skip
+    assert float((missed - expected).norm() / expected.norm()) > 0.1
+    sparse_decode(
+        q, *args, slot, position + 1, rule, entries, cache.scale, out, workspace=workspace(cache, 1, 3),
+        max_seq_len=length, backend="triton",
+    )  # fmt: skip
+    check(out, expected, torch.float32)
+
+
+@on_cpu
+@pytest.mark.parametrize(("decode", "splits"), [(True, 1), (True, 3), (False, 1)])
+def test_compressed_entries_are_scored_and_attended_to_as_nsa_says(decode: bool, splits: int) -> None:
+    """Four entries a page of 64, with overlap; what is not visible yet is NaN."""
+    q_heads, kv_heads, dim, num_pages = 6, 2, 16, 12
+    slots = torch.tensor([0, 0, 1, 1, -1], dtype=torch.int32)
+    positions = torch.tensor([num_pages * 64 - 1, 500, 255, 30, 9], dtype=torch.int32)
+    rule, entries = Selection(6, 1, 2, 0), nsa_entries()
+    table = torch.randperm(2 * num_pages, dtype=torch.int32).view(2, num_pages)
+    k, v = (torch.randn(2 * num_pages, kv_heads, 4, dim) for _ in range(2))
+    k[table[0, 0], :, 0] = v[table[0, 0], :, 0] = torch.nan  # entry 0 would begin before the sequence
+    k[table[1, 4:].long()] = v[table[1, 4:].long()] = torch.nan
+    q = torch.randn(5, q_heads, dim)
+    group_p = 16 if decode else 4
+    peaks, sums = torch.full((2, 5, kv_heads, splits, group_p), torch.nan)
+    parts = torch.full((5, kv_heads, splits, group_p, dim), torch.nan)
+    scores = torch.full((5, kv_heads, num_pages), torch.nan)
+    at = positions + 1 if decode else positions
+    for kept in (None, scores):
+        sparse_kernels.entry_pass(
+            q, (k,), v if kept is None else None, table, slots, at, rule, entries, 0.25, 64, (peaks, sums, parts),
+            kept, decode=decode,
+        )  # fmt: skip
+    heads = q.view(5, kv_heads, -1, dim).double()
+    for row in range(3):
+        slot, position = slots[row : row + 1], positions[row : row + 1]
+        logits = reference.entry_logits(heads[row : row + 1], (k.double(),), table, slot, num_pages, 0.25)
+        expected = reference.block_scores(logits, position, entries, 64)
+        last = int(position) // 64 - rule.local  # later blocks are forced
+        torch.testing.assert_close(
+            scores[row, :, : last + 1].double(), expected[0, :, : last + 1], rtol=1e-5, atol=1e-7
+        )
+        seen = reference.visible_entries(position, 4 * num_pages, entries, 64)[0]
+        weights = torch.softmax(logits[0][..., seen], -1)
+        values = v[table[slot[0]].long()].double().transpose(0, 1).flatten(1, 2)[:, seen]
+        share = torch.softmax(
+            peaks[row, :, :, :3].double() * 0.6931471805599453 + sums[row, :, :, :3].double().log(), 1
+        )
+        found = (parts[row, :, :, :3].double() * share[..., None]).sum(1)
+        torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-6)

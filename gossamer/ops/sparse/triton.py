@@ -183,6 +183,7 @@ def _entries_kernel(
                 peak = highest
                 if ATTEND:
                     v = tl.trans(_entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
+                    v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
                     p = p.to(queries.dtype)
                     mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
         todo = todo & (slot != current)
