@@ -66,11 +66,7 @@ class SparseConfig:
     dense_below: int = 0
     """A token at a position below attends to all of its past."""
     score: Literal["mean", "bounds"] = "mean"
-    """What stands for a page's keys where they are not compressed by an MLP."""
-    window: int = 512
-    """nsa: tokens of its window branch."""
-    compress_hidden: int = 0
-    """nsa: width of the MLPs that compress half a block of keys, or values, to one entry."""
+    """What stands for a page's keys."""
 
 
 @dataclass(frozen=True, slots=True)
