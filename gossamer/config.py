@@ -78,6 +78,21 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """Blocks of `block_size` tokens, which are pages, that a token attends to (TECHNIQUES 4)."""
+
+    block_size: int
+    num_blocks: int
+    """Forced ones included: the `first`, and the last `local`, the token's own included."""
+    first: int
+    local: int
+    dense_below: int = 0
+    """A token at a position below attends to all of its past."""
+    score: Literal["mean", "bounds"] = "mean"
+    """What stands for a page's keys."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The architecture of a decoder, whatever family it came from. Made by `models/<family>.py: from_hf`."""
 
@@ -107,6 +122,7 @@ class ModelConfig:
     """Of `attention` "mla", whose `head_dim` is that of queries and keys."""
     num_mtp_layers: int = 0
     """Multi-token-prediction layers that a checkpoint has behind its last layer; they are left aside."""
+    sparse: SparseConfig | None = None
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -165,6 +181,23 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseOptions:
+    """Attention to a part of the context."""
+
+    attention: Literal["auto", "block_topk"] = option(
+        "auto", "block_topk: each token attends to the pages that score best, without training; auto: as the model says"
+    )
+    sparse_budget: int = option(2048, "block_topk: tokens that a token attends to", size=True, minimum=1)
+    sparse_window: int = option(512, "block_topk: of these, the last ones", size=True, minimum=1)
+    sparse_score: Literal["mean", "bounds"] = option(
+        "mean", "block_topk: pages are scored by their mean key, or by the bounds of their keys"
+    )
+    sparse_from: int | None = option(
+        None, "block_topk: positions below see all (default: the budget; on a GPU 8K, if more)", size=True, minimum=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Continuous batching."""
 
@@ -186,6 +219,7 @@ class EngineConfig:
     load: LoadConfig = LoadConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    sparse: SparseOptions = SparseOptions()
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     ops_backend: Literal["auto", "reference"] = option("auto", "reference: plain torch instead of kernels")
     enforce_eager: bool = option(False, "no CUDA graphs: every step launches its kernels one by one")
@@ -224,7 +258,12 @@ class Hardware:
     num_cores: int
 
 
-SECTIONS: dict[str, type] = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+SECTIONS: dict[str, type] = {
+    "load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "sparse": SparseOptions,
+}  # fmt: skip
+
+SPARSE_FROM_ON_GPU = 8192
+"""Prefill of shorter contexts is faster dense (benchmarks/ops/bench_sparse.py)."""
 
 
 def make_engine_config(**options: Any) -> EngineConfig:
@@ -282,6 +321,35 @@ def _check_values(config: EngineConfig) -> None:
         raise StartupError(f"--dummy-routing {load.dummy_routing} needs --load-format dummy.")
     if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
         raise StartupError(f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}.")
+
+
+def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> ModelConfig:
+    """The model under --attention. Raises StartupError where it does not apply."""
+    options, page = config.sparse, config.cache.page_size
+    if model.sparse is not None and model.sparse.block_size != page:
+        raise StartupError(f"--page-size {page}: this model selects blocks, hence pages, of {model.sparse.block_size}.")
+    if options.attention == "auto":
+        return model
+    if model.attention != "gqa":
+        raise StartupError(
+            f"--attention {options.attention} is for grouped-query attention; this is {model.attention}."
+        )
+    if model.sliding_windows and None not in model.sliding_windows:
+        raise StartupError(f"--attention {options.attention}: every layer of this model has a window already.")
+    for name in ("sparse_budget", "sparse_window"):
+        if (value := getattr(options, name)) % page:
+            nearest = max(1, round(value / page)) * page
+            raise StartupError(f"{flag(name)} {value} is no multiple of --page-size {page}; {nearest} is near.")
+    num_blocks, local = options.sparse_budget // page, options.sparse_window // page
+    if num_blocks < local + 2:
+        raise StartupError(
+            f"--sparse-budget {options.sparse_budget} leaves nothing to choose: the first page and --sparse-window "
+            f"{options.sparse_window} take {(local + 1) * page}.\nSet --sparse-budget {(local + 2) * page} or more."
+        )
+    least = options.sparse_budget if hardware.device == "cpu" else max(options.sparse_budget, SPARSE_FROM_ON_GPU)
+    below = least if options.sparse_from is None else options.sparse_from
+    sparse = SparseConfig(page, num_blocks, 1, local, below, options.sparse_score)
+    return dataclasses.replace(model, attention=options.attention, sparse=sparse)
 
 
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> EngineConfig:

@@ -445,30 +445,40 @@ class KVLayout:
 
     The pool allocates each plane of a layer as [num_pages, heads, page_size, dim] of `dtype`; a KV transfer moves
     whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values. Where it is `scaled`, the
-    planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages.
+    planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages. Last come the
+    planes `beside` pages, (heads, entries a page, dim) each: what a page's tokens leave behind together.
     """
 
     entry_shape: tuple[int, int, int]
     dtype: str
     itemsize: int
     scaled: bool = False
+    beside: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, entry_shape: tuple[int, int, int], kv_cache_dtype: str) -> KVLayout:
+    def of(
+        cls, entry_shape: tuple[int, int, int], kv_cache_dtype: str, beside: tuple[tuple[int, int, int], ...] = ()
+    ) -> KVLayout:
         """For a --kv-cache-dtype without `auto` and aliases."""
         if kv_cache_dtype == "fp8":
-            return cls(entry_shape, "float8_e4m3fn", 1, scaled=True)
-        return cls(entry_shape, kv_cache_dtype, {"float32": 4, "bfloat16": 2}[kv_cache_dtype])
+            return cls(entry_shape, "float8_e4m3fn", 1, True, beside)
+        return cls(entry_shape, kv_cache_dtype, {"float32": 4, "bfloat16": 2}[kv_cache_dtype], beside=beside)
+
+    @property
+    def beside_dtype(self) -> str:
+        return "bfloat16" if self.scaled else self.dtype
 
     @property
     def bytes_per_token(self) -> int:
-        """Without scales."""
+        """Without scales and what lies beside pages."""
         return math.prod(self.entry_shape) * self.itemsize
 
     def page_bytes(self, page_size: int) -> int:
-        """Of one layer's page in all planes, with its scales."""
+        """Of one layer's page in all planes, with its scales and what lies beside it."""
         planes, heads, _ = self.entry_shape
-        return page_size * self.bytes_per_token + (4 * planes * heads if self.scaled else 0)
+        scales = 4 * planes * heads if self.scaled else 0
+        beside = sum(map(math.prod, self.beside)) * (2 if self.scaled else self.itemsize)
+        return page_size * self.bytes_per_token + scales + beside
 
 
 @dataclass(frozen=True, slots=True)

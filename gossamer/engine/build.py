@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from gossamer.config import EngineConfig, Hardware, ModelConfig, resolve
+from gossamer.config import EngineConfig, Hardware, ModelConfig, resolve, with_attention
 from gossamer.core import RequestLimits, StartupError
 from gossamer.engine.account import StepAccount
 from gossamer.engine.engine import Engine
@@ -42,7 +42,9 @@ def build_engine(
     report = on_progress or (lambda stage, fraction: None)
     report("Inspecting model", 0.0)
     source = inspect_model(config.load)
-    model, hardware = source.config, detect(config.device)
+    hardware = detect(config.device)
+    model = with_attention(config, hardware, source.config)
+    source = dataclasses.replace(source, config=model)
     requested = config.load.max_model_len
     config = resolve(config, hardware, model)
     trace = Trace(config.profile_trace) if config.profile_trace else None

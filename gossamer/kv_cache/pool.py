@@ -11,7 +11,8 @@ from gossamer.core import KVLayout, StartupError
 class KVPool:
     """`layers[i]` is the tuple of layer i's planes (GQA: keys, values), each [num_pages, heads, page_size, dim].
 
-    After them come, for a layout that is `scaled`, as many planes of fp32 scales [num_pages, heads].
+    After them come, for a layout that is `scaled`, as many planes of fp32 scales [num_pages, heads], and then what lies
+    beside pages, each [num_pages, heads, entries, dim].
     On a CPU it is zeroed lazily by the operating system: a page costs memory, and time, once it is written.
     `heads_first` puts the heads outermost in memory, so that a head's consecutive pages are one [tokens, dim] matrix.
     """
@@ -29,11 +30,18 @@ class KVPool:
         if layout.scaled:
             self.scales = _zeros((num_layers, planes, num_pages, heads), torch.float32, device)
             self.layers = [p + tuple(s.unbind(0)) for p, s in zip(self.layers, self.scales.unbind(0), strict=True)]
+        self.beside: list[torch.Tensor] = []
+        for heads, *entries in layout.beside:
+            outer = (heads, num_pages) if heads_first else (num_pages, heads)
+            memory = _zeros((num_layers, *outer, *entries), getattr(torch, layout.beside_dtype), device)
+            self.beside.append(memory.transpose(1, 2) if heads_first else memory)
+            self.layers = [(*p, x) for p, x in zip(self.layers, self.beside[-1].unbind(0), strict=True)]
         self.page_size = page_size
 
     @property
     def num_bytes(self) -> int:
-        return self.tensor.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        held = [self.tensor, *self.beside, *([] if self.scales is None else [self.scales])]
+        return sum(t.nbytes for t in held)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention.base import Attend, PagedPlan
+from gossamer.layers.attention.base import Attend, Chunks, PagedPlan
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
 from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
 from gossamer.runtime.device_sampler import DeviceSampler
@@ -191,7 +191,7 @@ class CudaRunner:
         """One step over the first `bucket` rows of the static inputs."""
         device = self.inputs.device
         slots = device["slots"][:bucket]
-        plan = self._plan(device["row_positions"][:bucket], slots, bucket, bucket, 0, 0)
+        plan = self._plan(device["row_positions"][:bucket], slots, bucket, bucket, Chunks())
         hidden = self.decoder.forward_paged(torch.full_like(slots, -1), self.last_token, plan, self._pool())
         logits, sampled = self._sample(hidden, bucket)
         return hidden, hidden, logits if bucket <= MAX_KEPT_LOGITS else None, sampled
@@ -221,9 +221,7 @@ class CudaRunner:
         self.inputs.load_mixed(rows, bucket)
         _record(start)
         num_decode = sum(row.is_decode for row in rows)
-        longest = max(row.num_tokens for row in rows)
-        context = sum(row.start_pos + row.num_tokens for row in rows[num_decode:])
-        plan = self._token_plan(bucket, num_decode, len(rows), longest, context)
+        plan = self._token_plan(bucket, num_decode, len(rows), Chunks.of(rows[num_decode:]))
         if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
         else:
@@ -245,21 +243,20 @@ class CudaRunner:
         ids = self.inputs.device["input_ids"][:num_tokens]
         return self.decoder.forward_paged(ids, self.last_token, plan, self._pool())
 
-    def _token_plan(self, num_tokens: int, num_decode: int, num_rows: int, longest: int, context: int) -> PagedPlan:
+    def _token_plan(self, num_tokens: int, num_decode: int, num_rows: int, chunks: Chunks) -> PagedPlan:
         device = self.inputs.device
         positions, slots = device["positions"][:num_tokens], device["token_slots"][:num_tokens]
-        return self._plan(positions, slots, num_decode, num_rows, longest, context)
+        return self._plan(positions, slots, num_decode, num_rows, chunks)
 
     def _plan(
-        self, positions: torch.Tensor, token_slots: torch.Tensor, num_decode: int, num_rows: int, longest: int,
-        context: int,
+        self, positions: torch.Tensor, token_slots: torch.Tensor, num_decode: int, num_rows: int, chunks: Chunks,
     ) -> PagedPlan:  # fmt: skip
         device = self.inputs.device
         return PagedPlan(
             num_decode=num_decode, positions=positions, token_slots=token_slots, slots=device["slots"][:num_rows],
             seq_lens=device["seq_lens"][:num_rows], cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
-            max_q_len=longest, page_table=self.inputs.page_table, max_seq_len=self._max_model_len,
-            workspace=self._workspace, num_context=context,
+            page_table=self.inputs.page_table, max_seq_len=self._max_model_len,
+            workspace=self._workspace, chunks=chunks,
         )  # fmt: skip
 
     def _pool(self) -> KVPool:
@@ -282,7 +279,8 @@ class CudaRunner:
         """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
         self.inputs.pad(len(self._sequences), num_tokens)
         context = min(self._max_model_len * len(self._sequences), WARM_UP_CONTEXT)
-        plan = self._token_plan(num_tokens, 0, 1, num_tokens, context)
+        chunks = Chunks(num_tokens, context, (0, self._max_model_len))
+        plan = self._token_plan(num_tokens, 0, 1, chunks)
         hidden = self._forward(num_tokens, plan)
         self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
 
@@ -290,7 +288,7 @@ class CudaRunner:
         """Captures the graphs of a token count, after a run of padding that compiles its kernels."""
         self.warm_up_prefill(bucket)
         if self._graphs is not None and ("mixed", bucket) not in self._graphs:
-            ids, plan = self.inputs.device["input_ids"][:bucket], self._token_plan(bucket, 0, 0, 0, 0)
+            ids, plan = self.inputs.device["input_ids"][:bucket], self._token_plan(bucket, 0, 0, Chunks())
             pieces = partial(self.decoder.pieces, ids, self.last_token, plan, self._pool())
             self._graphs.capture(("mixed", bucket), pieces)
 

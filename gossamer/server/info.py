@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gossamer import __version__
-from gossamer.config import EngineConfig, ModelConfig, resolve
+from gossamer.config import EngineConfig, ModelConfig, resolve, with_attention
 from gossamer.core import StartupError
 from gossamer.engine.build import estimate_weight_bytes, weight_format
 from gossamer.kv_cache.ledger import human, plan_memory
@@ -47,8 +47,8 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
     the shapes.
     """
     source = inspect_model(config.load)
-    model = source.config
     hardware = detect(config.device)
+    model = with_attention(config, hardware, source.config)
     config = resolve(config, hardware, model)
     fmt = weight_format(config, hardware, source)
     layout = ATTENTION_KINDS[model.attention].kv_layout(model, config.cache.kv_cache_dtype)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
 from gossamer.config import ModelConfig
-from gossamer.core import KVLayout, OpCost
+from gossamer.core import KVLayout, OpCost, ScheduledRow
 from gossamer.layers.linear import Linear, Part, WeightFormat
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import DecodeWorkspace
@@ -29,6 +29,25 @@ class AttentionBatch:
     page_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A step's prefill rows, on the host: what launches outside graphs may go by."""
+
+    longest: int = 0
+    """Most new tokens of one."""
+    num_context: int = 0
+    """Their seq_lens in all."""
+    span: tuple[int, int] = (0, 0)
+    """The lowest position among them, and the end of the highest."""
+
+    @classmethod
+    def of(cls, rows: Sequence[ScheduledRow]) -> Self:
+        """Of one row at least."""
+        ends = [row.start_pos + row.num_tokens for row in rows]
+        span = min(row.start_pos for row in rows), max(ends)
+        return cls(max(row.num_tokens for row in rows), sum(ends), span)
+
+
 @dataclass(slots=True)
 class PagedPlan:
     """A step as a GPU sees it: host numbers, and static int32 device tensors that `runtime.step_inputs` explains.
@@ -43,12 +62,10 @@ class PagedPlan:
     slots: torch.Tensor
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    max_q_len: int
+    chunks: Chunks
     page_table: torch.Tensor
     max_seq_len: int
     workspace: DecodeWorkspace | None
-    num_context: int
-    """The prefill rows' seq_lens in all, on the host; 0 in a step without them."""
 
 
 Attended = torch.Tensor | Quantized

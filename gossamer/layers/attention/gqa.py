@@ -46,7 +46,8 @@ def workspace(config: ModelConfig, max_rows: int, device: torch.device) -> Decod
     return DecodeWorkspace.allocate(max_rows, config.num_q_heads, config.num_kv_heads, config.head_dim, device)
 
 
-def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAPlan:
+def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype, below: int | None = None) -> GQAPlan:
+    """below: without a window, of the tokens at positions below alone (decode rows among themselves)."""
     page_size, n = batch.page_size, batch.num_decode
     tables, starts, lengths = batch.page_tables, batch.starts, batch.lengths
     windows = {config.sliding_window(layer) for layer in range(config.num_layers)}
@@ -61,13 +62,19 @@ def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> GQAP
             continue
         slots += [table[p // page_size] * page_size + p % page_size for p in range(start, start + length)]
         fresh += table[-(-start // page_size) : (start + length - 1) // page_size + 1]
-    seq_lens = [start + 1 for start in starts[:n]]
-    decode = {w: plan_decode(tables[:n], seq_lens, page_size, w, dtype) for w in windows} if n else {}
+    decode: dict[int | None, list[DecodeGroup]] = {}
+    for window in windows:
+        rows = [i for i in range(n) if below is None or window is not None or starts[i] < below]
+        if rows:
+            taken, seq_lens = [tables[i] for i in rows], [starts[i] + 1 for i in rows]
+            decode[window] = plan_decode(taken, seq_lens, page_size, window, dtype)
     prefill: dict[int | None, list[PrefillSequence]] = {}
     for window in windows if n < len(starts) else ():
         row, sequences = n, []
         for table, start, length in zip(tables[n:], starts[n:], lengths[n:], strict=True):
-            sequences.append(plan_prefill(row, length, start, table, page_size, window))
+            part = length if below is None or window is not None else min(length, below - start)
+            if part > 0:
+                sequences.append(plan_prefill(row, part, start, table, page_size, window))
             row += length
         prefill[window] = sequences
     return GQAPlan(n, torch.tensor(slots), torch.tensor(fresh) if fresh else None, decode, prefill)
@@ -97,9 +104,23 @@ def cost(
     return OpCost(4.0 * pairs * q_width, kv_bytes + itemsize * tokens * 2 * q_width)
 
 
-def _cache(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def split_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Pages of keys and of values, and the keyword arguments that FP8 pages add."""
-    return planes[0], planes[1], dict(zip(("k_scales", "v_scales"), planes[2:], strict=False))
+    scales = planes[2:4] if planes[0].dtype == torch.float8_e4m3fn else ()
+    return planes[0], planes[1], dict(zip(("k_scales", "v_scales"), scales, strict=False))
+
+
+def _cut(
+    slots: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, below: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every row as two: its tokens at positions `below`, and the others as a row of length 0, which sees nothing."""
+    starts = cu_seqlens_q[:-1]
+    counts = cu_seqlens_q[1:] - starts
+    first = seq_lens - counts
+    kept = torch.minimum((below - first).clamp_min(0), counts)
+    lens = torch.stack((first + kept, torch.zeros_like(kept)), 1).flatten()
+    bounds = torch.cat((torch.stack((starts, starts + kept), 1).flatten(), cu_seqlens_q[-1:]))
+    return slots.repeat_interleave(2), bounds, lens
 
 
 class GQALayer:
@@ -131,7 +152,7 @@ class GQALayer:
     ) -> torch.Tensor:  # fmt: skip
         config, backend = self._config, self._backend
         num_q, num_kv = config.num_q_heads, config.num_kv_heads
-        k_pages, v_pages, scales = _cache(planes)
+        k_pages, v_pages, scales = split_planes(planes)
         qkv = self.qkv(x)
         if self.norms:
             self._normalise(qkv)
@@ -143,14 +164,19 @@ class GQALayer:
         q, k = rotated[:, :num_q], rotated[:, num_q:]
         write_kv(k, v, k_pages, v_pages, plan.slots, plan.fresh_pages, **scales, backend=backend)
         out = torch.empty(x.shape[0], num_q, config.head_dim, dtype=x.dtype, device=x.device)
-        n = plan.num_decode
+        self.attend_planned(q, plan, planes, out)
+        return self.o(out.flatten(1))
+
+    def attend_planned(self, q: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Attention proper on a CPU."""
+        k_pages, v_pages, scales = split_planes(planes)
+        n, backend = plan.num_decode, self._backend
         if n:
             groups = plan.decode[self._window]
             decode_attention(q[:n], k_pages, v_pages, groups, self._scale, out[:n], **scales, backend=backend)
         if plan.prefill:
             sequences = plan.prefill[self._window]
             prefill_attention(q, k_pages, v_pages, sequences, self._scale, out, **scales, backend=backend)
-        return self.o(out.flatten(1))
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
@@ -161,7 +187,7 @@ class GQALayer:
         cos, sin: whole tables, by position.
         """
         config = self._config
-        k_pages, v_pages, scales = _cache(planes)
+        k_pages, v_pages, scales = split_planes(planes)
         rope_write_kv(
             stream.product(norm, self.qkv), config.num_q_heads, config.num_kv_heads, config.head_dim, cos, sin,
             plan.positions, plan.token_slots, plan.page_table, k_pages, v_pages, q, **scales,
@@ -177,12 +203,13 @@ class GQALayer:
         o = self.o.weight
         if not isinstance(o, Fp8Weight) or o.ue8m0 or o.per_token or self._config.head_dim != FP8_BLOCK:
             return False
-        return len(planes) == 2 and not o.folds(num_tokens, o.weight.shape[1])
+        fp8_pages = planes[0].dtype == torch.float8_e4m3fn
+        return not fp8_pages and not o.folds(num_tokens, o.weight.shape[1])
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window
         dense, out_scales = (out, None) if isinstance(out, torch.Tensor) else out
-        k_pages, v_pages, scales = _cache(planes)
+        k_pages, v_pages, scales = split_planes(planes)
         table, slots, lens = plan.page_table, plan.slots, plan.seq_lens
         if n:
             paged_decode(
@@ -191,11 +218,24 @@ class GQALayer:
                 window=window, workspace=plan.workspace, max_seq_len=plan.max_seq_len, backend=self._backend,
             )  # fmt: skip
         if len(slots) > n:
-            paged_prefill(
-                q[n:], k_pages, v_pages, table, slots[n:], plan.cu_seqlens_q, lens[n:], plan.max_q_len, scale,
-                dense[n:], out_scales=None if out_scales is None else out_scales[n:], **scales, window=window,
-                backend=self._backend,
-            )  # fmt: skip
+            self.attend_chunks(q[n:], plan, planes, dense[n:], None if out_scales is None else out_scales[n:])
+
+    def attend_chunks(
+        self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: torch.Tensor,
+        out_scales: torch.Tensor | None = None, below: int | None = None,
+    ) -> None:  # fmt: skip
+        """The chunks' tokens of a step, or those at positions `below`: the others' rows are then zeroed or left."""
+        k_pages, v_pages, scales = split_planes(planes)
+        rows = plan.slots[plan.num_decode :], plan.cu_seqlens_q, plan.seq_lens[plan.num_decode :]
+        if below is not None:
+            if plan.chunks.span[0] >= below:
+                return
+            if plan.chunks.span[1] > below:
+                rows = _cut(*rows, below)
+        paged_prefill(
+            q, k_pages, v_pages, plan.page_table, *rows, plan.chunks.longest, self._scale, out,
+            out_scales=out_scales, **scales, window=self._window, backend=self._backend,
+        )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:
         if isinstance(attended, torch.Tensor):

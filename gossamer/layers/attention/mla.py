@@ -183,8 +183,8 @@ class MLALayer:
             self._values(mixed, out[:n])
         if len(slots) > n:
             latent_prefill(
-                q[n:], self._weights(), pages, table, slots[n:], plan.cu_seqlens_q, lens[n:], plan.num_context,
-                plan.max_q_len, self._scale, out[n:], scales=scales, backend=self._backend,
+                q[n:], self._weights(), pages, table, slots[n:], plan.cu_seqlens_q, lens[n:], plan.chunks.num_context,
+                plan.chunks.longest, self._scale, out[n:], scales=scales, backend=self._backend,
             )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:

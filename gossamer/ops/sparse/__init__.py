@@ -1,0 +1,86 @@
+"""Block-sparse attention over the paged KV cache: compress -> score -> select -> attend -> merge.
+
+A block is a page. Compressed entries lie beside the pages: planes [num_pages, num_kv_heads, entries, head_dim], an
+entry with the page of its last token, so that whoever shares a page shares what was made of it.
+"""
+
+import torch
+
+from gossamer.ops.attention import DecodeWorkspace
+from gossamer.ops.dispatch import use_kernel
+from gossamer.ops.kv_cache import require_scales
+from gossamer.ops.sparse import reference
+from gossamer.ops.sparse.selection import Entries, Selection, nsa_entries, page_entries
+
+__all__ = [
+    "Entries",
+    "Selection",
+    "nsa_entries",
+    "page_entries",
+    "sparse_attention",
+    "sparse_decode",
+    "write_summaries",
+]
+
+
+def write_summaries(
+    k_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...], page_table: torch.Tensor, token_slots: torch.Tensor,
+    positions: torch.Tensor, *, k_scales: torch.Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
+    """Summaries of the pages that these (already written) tokens complete: they depend on the page's keys alone.
+
+    summaries: one plane of means, or two of the least and the largest of each dimension (Quest, arXiv:2406.10774),
+    [num_pages, num_kv_heads, 1, head_dim]. int32: page_table [num_slots, max_pages], token_slots (-1: padding) and
+    positions [num_tokens].
+    """
+    run = reference.write_summaries
+    if use_kernel(k_pages, backend, "write_summaries"):
+        from gossamer.ops.sparse import triton
+
+        run = triton.write_summaries
+    run(k_pages, summaries, page_table, token_slots, positions, k_scales)
+
+
+def sparse_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
+    page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
+    scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
+    max_seq_len: int, backend: str = "auto",
+) -> None:  # fmt: skip
+    """Attention of many new tokens, each to the blocks that `rule` gives it and each KV head; no host sync on a device.
+
+    q, out [num_tokens, num_q_heads, head_dim], tokens of a sequence one after another; k_pages, v_pages and scales as
+    for `ops.attention`; the rest as for `write_summaries`. Rows of padding (slot -1) are zeroed, those of tokens at
+    positions below `rule.dense_below` left alone. No position reaches `max_seq_len`, which bounds the launches.
+    Temporaries do not grow with the number of tokens. Raises ValueError for what the kernels do not serve.
+    """
+    require_scales(k_pages, v_pages, k_scales, v_scales)
+    if q.shape[0] == 0 or max_seq_len <= rule.dense_below:
+        return
+    run = reference.sparse_attention
+    if use_kernel(q, backend):
+        from gossamer.ops.sparse.triton_prefill import sparse_attention as run
+    run(
+        q, k_pages, v_pages, summaries, page_table, token_slots, positions, rule, entries, scale, out,
+        k_scales=k_scales, v_scales=v_scales, max_seq_len=max_seq_len,
+    )  # fmt: skip
+
+
+def sparse_decode(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
+    page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
+    scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None = None, k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None, workspace: DecodeWorkspace | None = None, max_seq_len: int,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """As `ops.attention.paged_decode`, each row to the blocks that `rule` gives it, a short one to all."""
+    require_scales(k_pages, v_pages, k_scales, v_scales)
+    run = reference.sparse_decode
+    if use_kernel(q, backend):
+        from gossamer.ops.sparse import triton
+
+        run = triton.sparse_decode
+    run(
+        q, k_pages, v_pages, summaries, page_table, slots, seq_lens, rule, entries, scale, out,
+        out_scales=out_scales, k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len,
+    )  # fmt: skip
