@@ -15,7 +15,8 @@ from gossamer.core import StartupError
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field that the command line shows: `--field-name`, with this help text.
 
-    extra: `minimum` of a number; `size`: takes suffixes as 512M; `positional`: may stand without its flag.
+    extra: `minimum` of a number; `size`: takes suffixes as 512M; `positional`: may stand without its flag;
+    `many`: of files, several may follow one flag.
     """
     return field(default=default, metadata={"help": help, **extra})
 

@@ -302,9 +302,11 @@ def _eval(args: argparse.Namespace) -> int:
         second = argparse.Namespace(**(vars(args) | vars(parse("eval", parsers(), shlex.split(text)))))
         configs[text] = engine_config(second)
     _log_to_stderr(args)
-    from gossamer.server.eval.perplexity import run_perplexity
-
-    run_perplexity(options, configs)
+    if args.kind == "longcontext":
+        from gossamer.server.eval.longcontext import run_longcontext as run
+    else:
+        from gossamer.server.eval.perplexity import run_perplexity as run
+    run(options, configs)
     return 0
 
 
@@ -362,7 +364,7 @@ COMMANDS = {
         BENCH_KINDS,
     ),
     "eval": Command(
-        "Measure how well a model predicts a text.",
+        "Measure how well a model predicts a text, and what it finds in it.",
         _eval,
         (Group(EvalConfig, "evaluation"), *_ENGINE, _LOG),
         EVAL_KINDS,

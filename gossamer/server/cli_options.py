@@ -137,10 +137,11 @@ def add_fields(parser: argparse.ArgumentParser, group: Group) -> None:
             alias: dict[str, Any] = {"dest": f"{item.name}_flag", "metavar": item.name.upper()}
             section.add_argument(flag(item.name), default=argparse.SUPPRESS, help="the same", **alias)
         else:
-            _add_flag(section, item.name, hints[item.name], text, default, size=item.metadata.get("size", False))
+            size, many = item.metadata.get("size", False), item.metadata.get("many", False)
+            _add_flag(section, item.name, hints[item.name], text, default, size=size, many=many)
 
 
-def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size: bool) -> None:
+def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size: bool, many: bool) -> None:
     kind = _without_none(hint)
     hidden = default is None or default is False or default == "" or "default" in text
     shown = "" if hidden else f" (default: {_show(default, size)})"
@@ -159,6 +160,11 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
         options |= {"type": _number_parser(float, "a number"), "metavar": "X"}
     elif kind is str:
         options |= {"metavar": "TEXT"}
+    elif get_origin(kind) is tuple and get_args(kind)[0] is not str:
+        each = parse_size if size else _number_parser(float, "numbers, as 0.1,0.5")
+        options |= {"type": lambda text: tuple(map(each, text.split(","))), "metavar": "N,N"}
+    elif many:
+        options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
     else:  # str | list[str]
         options |= {"action": "append", "metavar": "TEXT"}
     group.add_argument(flag(name), **options)

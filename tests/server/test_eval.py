@@ -46,7 +46,7 @@ def test_predictions_are_the_model_s(prefix: list[int], tmp_path: Path, monkeypa
     model = make_model("llama")
     model.save_pretrained(tmp_path)
     ids = torch.randint(3, 128, (75,), generator=torch.Generator().manual_seed(0)).tolist()
-    options = EvalConfig(text="-", context=32, stride=16)
+    options = EvalConfig(text=("-",), context=32, stride=16)
     monkeypatch.setattr(perplexity, "_WINDOWS_AT_ONCE", 2)
     limits = {"num_threads": 1, "max_num_batched_tokens": 24, "max_num_seqs": 3}
     stages: list[float] = []

@@ -83,7 +83,7 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
 
     `configs`: the flags that distinguish a configuration ("" for the first) -> the configuration.
     """
-    text = _read(options)
+    text = "\n".join(options.read())
     found: dict[str, dict[str, float]] = {}
     base: Prediction | None = None
     token_ids: list[int] = []
@@ -92,7 +92,7 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
         with LLM(config=config) as llm, progress_on_terminal(not config.disable_progress) as on_progress:
             device, tokenizer = llm.info.device_name, llm.get_tokenizer()
             token_ids = token_ids or _encode(text, options, tokenizer)
-            prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
+            prefix = beginning(tokenizer)
             _check_context(options, len(prefix), llm.info)
             prediction = predict(llm, token_ids, prefix, options, on_progress or (lambda stage, fraction: None))
         base = base or prediction
@@ -101,8 +101,8 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
     _print(found)
     if options.output_json is not None:
         shapes = (
-            f"{Path(configs[''].load.model).stem}; {Path(options.text).name}: {len(token_ids) - 1} tokens scored, "
-            f"windows of {options.context}, stride {options.stride}"
+            f"{Path(configs[''].load.model).stem}; {options.names}: {len(token_ids) - 1} tokens scored, windows of"
+            f" {options.context}, stride {options.stride}"
         )
         figures = {"repeats": 1, "median": found, "all": [found]}
         facts = {**environment(device), "unit": "change: of perplexity, relative", "shapes": shapes}
@@ -110,17 +110,15 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
     return found
 
 
-def _read(options: EvalConfig) -> str:
-    try:
-        return Path(options.text).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--text {options.text}: {error}.") from error
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """What stands before every text: a BOS token, if the model wants one."""
+    return [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
 
 
 def _encode(text: str, options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
     token_ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)[: options.max_tokens]
     if len(token_ids) < 2:
-        raise StartupError(f"--text {options.text} has {len(token_ids)} tokens; at least 2 are needed.")
+        raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
     return token_ids
 
 
