@@ -13,8 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gossamer.config import EngineConfig
+from gossamer.config import EngineConfig, resolve, with_attention
 from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.models.resolve import resolve_paths
+from gossamer.models.source import inspect_model
+from gossamer.runtime.hardware import detect
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.eval.longcontext_plot import need_matplotlib, plot
@@ -210,6 +213,9 @@ def run_longcontext(options: EvalConfig, configs: Mapping[str, EngineConfig]) ->
     """
     if options.plot is not None:
         need_matplotlib()
+    for config in configs.values():  # a mistake in one should not cost the time that those before it take
+        hardware = detect(config.device)
+        resolve(config, hardware, with_attention(config, hardware, inspect_model(resolve_paths(config.load)).config))
     texts, details, device, what = options.read(), {}, "", ""
     for flags, config in configs.items():
         with LLM(config=config) as llm:
