@@ -85,6 +85,10 @@ def test_each_position_of_a_text_counts_in_one_bucket(prefix: list[int]):
     assert trial.token_ids[trial.spans[1].begin] == text[10]
 
 
+def test_a_bucket_that_the_prompt_ends_before_is_left_out():
+    assert [span.case for span in perplexity_trial(range(20), (10, 11), [BOS]).spans] == ["perplexity 0 to 10"]
+
+
 @pytest.mark.parametrize("prefix", [[], [BOS]])
 def test_needles_lie_at_their_depths_of_an_unbroken_stretch_of_text(prefix: list[int]):
     text = [1000 + i for i in range(5000)]

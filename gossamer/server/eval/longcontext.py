@@ -9,6 +9,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from gossamer.runtime.hardware import detect
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.eval.longcontext_plot import need_matplotlib, plot
-from gossamer.server.eval.perplexity import beginning
+from gossamer.server.eval.perplexity import beginning, print_table
 from gossamer.server.llm import LLM
 
 NEEDLE = "\nThe pass key of {} is"
@@ -94,6 +95,7 @@ def perplexity_trial(text: Sequence[int], edges: Sequence[int], prefix: Sequence
     spans = [
         Span(f"perplexity {name_length(a)} to {name_length(b)}", 0.0, max(a, 1) + p, min(b + p, last))
         for a, b in pairwise([0, *edges])
+        if max(a, 1) + p < last
     ]
     return Trial([*prefix, *text[: last - p]], spans)
 
@@ -225,7 +227,7 @@ def run_longcontext(options: EvalConfig, configs: Mapping[str, EngineConfig]) ->
             print(f"{name}: {what}", file=sys.stderr)
             details[name if name not in details else f"{name}, {flags}"] = figures(scores(llm, asked))
     found = {name: {case: row["figure"] for case, row in cases.items()} for name, cases in details.items()}
-    _print(found)
+    print_table({case: {name: row[case] for name, row in found.items()} for case in next(iter(found.values()))})
     if options.output_json is not None:
         shapes = f"{Path(configs[''].load.model).stem}; {options.names}; {what} for each configuration"
         unit = "perplexity by position; else the share of answers that greedy decoding gets right"
@@ -248,10 +250,7 @@ def _prepare(options: EvalConfig, texts: Sequence[str], llm: LLM, seed: int) -> 
     tokenizer, longest, limit = llm.get_tokenizer(), options.context_lens[-1], llm.info.limits.max_model_len
     if longest > limit:
         raise StartupError(f"--context-lens {longest} is more than --max-model-len {limit}. Set {limit} or less.")
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-
+    encode = partial(tokenizer.encode, add_special_tokens=False, parse_special=False)
     token_ids = [encode(text) for text in texts]
     for path, ids in zip(options.text or (), token_ids, strict=True):
         if len(ids) < longest:
@@ -260,9 +259,3 @@ def _prepare(options: EvalConfig, texts: Sequence[str], llm: LLM, seed: int) -> 
                 f"{longest}.\nGive a longer file, or set {len(ids)} or less."
             )
     return trials(options, token_ids, beginning(tokenizer), encode, seed)
-
-
-def _print(found: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{'':<24}", *(f"{name:>24}" for name in found))
-    for case in next(iter(found.values())):
-        print(f"{case:<24}", *(f"{row[case]:>{max(24, len(name))}.4g}" for name, row in found.items()))

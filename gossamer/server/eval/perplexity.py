@@ -98,7 +98,7 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
         base = base or prediction
         name = _name(llm.info)
         found[name if name not in found else f"{name}, {flags}"] = prediction.against(base)
-    _print(found)
+    print_table(found)
     if options.output_json is not None:
         shapes = (
             f"{Path(configs[''].load.model).stem}; {options.names}: {len(token_ids) - 1} tokens scored, windows of"
@@ -137,9 +137,10 @@ def _name(info: EngineInfo) -> str:
     return f"{weights} weights, {info.config.cache.kv_cache_dtype} KV cache"
 
 
-def _print(found: Mapping[str, Mapping[str, float]]) -> None:
-    columns = list(next(iter(found.values())))
-    width = max(len(name) for name in found)
+def print_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Rows of named columns, as wide as their names."""
+    columns = list(next(iter(rows.values())))
+    width = max(len(name) for name in rows)
     print(" " * width, *(f"{column:>20}" for column in columns))
-    for name, row in found.items():
-        print(f"{name:<{width}}", *(f"{value:>20.5g}" for value in row.values()))
+    for name, row in rows.items():
+        print(f"{name:<{width}}", *(f"{row[column]:>{max(20, len(column))}.5g}" for column in columns))
