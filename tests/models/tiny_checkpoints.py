@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -161,3 +163,27 @@ def make_model(name: str, **overrides: Any) -> Any:
 def save_checkpoint(name: str, folder: Path, **save_options: Any) -> Path:
     make_model(name).save_pretrained(folder, **save_options)
     return folder
+
+
+def add_mtp_layer(folder: Path) -> dict[str, torch.Tensor]:
+    """Gives a saved checkpoint a multi-token-prediction layer as published; returns all of its tensors.
+
+    A block like the last, the norms and the projection that feed it, and the copies of embedding and head that real
+    checkpoints carry: damaged ones, for nothing may read them.
+    """
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors, last = load_file(path), config["num_hidden_layers"] - 1
+    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(7)
+    shapes = {n.split(f"layers.{last}.")[1]: t.shape for n, t in tensors.items() if f"layers.{last}." in n}
+    shapes |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (hidden,))
+    shapes["eh_proj.weight"] = (hidden, 2 * hidden)
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        drawn = 1.0 + 0.2 * drawn if name.endswith("norm.weight") else 0.2 * drawn
+        tensors[f"model.layers.{last + 1}.{name}"] = drawn.abs().neg() if "correction_bias" in name else drawn
+    for name, source in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
+        tensors[f"model.layers.{last + 1}.{name}.weight"] = torch.full_like(tensors[f"{source}.weight"], torch.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config.pop("num_mtp_layers", None)
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return tensors
