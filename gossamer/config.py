@@ -292,8 +292,8 @@ def _check_values(config: EngineConfig) -> None:
         raise StartupError(f"--dummy-routing {load.dummy_routing} needs --load-format dummy.")
     if load.num_speculative_tokens > 1:
         raise StartupError(
-            f"--num-speculative-tokens {load.num_speculative_tokens}: a multi-token-prediction layer drafts one token.\n"
-            "Use --num-speculative-tokens 1, or 0 for none."
+            f"--num-speculative-tokens must be 0 or 1, for a multi-token-prediction layer drafts one token; got "
+            f"{load.num_speculative_tokens}."
         )
     if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
         raise StartupError(f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}.")

@@ -66,5 +66,6 @@ def verify(sampled: torch.Tensor, firsts: torch.Tensor, seconds: torch.Tensor, d
     """
     first, second = sampled[firsts], sampled[seconds.clamp_min(0)]
     accepted = (seconds >= 0) & (first == drafts) & (second >= 0)
-    bonus = torch.where(accepted, second, -1)
+    # No plain number as a tensor: a graph's capture forbids its copy to a GPU.
+    bonus = second.masked_fill(~accepted, -1)
     return Verdict(torch.where(accepted, second, first), torch.where(accepted, seconds, firsts), bonus)

@@ -15,7 +15,6 @@ from gossamer.runtime.executor import Logprobs, step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
 
-
 _Inputs = tuple[torch.Tensor, torch.Tensor, AttentionBatch]
 
 
