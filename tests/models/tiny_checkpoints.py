@@ -165,11 +165,30 @@ def save_checkpoint(name: str, folder: Path, **save_options: Any) -> Path:
     return folder
 
 
-def add_mtp_layer(folder: Path) -> dict[str, torch.Tensor]:
+SUCCESSOR = 37
+"""In a predictable checkpoint token t is followed by (t + 37) mod vocab_size, and the draft layer knows it."""
+
+
+def _make_predictable(tensors: dict[str, torch.Tensor], noise: float) -> None:
+    """Blocks add `noise` times what they did; the head of a token is the embedding of the one that it follows; of the
+    two that the draft layer joins it looks at the embedding alone."""
+    embed = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(3))
+    hidden = embed.shape[1]
+    for name in tensors:
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name] = noise * tensors[name]
+        elif name.endswith(("model.norm.weight", "shared_head.norm.weight", "enorm.weight")):
+            tensors[name] = torch.ones(hidden)
+        elif name.endswith("eh_proj.weight"):
+            tensors[name] = torch.cat((torch.eye(hidden), noise * tensors[name][:, hidden:]), 1)
+    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embed, embed.roll(SUCCESSOR, 0).contiguous()
+
+
+def add_mtp_layer(folder: Path, noise: float | None = None) -> dict[str, torch.Tensor]:
     """Gives a saved checkpoint a multi-token-prediction layer as published; returns all of its tensors.
 
     A block like the last, the norms and the projection that feed it, and the copies of embedding and head that real
-    checkpoints carry: damaged ones, for nothing may read them.
+    checkpoints carry: damaged ones, for nothing may read them. With `noise` it is predictable: exactly at 0.
     """
     path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     tensors, last = load_file(path), config["num_hidden_layers"] - 1
@@ -183,6 +202,8 @@ def add_mtp_layer(folder: Path) -> dict[str, torch.Tensor]:
         tensors[f"model.layers.{last + 1}.{name}"] = drawn.abs().neg() if "correction_bias" in name else drawn
     for name, source in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
         tensors[f"model.layers.{last + 1}.{name}.weight"] = torch.full_like(tensors[f"{source}.weight"], torch.nan)
+    if noise is not None:
+        _make_predictable(tensors, noise)
     save_file(tensors, path, metadata={"format": "pt"})
     config.pop("num_mtp_layers", None)
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
