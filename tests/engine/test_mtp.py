@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from models.tiny_checkpoints import SUCCESSOR, add_mtp_layer, save_checkpoint
 from test_paged_schedules import LENGTH, PAGE, PROMPTS, build, drain
 
-from gossamer.config import make_engine_config
-from gossamer.core import SamplingParams, ScheduledBatch, StartupError, TokenOutput
+from gossamer.config import LoadConfig, make_engine_config
+from gossamer.core import AdmittedSequence, SamplingParams, ScheduledBatch, ScheduledRow, StartupError, TokenOutput
 from gossamer.engine.build import build_engine
 from gossamer.engine.engine import Engine
+from gossamer.kv_cache.pool import KVPool
+from gossamer.layers.linear import WeightFormat
+from gossamer.models.decoder import ATTENTION_KINDS, Decoder
+from gossamer.models.loader import inspect_model, iter_weights
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.model_runner import ModelRunner
 
@@ -289,3 +293,38 @@ def test_on_a_device(
         sizes += [len(output.token_ids) for output in engine.step()]
     engine.shutdown()
     assert sizes == [1, *[2] * 11, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_the_kernels_take_two_rows_of_a_slot(name: str, tmp_path: Path) -> None:
+    """All of a step's kernels, interpreted: drafts beside padding in a decode step, and in a page of FP8 with their
+    slot's first token."""
+    if torch.cuda.is_available():
+        pytest.skip("test_on_a_device does this, compiled")
+    load = LoadConfig(model=str(save(tmp_path / "model", name, 0.0)), num_speculative_tokens=1)
+    source = inspect_model(load)
+    kind, cpu, found = ATTENTION_KINDS[source.config.attention], torch.device("cpu"), []
+    for backend in ("reference", "triton"):
+        fmt = WeightFormat(torch.float32, cpu, kernels=backend == "triton")
+        decoder = Decoder(source.config, fmt, 64, backend, True)
+        decoder.load(iter_weights(source, load))
+        runner = CudaRunner(decoder, max_num_seqs=4, max_num_tokens=32, max_model_len=64, page_size=16)
+        runner.attach(KVPool(source.config.num_kv_layers, kind.kv_layout(source.config, "fp8"), 12, 16, cpu))
+        prompts, params = [list(range(3, 16)), [9, 8, 7]], SamplingParams(temperature=0.0)
+        admitted = [AdmittedSequence(i + 1, str(i), prompts[i], [], params, 0, frozenset()) for i in range(2)]
+        chunks = [ScheduledRow(1, 0, 13, prompts[0], [3, 5], True), ScheduledRow(2, 0, 2, prompts[1][:2], [7], False)]
+        last = ScheduledRow(2, 2, 1, prompts[1][2:], [], True)
+        steps = [
+            ScheduledBatch(0, admitted, chunks),
+            ScheduledBatch(1, [], [ScheduledRow(1, 13, 2, [], [], True, 1), last]),
+            ScheduledBatch(2, [], [ScheduledRow(2, 3, 1, [], [], True, 1), ScheduledRow(1, 15, 2, [], [], True, 3)]),
+        ]
+        results = [runner.submit(step).result() for step in steps]
+        found.append([(result.token_ids, result.bonus_ids, runner.draft_token.tolist()) for result in results])
+    assert found[0] == found[1]
+    assert [bonus for _, bonus, _ in found[0]] == [
+        [-1, -1],
+        [(15 + 3 * SUCCESSOR) % VOCAB, -1],
+        [-1, (15 + 5 * SUCCESSOR) % VOCAB],
+    ]
