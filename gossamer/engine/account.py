@@ -30,7 +30,7 @@ class StepAccount:
 
     def add(self, batch: ScheduledBatch, result: StepResult) -> None:
         rows = batch.rows
-        starts = [row.start_pos + 1 for row in rows if row.drafts]  # a draft is a row of its own
+        starts = [row.start_pos + 1 for row in rows if row.num_tokens > 1 and row.drafts]  # a draft is a row of its own
         num_drafts = len(starts)
         starts += [row.start_pos for row in rows]
         decodes = rows[-1].is_decode

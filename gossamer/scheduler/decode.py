@@ -4,16 +4,17 @@ from gossamer.core import Request, RequestStatus, ScheduledBatch, ScheduledRow
 from gossamer.scheduler.sequences import Sequences
 
 
-def schedule_decodes(sequences: Sequences, batch: ScheduledBatch, budget: int, num_drafts: int = 0) -> None:
-    """Adds rows of at most `budget` tokens to the batch, oldest request first: of one, and of `num_drafts` drafted.
+def schedule_decodes(sequences: Sequences, batch: ScheduledBatch, budget: int, num_drafts: int = 0) -> int:
+    """Adds rows of at most `budget` tokens to the batch, oldest request first: of one, and of up to one drafted.
 
     A request whose samples in flight may already be its last is left out until they are committed. When pages run
     out, the latest-arrived running request is preempted: never one that is in the batch already, and never the
-    oldest, which therefore always progresses. A draft takes a page that is available, or is left out.
+    oldest, which therefore always progresses. A draft takes a page that is available, or is left out. Returns what is
+    left of the budget.
     """
     for request in sequences.running.copy():
         if budget < 1:
-            return
+            break
         position = request.num_computed_tokens
         output_index = len(request.output_token_ids) + request.num_in_flight
         if (
@@ -29,11 +30,10 @@ def schedule_decodes(sequences: Sequences, batch: ScheduledBatch, budget: int, n
             request.page_ids += sequences.pool.allocate(1, request.page_ids[-1])
         num_tokens = 1
         if num_drafts and budget > 1 and _takes_draft(request, output_index):
-            if sequences.num_pages_for(position + 2) <= len(request.page_ids):
-                num_tokens = 2
-            elif sequences.pool.num_available:
+            num_pages = sequences.num_pages_for(position + 2)
+            if num_pages > len(request.page_ids) and sequences.pool.num_available:
                 request.page_ids += sequences.pool.allocate(1, request.page_ids[-1])
-                num_tokens = 2
+            num_tokens += num_pages <= len(request.page_ids)
         new_page_ids = request.page_ids[num_held:]
         budget -= num_tokens
         # An accepted draft is counted when it is known.
@@ -41,6 +41,7 @@ def schedule_decodes(sequences: Sequences, batch: ScheduledBatch, budget: int, n
         request.num_in_flight += 1
         batch.rows.append(ScheduledRow(request.slot, position, num_tokens, [], new_page_ids, True, output_index))
         batch.requests.append(request)
+    return budget
 
 
 def _takes_draft(request: Request, output_index: int) -> bool:

@@ -121,9 +121,9 @@ class Scheduler:
         if self._num_drafts and self._in_flight:
             return None
         batch = ScheduledBatch(self._next_step_id, [], [], [])
-        schedule_decodes(self._sequences, batch, self._budget, self._num_drafts)
+        left = schedule_decodes(self._sequences, batch, self._budget, self._num_drafts)
         num_decodes = len(batch.rows)
-        schedule_prefills(self._sequences, batch, self._budget - batch.num_tokens, chunked=self._chunked)
+        schedule_prefills(self._sequences, batch, left, chunked=self._chunked)
         if not batch.rows:
             return None
         # Only now: rows of one batch must not read pages that other rows of it write.
@@ -150,9 +150,11 @@ class Scheduler:
             if row.token_ids:
                 prompt_end = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
                 self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
-            bonus = -1 if result.bonus_ids is None else result.bonus_ids[index]
-            self._counted.spec_decode_num_drafts += row.drafts
-            self._counted.spec_decode_num_accepted_tokens += bonus >= 0
+            bonus = -1
+            if result.bonus_ids is not None:
+                bonus = result.bonus_ids[index]
+                self._counted.spec_decode_num_drafts += row.drafts
+                self._counted.spec_decode_num_accepted_tokens += bonus >= 0
             if request.status is RequestStatus.FINISHED:
                 continue
             entries = result.prompt_logprobs[index] if result.prompt_logprobs is not None else None
