@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,8 @@ from fake_graphs import FakeGraphs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models.tiny_checkpoints import SUCCESSOR, add_mtp_layer, save_checkpoint
-from test_paged_schedules import LENGTH, PAGE, PROMPTS, build, drain
+from safetensors.torch import load_file, save_file
+from test_paged_schedules import LENGTH, PAGE, PROMPTS, build, drain, fail_sometimes
 
 from gossamer.config import LoadConfig, make_engine_config
 from gossamer.core import AdmittedSequence, SamplingParams, ScheduledBatch, ScheduledRow, StartupError, TokenOutput
@@ -238,6 +240,61 @@ def test_drafts_are_as_often_right_as_the_model_samples_them(certain: Path) -> N
     stats = engine.stats()
     expected = sum(b == (a + SUCCESSOR) % VOCAB for tokens in merged[1] for a, b in pairwise(tokens))
     assert 0 < stats.spec_decode_num_accepted_tokens <= expected < stats.num_generation_tokens
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_damaged_draft_layer_costs_speed_alone(paged: bool, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "deepseek_v3", 0.0)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.eh_proj.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    ((outputs,), engine) = run(folder, GREEDY, [[5, 6, 7]], paged=paged)
+    tokens = [token for output in outputs for token in output.token_ids]
+    assert tokens == [(7 + SUCCESSOR * (i + 1)) % VOCAB for i in range(24)]
+    assert engine.stats().spec_decode_num_accepted_tokens <= 1
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("distance", [3, 4])
+def test_logits_that_are_no_numbers_end_their_request_alone(paged: bool, distance: int, tmp_path: Path) -> None:
+    """Whether the token from which nothing follows is the first or the second of its step: a draft, whose NaN keys the
+    masks of the CPU's own route do not keep from the row before."""
+    folder = save(tmp_path / "model", "deepseek_v3", 0.0)
+    path, poison = folder / "model.safetensors", (7 + SUCCESSOR * distance) % VOCAB
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][poison] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    prompts = [[5, 6, 7], [5, 6, (poison + 1) % VOCAB]]
+    (bad, good), _ = run(folder, GREEDY, prompts, paged=paged, max_num_batched_tokens=8, max_num_seqs=3)
+    found = [token for output in bad for token in output.token_ids]
+    count = distance - (distance == 4 and not paged)
+    assert found == [(7 + SUCCESSOR * (i + 1)) % VOCAB for i in range(count)]
+    assert bad[-1].finish_reason == "error"
+    assert [t for o in good for t in o.token_ids] == [(prompts[1][2] + SUCCESSOR * (i + 1)) % VOCAB for i in range(24)]
+
+
+@pytest.mark.parametrize("name", ["_mixed", "_decode", "_draft", "finish"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_failed_step_costs_others_nothing(
+    oracle: tuple[Path, list[list[int] | None], Drafts, int],
+    name: str,
+    after: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, alone, _, page_bytes = oracle
+    options = {"max_num_batched_tokens": 24, "max_num_seqs": 4, "kv_cache_memory_bytes": page_bytes * 22}
+    engine = build(folder, paged=True, graphs=FakeGraphs(), num_speculative_tokens=1, **options)
+    steps, order = {2, 5}, [0, 1, 3, 4]  # none that is sampled on the host: steps that only decode are whole
+    fail_sometimes(engine._executor, name, steps, after)
+    with caplog.at_level(logging.CRITICAL):
+        tokens = drain(engine, order)
+    steps.clear()
+    again = drain(engine, order)
+    engine.shutdown()
+    assert None in tokens.values()
+    assert all(tokens[i] in (None, alone[i]) for i in order)
+    assert again == {i: alone[i] for i in order}
 
 
 @pytest.mark.parametrize(
