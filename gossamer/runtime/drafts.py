@@ -5,7 +5,6 @@ own sample is the same, so whatever leaves a step was sampled by the model.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,9 +20,9 @@ def single_rows(rows: Sequence[ScheduledRow]) -> list[ScheduledRow]:
         if not row.drafts:
             out.append(row)
             continue
-        start, index = row.start_pos + 1, row.output_index + 1
-        out.append(replace(row, num_tokens=1))
-        out.append(replace(row, num_tokens=1, start_pos=start, new_page_ids=[], output_index=index))
+        position, index = row.start_pos, row.output_index
+        out.append(ScheduledRow(row.slot, position, 1, [], row.new_page_ids, True, index))
+        out.append(ScheduledRow(row.slot, position + 1, 1, [], [], True, index + 1))
     return out
 
 
