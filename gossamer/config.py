@@ -122,13 +122,20 @@ class ModelConfig:
     mla: MLAConfig | None = None
     """Of `attention` "mla", whose `head_dim` is that of queries and keys."""
     num_mtp_layers: int = 0
-    """Multi-token-prediction layers that a checkpoint has behind its last layer; they are left aside."""
+    """Multi-token-prediction layers that a checkpoint has behind its last layer."""
+    num_draft_layers: int = 0
+    """How many of them run, as drafts: LoadConfig.num_speculative_tokens. The others are left aside."""
     sparse: SparseConfig | None = None
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     """The checkpoint's own."""
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with a KV cache, draft layers included."""
+        return self.num_layers + self.num_draft_layers
 
     def sliding_window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
@@ -163,6 +170,9 @@ class LoadConfig:
         None, "load a dense checkpoint as an MoE of this many identical experts", minimum=1
     )
     upcycle_topk: int = option(2, "experts per token with --upcycle-experts", minimum=1)
+    num_speculative_tokens: int = option(
+        0, "1: a multi-token-prediction layer drafts a token a step, which is verified; implies --no-overlap", minimum=0
+    )
     seed: int = option(0, "seed of dummy weights and of requests without a seed of their own")
 
 
@@ -259,6 +269,16 @@ class Hardware:
     num_cores: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceCeilings:
+    """What the device can do at best, measured: `gossamer info --measure`."""
+
+    flops_per_second: float
+    """Of a large matrix product in the model's dtype."""
+    bytes_per_second: float
+    """Of reading device memory."""
+
+
 SECTIONS: dict[str, type] = {
     "load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "sparse": SparseOptions,
 }  # fmt: skip
@@ -320,6 +340,11 @@ def _check_values(config: EngineConfig) -> None:
         raise StartupError(f"--gpu-memory-utilization must be in (0, 1]; got {cache.gpu_memory_utilization}.")
     if zipf_exponent(load.dummy_routing) and load.load_format != "dummy":
         raise StartupError(f"--dummy-routing {load.dummy_routing} needs --load-format dummy.")
+    if load.num_speculative_tokens > 1:
+        raise StartupError(
+            f"--num-speculative-tokens must be 0 or 1, for a multi-token-prediction layer drafts one token; got "
+            f"{load.num_speculative_tokens}."
+        )
     if load.upcycle_experts is not None and load.upcycle_topk > load.upcycle_experts:
         raise StartupError(f"--upcycle-topk {load.upcycle_topk} is more than --upcycle-experts {load.upcycle_experts}.")
 
@@ -372,7 +397,8 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> Eng
             f"--max-model-len {load.max_model_len} is more than the model's context of "
             f"{model.max_position_embeddings} tokens.\nSet --max-model-len {model.max_position_embeddings} or less."
         )
-    budget = sched.max_num_batched_tokens or max(512 if on_cpu else 8192, max_num_seqs)
+    widest = max_num_seqs * (1 + load.num_speculative_tokens)
+    budget = sched.max_num_batched_tokens or max(512 if on_cpu else 8192, widest)
     if not sched.enable_chunked_prefill:
         budget = sched.max_num_batched_tokens or max(budget, longest)
         if budget < longest:
@@ -380,16 +406,19 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> Eng
                 f"--max-num-batched-tokens {budget} is less than --max-model-len {longest}, and chunked prefill is "
                 f"off.\nRaise --max-num-batched-tokens to {longest}, or drop --no-enable-chunked-prefill."
             )
-    if budget < max_num_seqs:
+    if budget < widest:
+        each = ", each with a drafted token," if widest > max_num_seqs else ""
         raise StartupError(
-            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}: a decode step would not "
-            f"fit.\nRaise --max-num-batched-tokens to {max_num_seqs} or lower --max-num-seqs."
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}{each} needs: a decode step "
+            f"would not fit.\nRaise --max-num-batched-tokens to {widest} or lower --max-num-seqs."
         )
+    # Where the next step starts is known when this one's drafts are verified.
+    overlap = sched.overlap and not load.num_speculative_tokens
     return dataclasses.replace(
         config,
         device=hardware.device,
         num_threads=config.num_threads or hardware.num_cores,
         load=dataclasses.replace(load, dtype=dtype, max_model_len=longest),
         cache=dataclasses.replace(cache, kv_cache_dtype=kv_dtype),
-        scheduler=dataclasses.replace(sched, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        scheduler=dataclasses.replace(sched, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, overlap=overlap),
     )

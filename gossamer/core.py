@@ -311,8 +311,9 @@ class ScheduledRow:
     """One sequence's share of a step: `num_tokens` new tokens at positions start_pos .. start_pos + num_tokens - 1.
 
     `token_ids` holds a prefill chunk's ids. It is empty for a decode row: its one input id is the token that the slot
-    sampled last, which may exist on the device only. `new_page_ids` extends the slot's page table (the first row
-    after admission brings all of it). `samples` is false for a chunk that does not end its prompt.
+    sampled last, which may exist on the device only; its second, of two, the slot's draft. `new_page_ids` extends the
+    slot's page table (the first row after admission brings all of it). `samples` is false for a chunk that does not
+    end its prompt.
     """
 
     slot: int
@@ -327,6 +328,11 @@ class ScheduledRow:
     @property
     def is_decode(self) -> bool:
         return not self.token_ids
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the slot's draft is verified."""
+        return not self.token_ids and self.num_tokens > 1
 
 
 @dataclass(slots=True)
@@ -378,6 +384,8 @@ class StepResult:
     prompt_logprobs: list[list[TokenLogprobs] | None] | None = None
     device_seconds: float = 0.0
     start_time: float = 0.0
+    bonus_ids: list[int] | None = None
+    """The token after row i's first, sampled too where the draft was that first one; -1 elsewhere."""
 
 
 @dataclass(slots=True)
@@ -413,6 +421,10 @@ class EngineStats:
     num_prompt_tokens: int = 0
     """Prompt tokens computed."""
     num_generation_tokens: int = 0
+    spec_decode_num_drafts: int = 0
+    """Drafted tokens that were verified, one a row."""
+    spec_decode_num_accepted_tokens: int = 0
+    """Those that were what the model itself sampled."""
     device_seconds: float = 0.0
     model_flops: float = 0.0
     model_bytes: float = 0.0
@@ -427,16 +439,6 @@ class EngineStats:
         """Share of the time of consecutive decode steps in which the device waited; None before there were any."""
         whole = self.decode_seconds + self.decode_idle_seconds
         return self.decode_idle_seconds / whole if whole else None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceCeilings:
-    """What the device can do at best, measured: `gossamer info --measure`."""
-
-    flops_per_second: float
-    """Of a large matrix product in the model's dtype."""
-    bytes_per_second: float
-    """Of reading device memory."""
 
 
 @dataclass(frozen=True, slots=True)

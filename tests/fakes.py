@@ -74,18 +74,26 @@ class _Slot:
     last_token: int
     page_table: list[int] = field(default_factory=list)
     num_outputs: int = 0
+    draft: int = -1
 
 
 class FakeExecutor:
-    """Executes at submission, strictly in order. `fail_next = n` makes the next n steps raise after spoiling KV."""
+    """Executes at submission, strictly in order. `fail_next = n` makes the next n steps raise after spoiling KV.
 
-    def __init__(self, num_pages: int, page_size: int, max_num_seqs: int) -> None:
+    With `drafts` it has a draft layer, which is right two times in three. Its KV of a position is made of the token
+    that follows; before a step, that of everything computed must be so.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, max_num_seqs: int, *, drafts: bool = False) -> None:
         self.page_size = page_size
+        self.drafts = drafts
         self.fail_next = 0
         self.batches: list[ScheduledBatch] = []
         self.is_shut_down = False
         self._garbage = count(10**9)
-        self._kv = [[next(self._garbage) for _ in range(page_size)] for _ in range(num_pages)]
+        self._kv, self._draft_kv = (
+            [[next(self._garbage) for _ in range(page_size)] for _ in range(num_pages)] for _ in range(2)
+        )
         self._slots: list[_Slot | None] = [None] * max_num_seqs
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
@@ -113,13 +121,21 @@ class FakeExecutor:
             for row in batch.rows:
                 self._slots[row.slot] = None
             raise DeviceFailed("the fake device failed")
-        sampled = [self._sample(row, tokens) for row, tokens in zip(batch.rows, sequences, strict=True)]
+        bonus = [-1] * len(batch.rows)
+        sampled = []
+        for i, (row, tokens) in enumerate(zip(batch.rows, sequences, strict=True)):
+            sampled.append(self._sample(row, tokens[: row.start_pos + 1] if row.drafts else tokens))
+            if row.drafts and sampled[-1][0] == tokens[-1]:
+                bonus[i] = self._sample(row, tokens, 1)[0]
+            if self.drafts:
+                self._draft(row, tokens, sampled[-1][0], bonus[i])
         return StepResult(
             batch.step_id,
             [token for token, _ in sampled],
             [entry for _, entry in sampled],
             [self._prompt_logprobs(row, tokens) for row, tokens in zip(batch.rows, sequences, strict=True)],
             device_seconds=0.001,
+            bonus_ids=bonus if self.drafts else None,
         )
 
     def _check_order(self, batch: ScheduledBatch) -> None:
@@ -135,11 +151,17 @@ class FakeExecutor:
             raise ValueError(f"slot {row.slot} was never admitted")
         slot.page_table += row.new_page_ids
         size = self.page_size
-        return [self._kv[slot.page_table[i // size]][i % size] for i in range(row.start_pos)]
+        history, following = (
+            [kv[slot.page_table[i // size]][i % size] for i in range(row.start_pos)]
+            for kv in (self._kv, self._draft_kv)
+        )
+        if self.drafts and following != [*history[1:], self._inputs(row)[0]][: row.start_pos]:
+            raise ValueError("the draft layer's KV is not that of this sequence")
+        return history
 
     def _inputs(self, row: ScheduledRow) -> list[int]:
         slot = self._slots[row.slot]
-        tokens = row.token_ids or [slot.last_token]
+        tokens = row.token_ids or [slot.last_token, slot.draft][: row.num_tokens]
         if len(tokens) != row.num_tokens:
             raise ValueError("num_tokens does not match token_ids")
         return tokens
@@ -155,14 +177,31 @@ class FakeExecutor:
                 written.add(where)
                 self._kv[where[0]][where[1]] = next(self._garbage) if spoil else tokens[position]
 
-    def _sample(self, row: ScheduledRow, tokens: list[int]) -> tuple[int, TokenLogprobs | None]:
+    def _draft(self, row: ScheduledRow, tokens: list[int], first: int, bonus: int) -> None:
+        """What the draft layer writes, and its guess."""
+        slot = self._slots[row.slot]
+        sequence, start, stop = slot.sequence, row.start_pos, row.start_pos + row.num_tokens
+        known = sequence.prompt_token_ids + sequence.output_token_ids
+        following = [*tokens[start + 1 :], first if row.samples else known[stop]]
+        if row.drafts:
+            following = [first, bonus]
+        for position, token in zip(range(start, stop), following, strict=True):
+            self._draft_kv[slot.page_table[position // self.page_size]][position % self.page_size] = token
+        if row.samples:
+            tokens = [*tokens[: start + 1], first, *([bonus] if bonus >= 0 else [])] if row.drafts else [*tokens, first]
+            arguments = (sequence.params, sequence.seed, sequence.stop_token_ids)
+            slot.draft = next_token(tokens, slot.num_outputs, *arguments)
+            if digest(tokens, 99) % 3 == 0:
+                slot.draft = (slot.draft + 1) % VOCAB_SIZE
+
+    def _sample(self, row: ScheduledRow, tokens: list[int], more: int = 0) -> tuple[int, TokenLogprobs | None]:
         slot = self._slots[row.slot]
         if not row.samples:
             return -1, None
-        if row.output_index != slot.num_outputs:
+        if row.output_index + more != slot.num_outputs:
             raise ValueError(f"output_index {row.output_index}, but the slot has sampled {slot.num_outputs}")
         sequence = slot.sequence
-        token = next_token(tokens, row.output_index, sequence.params, sequence.seed, sequence.stop_token_ids)
+        token = next_token(tokens, slot.num_outputs, sequence.params, sequence.seed, sequence.stop_token_ids)
         slot.last_token = token
         slot.num_outputs += 1
         return token, logprob(tokens, token) if sequence.params.logprobs is not None else None

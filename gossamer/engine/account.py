@@ -30,13 +30,16 @@ class StepAccount:
 
     def add(self, batch: ScheduledBatch, result: StepResult) -> None:
         rows = batch.rows
-        starts = [row.start_pos for row in rows]
+        starts = [row.start_pos + 1 for row in rows if row.num_tokens > 1 and row.drafts]  # a draft is a row of its own
+        num_drafts = len(starts)
+        starts += [row.start_pos for row in rows]
         decodes = rows[-1].is_decode
         if decodes:
-            cost = self._cost(len(rows), starts, [1] * len(rows), len(rows))
+            cost = self._cost(len(starts), starts, [1] * len(starts), len(starts))
         else:
-            lengths = [row.num_tokens for row in rows]
-            cost = self._cost(batch.num_decode_rows, starts, lengths, sum([row.samples for row in rows]))
+            num_decode = num_drafts + batch.num_decode_rows
+            lengths = [1] * num_decode + [row.num_tokens for row in rows[batch.num_decode_rows :]]
+            cost = self._cost(num_decode, starts, lengths, num_drafts + sum([row.samples for row in rows]))
         self._flops += cost.flops
         self._bytes += cost.bytes
         if decodes and self._free_since is not None:

@@ -60,7 +60,7 @@ def build_engine(
     _load(decoder, source, config, report)
     cost = StepCost(model, ATTENTION_KINDS[model.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
-    page_bytes = layout.page_bytes(config.cache.page_size) * model.num_layers
+    page_bytes = layout.page_bytes(config.cache.page_size) * model.num_kv_layers
     paged_runner = _paged_runner(config, decoder) if decoder.paged else None
     measured: dict[str, int] | None = None
     if paged_runner is not None and fmt.device.type == "cuda":
@@ -73,7 +73,7 @@ def build_engine(
         load=dataclasses.replace(config.load, max_model_len=plan.max_model_len, quantization=fmt.quantization),
         cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=plan.num_pages * page_bytes),
     )
-    size = (model.num_layers, layout, plan.num_pages, config.cache.page_size)
+    size = (model.num_kv_layers, layout, plan.num_pages, config.cache.page_size)
     pool = KVPool(*size, fmt.device, heads_first=not decoder.paged)
     runner: Executor
     if paged_runner is not None:
@@ -106,7 +106,7 @@ def _paged_runner(config: EngineConfig, decoder: Decoder) -> CudaRunner:
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:
     """Makes every MoE layer count from now on. Before any CUDA graph is captured."""
-    layers = [block.mlp for block in decoder.blocks if isinstance(block.mlp, MoELayer)]
+    layers = [block.mlp for block in decoder.all_blocks if isinstance(block.mlp, MoELayer)]
     for layer in layers:
         layer.use = ExpertUse(layer.num_experts, decoder.fmt.device)
     return [layer.use for layer in layers if layer.use is not None]

@@ -64,6 +64,7 @@ class Engine:
             page_size=config.cache.page_size,
             max_model_len=limits.max_model_len,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            num_drafts=config.load.num_speculative_tokens,
         )
         self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
         self.result_queue: SimpleQueue[Submitted] = SimpleQueue()

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gossamer.config import EngineConfig, ModelConfig
-from gossamer.core import DeviceCeilings, RequestLimits
+from gossamer.config import DeviceCeilings, EngineConfig, ModelConfig
+from gossamer.core import RequestLimits
 
 ProgressCallback = Callable[[str, float], None]
 """Called while an engine is built with the name of the stage and the fraction of it that is done, 0 to 1."""

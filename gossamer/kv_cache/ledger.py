@@ -32,7 +32,7 @@ def human(num_bytes: float) -> str:
 def temporaries(config: EngineConfig, model: ModelConfig) -> int:
     """Upper bound of a step's activations: the widest layer's inputs and outputs, and fp32 logits with their copies."""
     sched = config.scheduler
-    tokens, seqs = sched.max_num_batched_tokens or 0, sched.max_num_seqs or 0
+    tokens, seqs = sched.max_num_batched_tokens or 0, (sched.max_num_seqs or 0) * (1 + model.num_draft_layers)
     itemsize = 4 if config.load.dtype == "float32" else 2
     attention = (2 * model.num_q_heads + 4 * model.num_kv_heads) * model.head_dim
     mlp = 3 * model.intermediate_size
@@ -51,7 +51,7 @@ def plan_memory(
     holds what else was seen to take memory on the device (temporaries, graphs); without it temporaries are estimated.
     """
     cache = config.cache
-    page_bytes = layout.page_bytes(cache.page_size) * model.num_layers
+    page_bytes = layout.page_bytes(cache.page_size) * model.num_kv_layers
     others = dict(measured) if measured is not None else {"temporaries": temporaries(config, model)}
     usable = int(hardware.memory_bytes * cache.gpu_memory_utilization)
     room = usable - weight_bytes - sum(others.values())

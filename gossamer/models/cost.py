@@ -47,18 +47,19 @@ class StepCost:
         moe = config.moe
         self._config, self._kind = config, kind
         self._itemsize, self._kv_itemsize = fmt.dtype.itemsize, kv_itemsize
-        self._moe_layers = config.num_layers - len(moe.dense_layers) if moe else 0
+        self._moe_layers = config.num_kv_layers - len(moe.dense_layers) if moe else 0
         share = moe.top_k / moe.num_experts if moe else 0.0
         self._miss = 1.0 - share
         self._num_experts = moe.num_experts if moe else 1
         self._token_flops = 2.0 * (sizes["dense"] + share * sizes["experts"])
         self._dense_bytes, self._expert_bytes = read["dense"], read["experts"]
-        self._embed_bytes = float(config.hidden_size * fmt.dtype.itemsize)
-        head_size = config.vocab_size * config.hidden_size
+        times = 1 + config.num_draft_layers  # a draft layer has no embedding and head of its own
+        self._embed_bytes = float(times * config.hidden_size * fmt.dtype.itemsize)
+        head_size = times * config.vocab_size * config.hidden_size
         self._head_flops = 2.0 * head_size
         self._head_bytes = head_size * bytes_per_weight(fmt, "lm_head.weight")
         # Layers with equal windows cost the same.
-        windows = [config.sliding_window(layer) for layer in range(config.num_layers)]
+        windows = [config.sliding_window(layer) for layer in range(config.num_kv_layers)]
         self._layers = [(windows.index(window), count) for window, count in Counter(windows).items()]
 
     def expected_experts(self, num_tokens: int) -> float:

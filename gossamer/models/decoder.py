@@ -4,7 +4,7 @@ Families differ in their config alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -45,6 +45,29 @@ class Block:
             self.mlp = GatedMLP(f"layers.{layer}.mlp", backend, bias=config.mlp_bias)
 
 
+class DraftLayer:
+    """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): a block behind the last one.
+
+    Its input at position i joins the model's output there and the embedding of token i + 1; its output, through a norm
+    of its own and the model's head, is a guess at token i + 2.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str, paged: bool) -> None:
+        self.name = f"layers.{config.num_layers}.mtp"
+        self.block = Block(config, config.num_layers, backend, paged)
+        self.enorm: torch.Tensor | None = None
+        self.hnorm: torch.Tensor | None = None
+        self.norm: torch.Tensor | None = None
+        self.eh_proj = Linear([f"{self.name}.eh_proj"])
+        self._eps, self._backend = config.rms_norm_eps, backend
+
+    def join(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Both, and the result, [num_tokens, hidden]."""
+        parts = ((embedded, self.enorm), (hidden, self.hnorm))
+        normed = [rms_norm(x, _loaded(weight), self._eps, backend=self._backend) for x, weight in parts]
+        return self.eh_proj(torch.cat(normed, 1))
+
+
 class Decoder:
     """Inference only, so a plain object: weights are set by `load`, called by canonical name in any order.
 
@@ -59,6 +82,7 @@ class Decoder:
         self.fmt = fmt
         self.paged = fmt.device.type == "cuda" if paged is None else paged
         self.blocks = [Block(config, i, backend, self.paged) for i in range(config.num_layers)]
+        self.drafter = DraftLayer(config, backend, self.paged) if config.num_draft_layers else None
         self.embed: torch.Tensor | None = None
         self.final_norm: torch.Tensor | None = None
         self.head: Weight | None = None
@@ -71,7 +95,11 @@ class Decoder:
         loaders = {"embed.weight": self._load_embed, "final_norm.weight": self._setter(self, "final_norm")}
         if not self.config.tie_word_embeddings:
             loaders["lm_head.weight"] = lambda _, t: setattr(self, "head", make_head(t, self.fmt))
-        for i, block in enumerate(self.blocks):
+        if self.drafter is not None:
+            for attribute in ("enorm", "hnorm", "norm"):
+                loaders[f"{self.drafter.name}.{attribute}.weight"] = self._setter(self.drafter, attribute)
+            loaders |= dict.fromkeys(self.drafter.eh_proj.expected_names(), self._into(self.drafter.eh_proj))
+        for i, block in enumerate(self.all_blocks):
             for attribute in ("attn_norm", "mlp_norm"):
                 loaders[f"layers.{i}.{attribute}.weight"] = self._setter(block, attribute)
             loaders |= dict.fromkeys(block.attention.norms, self._into(block.attention))
@@ -120,10 +148,17 @@ class Decoder:
             raise StartupError(f"The checkpoint lacks {len(missing)} tensors, the first is {next(iter(missing))}.")
 
     @property
+    def all_blocks(self) -> list[Block]:
+        """Those of the model, then the draft layer's."""
+        return self.blocks if self.drafter is None else [*self.blocks, self.drafter.block]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all weights held, each storage counted once however many layers share it."""
         held = [self.embed, self.final_norm, *(self.head.tensors() if self.head else [])]
-        for block in self.blocks:
+        if self.drafter is not None:
+            held += [self.drafter.enorm, self.drafter.hnorm, self.drafter.norm, *self.drafter.eh_proj.weight.tensors()]
+        for block in self.all_blocks:
             held += [block.attn_norm, block.mlp_norm, *block.attention.norms.values()]
             if isinstance(block.mlp, MoELayer):
                 held += [block.mlp.router, block.mlp.bias, *(block.mlp.stacked.tensors() if block.mlp.stacked else [])]
@@ -135,17 +170,37 @@ class Decoder:
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, pool: KVPool
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden] after the final norm; writes the new tokens' KV into the pool."""
+        x = F.embedding(input_ids, _loaded(self.embed))
+        layers = zip(self.blocks, pool.layers, strict=False)
+        return self._run(x, layers, positions, batch, _loaded(self.final_norm))
+
+    def draft(
+        self, hidden: torch.Tensor, next_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, pool: KVPool
+    ) -> torch.Tensor:
+        """After `forward`, of its result and the token that follows each position: the draft layer's hidden states."""
+        drafter = self._drafter()
+        x = drafter.join(F.embedding(next_ids, _loaded(self.embed)), hidden)
+        return self._run(x, [(drafter.block, pool.layers[-1])], positions, batch, _loaded(drafter.norm))
+
+    def _drafter(self) -> DraftLayer:
+        if self.drafter is None:
+            raise RuntimeError("this decoder was built without a draft layer")
+        return self.drafter
+
+    def _run(
+        self, x: torch.Tensor, layers: Iterable[tuple[Block, Sequence[torch.Tensor]]], positions: torch.Tensor,
+        batch: AttentionBatch, norm: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         plan = self._kind.plan(self.config, batch, self.fmt.dtype)
         longest = max(start + length for start, length in zip(batch.starts, batch.lengths, strict=True))
         cos, sin = self._rotary.lookup(positions, longest)
         eps, backend = self.config.rms_norm_eps, self._backend
-        x = F.embedding(input_ids, _loaded(self.embed))
-        for block, planes in zip(self.blocks, pool.layers, strict=True):
+        for block, planes in layers:
             h = rms_norm(x, _loaded(block.attn_norm), eps, backend=backend)
             x += block.attention(h, cos, sin, plan, planes)
             h = rms_norm(x, _loaded(block.mlp_norm), eps, backend=backend)
             x += block.mlp(h)
-        return rms_norm(x, _loaded(self.final_norm), eps, backend=backend)
+        return rms_norm(x, norm, eps, backend=backend)
 
     def pieces(
         self, input_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool,
@@ -156,15 +211,32 @@ class Decoder:
         input_ids: int32 [num_tokens], -1 for what the token's slot sampled last (`last_token`, int64 [num_slots]).
         `result` gets the hidden states [num_tokens, hidden] after the final norm; rows of padding hold no meaning.
         """
-        eps, backend = self.config.rms_norm_eps, self._backend
+        x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=self._backend)
+        layers = zip(self.blocks, pool.layers, strict=False)
+        yield from self._run_pieces(x, layers, plan, _loaded(self.final_norm), result)
+
+    def draft_paged(
+        self, hidden: torch.Tensor, next_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool
+    ) -> torch.Tensor:
+        """`draft` on a GPU, of int32 next_ids [num_tokens]."""
+        drafter, result = self._drafter(), list[torch.Tensor]()
+        embedded = embed_tokens(next_ids, plan.token_slots, last_token, _loaded(self.embed), backend=self._backend)
+        x, layers = drafter.join(embedded, hidden), [(drafter.block, pool.layers[-1])]
+        for attend in self._run_pieces(x, layers, plan, _loaded(drafter.norm), result):
+            attend(plan)
+        return result[0]
+
+    def _run_pieces(
+        self, x: torch.Tensor, layers: Iterable[tuple[Block, Sequence[torch.Tensor]]], plan: PagedPlan,
+        norm: torch.Tensor, result: list[torch.Tensor],
+    ) -> Iterator[Attend]:  # fmt: skip
         cos, sin = self._rotary.table(plan.max_seq_len)
-        num_tokens, attention = input_ids.shape[0], self.blocks[0].attention
-        x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=backend)
+        num_tokens, attention = x.shape[0], self.blocks[0].attention
         q = x.new_empty(num_tokens, *attention.q_shape)
         attended_shape = (num_tokens, *attention.out_shape)
         buffers: dict[bool, Attended] = {}
-        stream = ResidualStream(x, eps, backend)
-        for block, planes in zip(self.blocks, pool.layers, strict=True):
+        stream = ResidualStream(x, self.config.rms_norm_eps, self._backend)
+        for block, planes in layers:
             block.attention.project(stream, _loaded(block.attn_norm), cos, sin, plan, planes, q)
             fp8 = block.attention.gives_fp8(plan, planes, num_tokens)
             if fp8 not in buffers:
@@ -173,7 +245,7 @@ class Decoder:
             yield partial(block.attention.attend, q, planes=planes, out=attended)
             block.attention.output(attended, stream)
             stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
-        result.append(stream.normed(_loaded(self.final_norm)))
+        result.append(stream.normed(norm))
 
     def forward_paged(
         self, input_ids: torch.Tensor, last_token: torch.Tensor, plan: PagedPlan, pool: KVPool

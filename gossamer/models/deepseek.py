@@ -16,6 +16,8 @@ HF_MOE = (
     hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
     | places({f"layers.{{i}}.moe.shared.{n}": f"{_MLP}shared_experts.{n}_proj" for n in ("gate", "up", "down")})
     | {"layers.{i}.moe.router.bias": (Place(f"{_MLP}gate.e_score_correction_bias"),)}
+    | places({f"layers.{{i}}.mtp.{n}": f"model.layers.{{i}}.{n}" for n in ("enorm", "hnorm", "eh_proj")})
+    | places({"layers.{i}.mtp.norm": "model.layers.{i}.shared_head.norm"})
 )
 _NAMES = {"kv_a": "kv_a_proj_with_mqa", "kv_a_norm": "kv_a_layernorm", "q_a_norm": "q_a_layernorm"}
 _NAMES |= {name: f"{name}_proj" for name in ("q_a", "q_b", "kv_b")}

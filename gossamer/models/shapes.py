@@ -23,13 +23,19 @@ class CanonicalWeight(NamedTuple):
 
 
 def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
-    """Every weight of the decoder in the order of the stream: embedding, layer by layer, final norm, head."""
+    """Every weight of the decoder in the order of the stream: embedding, layer by layer, final norm, head.
+
+    Draft layers follow the last layer; embedding and head are the model's.
+    """
     hidden, vocab = config.hidden_size, config.vocab_size
     experts = list(_mlp("moe.experts.{e}", config.moe.intermediate_size, hidden)) if config.moe else []
     yield CanonicalWeight("embed.weight", 0, 0, (vocab, hidden))
-    for layer in range(config.num_layers):
+    for layer in range(config.num_kv_layers):
         moe = config.moe if config.moe is not None and layer not in config.moe.dense_layers else None
         weights = [*_attention(config), ("mlp_norm.weight", (hidden,))]
+        if layer >= config.num_layers:
+            weights += [(f"mtp.{norm}.weight", (hidden,)) for norm in ("enorm", "hnorm", "norm")]
+            weights.append(("mtp.eh_proj.weight", (hidden, 2 * hidden)))
         if moe is None:
             weights += _mlp("mlp", config.intermediate_size, hidden, config.mlp_bias)
         else:

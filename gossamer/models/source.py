@@ -57,16 +57,15 @@ def inspect_model(load: LoadConfig) -> ModelSource:
 
     Reads headers and JSON only: no weights, no torch.
     """
-    dummy = load.load_format == "dummy"
     path = resolve_model(load.model, load.download_dir, load.load_format)
     if path.is_dir():
         with _naming(path):
-            source = _inspect_folder(path, Path(load.tokenizer or path).expanduser(), dummy)
+            source = _inspect_folder(path, load)
     elif load.load_format == "safetensors":
         raise StartupError(f"--load-format safetensors, but {path} is a GGUF file.\nUse --load-format auto.")
     else:
         with _naming(path):
-            source = _inspect_gguf(path, dummy)
+            source = _inspect_gguf(path, load)
     if load.upcycle_experts is not None:
         moe = _upcycled(source.stored_config, load.upcycle_experts, load.upcycle_topk)
         source = dataclasses.replace(source, config=dataclasses.replace(source.config, moe=moe))
@@ -84,10 +83,20 @@ def _naming(path: Path) -> Iterator[None]:
         raise StartupError(f"{path}: {e}") from e
 
 
-def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
+def _with_drafts(config: ModelConfig, num: int) -> ModelConfig:
+    if num > config.num_mtp_layers:
+        raise StartupError(
+            f"--num-speculative-tokens {num}: the model has no multi-token-prediction layer that could draft tokens.\n"
+            "Drop the flag."
+        )
+    return dataclasses.replace(config, num_draft_layers=num)
+
+
+def _inspect_folder(folder: Path, load: LoadConfig) -> ModelSource:
     raw = read_json(folder / "config.json")
     family = family_of_hf(raw)
-    config = family.from_hf(raw)
+    config = _with_drafts(family.from_hf(raw), load.num_speculative_tokens)
+    tokenizer = Path(load.tokenizer or folder).expanduser()
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     ends = ConfigReader(generation, "generation_config.json: ").token_ids("eos_token_id")
@@ -95,7 +104,7 @@ def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
     config = dataclasses.replace(config, eos_token_ids=ends)
     scheme = fp8_scheme(raw.get("quantization_config"))
     quantization: Literal["none", "fp8"] = "fp8" if scheme is not None and scheme.quantizes_activations else "none"
-    if dummy:
+    if load.load_format == "dummy":
         return ModelSource("dummy", folder, config, config, quantization)
     headers = read_headers(weight_files(folder))
     stored = headers.shapes if scheme is None else without_scales(headers.shapes)
@@ -117,11 +126,11 @@ def _inspect_folder(folder: Path, tokenizer: Path, dummy: bool) -> ModelSource:
     return ModelSource("safetensors", folder, config, config, quantization, plan, headers, fp8=scheme)
 
 
-def _inspect_gguf(path: Path, dummy: bool) -> ModelSource:
+def _inspect_gguf(path: Path, load: LoadConfig) -> ModelSource:
     files = open_gguf(path)
     family, raw = hf_config_of_gguf(files)
-    config = family.from_hf(raw)
-    if dummy:
+    config = _with_drafts(family.from_hf(raw), load.num_speculative_tokens)
+    if load.load_format == "dummy":
         return ModelSource("dummy", path, config, config)
     return ModelSource(
         "gguf", path, config, config, quantization=suggested_quantization(files),

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from gossamer.config import Hardware
-from gossamer.core import DeviceCeilings
+from gossamer.config import DeviceCeilings, Hardware
 from gossamer.runtime.hardware import has_fp8
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
     """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs."""
     device, scheduler = runner.device, config.scheduler
     max_num_seqs, max_tokens = scheduler.max_num_seqs or 1, scheduler.max_num_batched_tokens or 1
-    pool = KVPool(runner.decoder.config.num_layers, layout, 1, config.cache.page_size, device)
+    pool = KVPool(runner.decoder.config.num_kv_layers, layout, 1, config.cache.page_size, device)
     runner.attach(pool, capture=False)
     with torch.inference_mode(), torch.cuda.stream(runner.stream):
         held = torch.cuda.memory_allocated(device)

@@ -19,8 +19,10 @@ from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, Schedule
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import Attend, Chunks, PagedPlan
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
+from gossamer.ops.sampling import argmax
 from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
 from gossamer.runtime.device_sampler import DeviceSampler
+from gossamer.runtime.drafts import pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, PromptLogprobs, step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
@@ -37,8 +39,9 @@ WARM_UP_CONTEXT = 1 << 17
 CLOCK_SECONDS = 10.0
 """The device's clock is read against an event at most this old: its differences are float32 milliseconds."""
 
-_Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
-"""Hidden states of all tokens and of the rows that sample, the latter's logits if they were kept, sampled tokens."""
+_Computed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+"""Hidden states of all tokens and of the rows that sample, the latter's logits if they were kept, sampled tokens;
+with a draft layer, in a decode step, those of the batch's rows alone and the tokens behind their drafts."""
 
 
 @dataclass(slots=True)
@@ -63,20 +66,25 @@ class CudaRunner:
         self.device = device = decoder.fmt.device
         self._on_gpu = device.type == "cuda"
         max_pages = -(-max_model_len // page_size)
-        self.inputs = StepInputs(max_num_seqs, max_num_tokens, max_num_seqs, max_pages, device)
+        self._drafts = decoder.drafter is not None
+        self._width = 1 + self._drafts
+        max_rows = max_num_seqs * self._width
+        self.inputs = StepInputs(max_rows, max_num_tokens, max_num_seqs, max_pages, device, drafts=self._drafts)
         vocab_size = decoder.config.vocab_size
-        self.device_sampler = DeviceSampler(max_num_seqs, vocab_size, max_num_seqs, device)
+        self.device_sampler = DeviceSampler(max_num_seqs, vocab_size, max_rows, device)
         self.sampler = Sampler(vocab_size, max_num_seqs, device, self.device_sampler.draw)
-        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        # Last tokens, drafts, and what nobody reads; one slot more than there are is that of padding.
+        self._tokens = torch.zeros(3, max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.last_token, self.draft_token, self._unread = self._tokens[:, :max_num_seqs]
         self._max_model_len, self._max_num_tokens = max_model_len, max_num_tokens
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
         self._buckets = decode_buckets(max_num_seqs)
         self._token_buckets = token_buckets(min(MAX_PIECEWISE_TOKENS, max_num_tokens))
         self._graphs = GraphPool(device) if self._on_gpu and not enforce_eager else None
         self._uncaptured: set[tuple[str, int]] = set()
-        self._workspace = ATTENTION_KINDS[decoder.config.attention].workspace(decoder.config, max_num_seqs, device)
+        self._workspace = ATTENTION_KINDS[decoder.config.attention].workspace(decoder.config, max_rows, device)
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
-        tokens = torch.zeros(RING, max_num_seqs, dtype=torch.int64, pin_memory=self._on_gpu)
+        tokens = torch.zeros(RING, max_rows, dtype=torch.int64, pin_memory=self._on_gpu)
         self._ring = [_Slot(row, self._event(), self._event()) for row in tokens]
         self._num_steps = 0
         self.pool: KVPool | None = None
@@ -156,45 +164,85 @@ class CudaRunner:
             self.sampler.admit(sequence)
             self.device_sampler.admit(sequence)
         self.device_sampler.flush()
-        if batch.num_decode_rows == len(batch.rows):
-            hidden, last, logits, sampled = self._decode(batch.rows, slot.start)
+        rows = single_rows(batch.rows) if self._drafts else batch.rows
+        sampling = [row for row in rows if row.samples]
+        on_host = self.device_sampler.needs_host_path(sampling)
+        plan = None
+        # A whole decode step drafts on what the device sampled.
+        if batch.num_decode_rows < len(batch.rows) or (on_host and self._drafts):
+            (hidden, last, logits, sampled, bonus), plan = self._mixed(rows, slot.start)
         else:
-            hidden, last, logits, sampled = self._mixed(batch.rows, slot.start)
-        rows = [row for row in batch.rows if row.samples]
-        logprobs = None
-        if rows and self.device_sampler.needs_host_path(rows):
+            hidden, last, logits, sampled, bonus = self._decode(rows, len(batch.rows), slot.start)
+        logprobs: Logprobs = None
+        if on_host:
             logits = self.decoder.logits(last) if logits is None else logits
-            sampled, logprobs = self.sampler.sample(logits[: len(rows)], rows)
-            slots = self.inputs.device["sample_slots"][: len(rows)]
+            sampled, logprobs = self.sampler.sample(logits[: len(sampling)], sampling)
+            slots = self.inputs.device["sample_slots"][: len(sampling)]
             self.last_token.index_copy_(0, slots.long(), sampled.clamp_min(0))
-        slot.tokens[: len(rows)].copy_(sampled[: len(rows)], non_blocking=True)
+        num_sampling = sum(row.samples for row in batch.rows)
+        if self._drafts and plan is not None:
+            ends = self.inputs.device["sample_rows"][: len(sampling)].long()
+            sampled, bonus = self._draft(hidden, sampled, num_sampling, plan, ends)
+            logprobs = None if logprobs is None else [logprobs[i] for i in pairs(sampling)[0]]
+        slot.tokens[:num_sampling].copy_(sampled[:num_sampling], non_blocking=True)
+        if bonus is not None:
+            slot.tokens[len(slot.tokens) // 2 :][:num_sampling].copy_(bonus[:num_sampling], non_blocking=True)
         if slot.end is not None:
             slot.end.record()
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         slot.in_use = True
         return _StepFuture(slot, lambda: self.finish(batch, slot, logprobs, prompt, host_start), self.diagnose)
 
-    def _decode(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> _Computed:
-        bucket = round_up(len(rows), self._buckets)
+    def _decode(self, rows: list[ScheduledRow], num_slots: int, start: torch.cuda.Event | None) -> _Computed:
+        bucket = round_up(num_slots, self._buckets)
         if bucket is None:
-            raise ValueError(f"{len(rows)} decode rows are more than --max-num-seqs {self._buckets[-1]}")
+            raise ValueError(f"{num_slots} decode rows are more than --max-num-seqs {self._buckets[-1]}")
         if self._graphs is None or not self._ready("decode", bucket):
-            self.inputs.load_decode(rows, len(rows))
+            self.inputs.load_decode(rows, num_slots * self._width)
             _record(start)
-            return self._decode_step(len(rows))
-        self.inputs.load_decode(rows, bucket)
+            return self._decode_step(num_slots)
+        self.inputs.load_decode(rows, bucket * self._width)
         _record(start)
         result: _Computed = self._graphs.replay(("decode", bucket))
         return result
 
     def _decode_step(self, bucket: int) -> _Computed:
-        """One step over the first `bucket` rows of the static inputs."""
-        device = self.inputs.device
-        slots = device["slots"][:bucket]
-        plan = self._plan(device["row_positions"][:bucket], slots, bucket, bucket, Chunks())
-        hidden = self.decoder.forward_paged(torch.full_like(slots, -1), self.last_token, plan, self._pool())
-        logits, sampled = self._sample(hidden, bucket)
-        return hidden, hidden, logits if bucket <= MAX_KEPT_LOGITS else None, sampled
+        """One step over the rows of the first `bucket` slots of the static inputs."""
+        device, num_rows = self.inputs.device, bucket * self._width
+        slots = device["slots"][:num_rows]
+        plan = self._plan(device["row_positions"][:num_rows], slots, num_rows, num_rows, Chunks())
+        ids = torch.full_like(slots, -1)
+        if self._drafts:
+            ids[1::2] = self.draft_token[slots[1::2].clamp_min(0).long()]
+        hidden = self.decoder.forward_paged(ids, self.last_token, plan, self._pool())
+        logits, sampled = self._sample(hidden, num_rows)
+        if self._drafts:
+            return hidden, hidden, None, *self._draft(hidden, sampled, bucket, plan, None)
+        return hidden, hidden, logits if bucket <= MAX_KEPT_LOGITS else None, sampled, None
+
+    def _draft(
+        self, hidden: torch.Tensor, sampled: torch.Tensor, num_slots: int, plan: PagedPlan, ends: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ends a step: verifies its drafts and makes the next. Returns tokens and bonus tokens of its slots.
+
+        `sampled` by the rows that sample, whose tokens are those at `ends` (None: all) of `hidden`. The draft layer
+        runs on every token, whoever drafts: its KV goes into the pages that the model's goes into.
+        """
+        device, following = self.inputs.device, sampled.clamp_min(0).int()
+        if ends is not None:
+            following = device["next_ids"][: len(hidden)].index_copy_(0, ends, following)
+        drafted = self.decoder.draft_paged(hidden, following, self.last_token, plan, self._pool())
+        if not num_slots:
+            return sampled, sampled
+        firsts, seconds = device["firsts"][:num_slots].long(), device["seconds"][:num_slots].long()
+        slots = device["sample_slots"].index_select(0, firsts).long()
+        slots = slots.masked_fill(slots < 0, self._tokens.shape[1] - 1)
+        verdict = verify(sampled, firsts, seconds, self._tokens[1].index_select(0, slots))
+        chosen = verdict.chosen if ends is None else ends.index_select(0, verdict.chosen)
+        drafts = argmax(self.decoder.logits(drafted.index_select(0, chosen)))
+        self._tokens[0].index_copy_(0, slots, verdict.last.clamp_min(0))
+        self._tokens[1].index_copy_(0, slots, drafts)
+        return sampled.index_select(0, firsts), verdict.bonus
 
     def _ready(self, kind: str, bucket: int) -> bool:
         """Whether the graph of a size exists, captured now if it was never tried; else its steps run without."""
@@ -211,16 +259,20 @@ class CudaRunner:
             return False
         return True
 
-    def _mixed(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> _Computed:
+    def _mixed(self, rows: list[ScheduledRow], start: torch.cuda.Event | None) -> tuple[_Computed, PagedPlan]:
         num_tokens = sum(row.num_tokens for row in rows)
         bucket = round_up(num_tokens, self._token_buckets)
         has_graph = bucket is not None and self._ready("mixed", bucket)
         if bucket is None or not has_graph:
             # Triton compiles anew for sizes that 16 does not divide.
             bucket = min(-(-num_tokens // 16) * 16, self._max_num_tokens)
-        self.inputs.load_mixed(rows, bucket)
+        following = [token_after(row, self._sequences[row.slot]) for row in rows] if self._drafts else None
+        self.inputs.load_mixed(rows, bucket, following)
         _record(start)
         num_decode = sum(row.is_decode for row in rows)
+        if self._drafts:
+            ids, slots = self.inputs.device["input_ids"][:num_decode], self.inputs.device["slots"][:num_decode]
+            ids.copy_(torch.where(ids == -2, self.draft_token[slots.long()].int(), ids))
         plan = self._token_plan(bucket, num_decode, len(rows), Chunks.of(rows[num_decode:]))
         if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
@@ -228,16 +280,17 @@ class CudaRunner:
             hidden = self._forward(bucket, plan)
         num_sampling = sum(row.samples for row in rows)
         if not num_sampling:
-            return hidden, hidden[:0], None, self.last_token[:0]
+            return (hidden, hidden[:0], None, self.last_token[:0], None), plan
         last = hidden.index_select(0, self.inputs.device["sample_rows"][:num_sampling])
-        return (hidden, last, *self._sample(last, num_sampling))
+        return (hidden, last, *self._sample(last, num_sampling), None), plan
 
     def _sample(self, hidden: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and tokens of the rows to sample; the tokens also become their slots' last."""
+        """Logits and tokens of the rows to sample. Without drafts the tokens also become their slots' last."""
         logits = self.decoder.logits(hidden)
         device = self.inputs.device
         slots, index = device["sample_slots"][:num_rows], device["output_index"][:num_rows]
-        return logits, self.device_sampler.sample(logits, slots, index, self.last_token)
+        last_token = self._unread if self._drafts else self.last_token
+        return logits, self.device_sampler.sample(logits, slots, index, last_token)
 
     def _forward(self, num_tokens: int, plan: PagedPlan) -> torch.Tensor:
         ids = self.inputs.device["input_ids"][:num_tokens]
@@ -266,7 +319,7 @@ class CudaRunner:
 
     def warm_up_decode_eagerly(self, bucket: int) -> None:
         """Runs a decode step of padding: compiles its kernels."""
-        self.inputs.pad(bucket, 0)
+        self.inputs.pad(bucket * self._width, 0)
         self._decode_step(bucket)
 
     def warm_up_decode(self, bucket: int) -> None:
@@ -277,12 +330,16 @@ class CudaRunner:
 
     def warm_up_prefill(self, num_tokens: int) -> None:
         """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
-        self.inputs.pad(len(self._sequences), num_tokens)
+        num_rows = len(self._sequences) * self._width
+        self.inputs.pad(num_rows, num_tokens)
         context = min(self._max_model_len * len(self._sequences), WARM_UP_CONTEXT)
         chunks = Chunks(num_tokens, context, (0, self._max_model_len))
         plan = self._token_plan(num_tokens, 0, 1, chunks)
         hidden = self._forward(num_tokens, plan)
-        self._sample(hidden[: len(self._sequences)], min(num_tokens, len(self._sequences)))
+        _, sampled = self._sample(hidden[:num_rows], min(num_tokens, num_rows))
+        if self._drafts:
+            ends = self.inputs.device["sample_rows"][: len(sampled)].long()
+            self._draft(hidden, sampled, min(num_tokens, len(self._sequences)), plan, ends)
 
     def warm_up_mixed(self, bucket: int) -> None:
         """Captures the graphs of a token count, after a run of padding that compiles its kernels."""
@@ -305,7 +362,9 @@ class CudaRunner:
             if elapsed > CLOCK_SECONDS:
                 self._clock_event, slot.end = slot.end, self._clock_event
                 self._clock_time = start_time + seconds
-        return step_result(batch, slot.tokens.tolist(), logprobs, prompt, seconds, start_time)
+        tokens = slot.tokens.tolist()
+        bonus = tokens[len(tokens) // 2 :] if self._drafts else None
+        return step_result(batch, tokens, logprobs, prompt, seconds, start_time, bonus)
 
 
 class _StepFuture(Future[StepResult]):

@@ -23,13 +23,20 @@ class Executor(Protocol):
 
 
 def step_result(
-    batch: ScheduledBatch, tokens: list[int], logprobs: Logprobs, prompt: PromptLogprobs, seconds: float, start: float
-) -> StepResult:
-    """The result of a step from the tokens and log-probabilities of the rows that sample; more tokens may follow."""
+    batch: ScheduledBatch, tokens: list[int], logprobs: Logprobs, prompt: PromptLogprobs, seconds: float, start: float,
+    bonus: list[int] | None = None,
+) -> StepResult:  # fmt: skip
+    """The result of a step from what the rows that sample gave: tokens, log-probabilities, tokens behind drafts.
+
+    More may follow in `tokens` and `bonus`.
+    """
     token_ids = [-1] * len(batch.rows)
+    bonus_ids = None if bonus is None else token_ids.copy()
     found: Logprobs = None if logprobs is None else [None] * len(batch.rows)
     for j, i in enumerate(i for i, row in enumerate(batch.rows) if row.samples):
         token_ids[i] = tokens[j]
         if found is not None and logprobs is not None:
             found[i] = logprobs[j]
-    return StepResult(batch.step_id, token_ids, found, prompt, seconds, start)
+        if bonus_ids is not None and bonus is not None:
+            bonus_ids[i] = bonus[j]
+    return StepResult(batch.step_id, token_ids, found, prompt, seconds, start, bonus_ids)

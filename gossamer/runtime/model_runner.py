@@ -9,9 +9,13 @@ from gossamer.core import AdmittedSequence, ScheduledBatch, ScheduledRow, StepRe
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.models.decoder import Decoder
+from gossamer.ops.sampling import argmax
+from gossamer.runtime.drafts import is_draft, pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, step_result
 from gossamer.runtime.prompt_logprobs import prompt_logprobs
 from gossamer.runtime.sampler import Sampler
+
+_Inputs = tuple[torch.Tensor, torch.Tensor, AttentionBatch]
 
 
 class ModelRunner:
@@ -26,7 +30,7 @@ class ModelRunner:
         self.pool = pool
         self.device = decoder.fmt.device
         self.sampler = Sampler(decoder.config.vocab_size, max_num_seqs, self.device)
-        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.last_token, self.draft_token = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=self.device)
         self._page_tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
 
@@ -49,19 +53,46 @@ class ModelRunner:
             torch.set_num_threads(self._num_threads)
             self._num_threads = None
         self._update_slots(batch)
-        hidden = self._forward(batch.rows)
-        sampling = [i for i, row in enumerate(batch.rows) if row.samples]
-        tokens: list[int] = []
+        rows = batch.rows if self.decoder.drafter is None else single_rows(batch.rows)
+        inputs = self._inputs(rows)
+        hidden = self.decoder.forward(*inputs, self.pool)
+        sampling = [row for row in rows if row.samples]
+        tokens = torch.empty(0, dtype=torch.int64)
         logprobs: Logprobs = None
         if sampling:
-            logits = self.decoder.logits(self._last_rows(hidden, batch.rows))
-            rows = batch.rows if len(sampling) == len(batch.rows) else [batch.rows[i] for i in sampling]
-            sampled, logprobs = self.sampler.sample(logits, rows)
-            self._remember(rows, sampled)
-            tokens = sampled.tolist()
+            tokens, logprobs = self.sampler.sample(self.decoder.logits(self._last_rows(hidden, rows)), sampling)
+        bonus = None
+        if self.decoder.drafter is not None:
+            tokens, bonus, logprobs = self._draft(hidden, inputs, rows, tokens, logprobs)
+        elif sampling:
+            self._remember(sampling, tokens)
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         seconds = time.monotonic() - start_time
-        return step_result(batch, tokens, logprobs, prompt, seconds, start_time)
+        return step_result(batch, tokens.tolist(), logprobs, prompt, seconds, start_time, bonus)
+
+    def _draft(
+        self, hidden: torch.Tensor, inputs: _Inputs, rows: list[ScheduledRow], sampled: torch.Tensor, logprobs: Logprobs
+    ) -> tuple[torch.Tensor, list[int], Logprobs]:
+        """Ends a step: verifies its drafts and makes the next. Tokens, bonus tokens, logprobs of the batch's rows.
+
+        The draft layer runs on every token, whoever drafts: its KV goes into the pages that the model's goes into.
+        """
+        ids, positions, attention = inputs
+        firsts, seconds = pairs([row for row in rows if row.samples])
+        ends = torch.tensor([row.num_tokens for row in rows]).cumsum(0) - 1
+        last = ends[[row.samples for row in rows]]
+        following = ids.roll(-1)
+        following[ends] = torch.tensor([token_after(row, self._sequences[row.slot]) for row in rows])
+        following[last] = sampled.clamp_min(0)
+        drafted = self.decoder.draft(hidden, following, positions, attention, self.pool)
+        if not firsts:
+            return sampled, [], None
+        slots = torch.tensor([row.slot for row in rows if row.samples])[firsts]
+        verdict = verify(sampled, torch.tensor(firsts), torch.tensor(seconds), self.draft_token[slots])
+        self.last_token[slots] = verdict.last.clamp_min(0)
+        self.draft_token[slots] = argmax(self.decoder.logits(drafted[last[verdict.chosen]]))
+        kept = None if logprobs is None else [logprobs[i] for i in firsts]
+        return sampled[firsts], verdict.bonus.tolist(), kept
 
     def _update_slots(self, batch: ScheduledBatch) -> None:
         for seq in batch.admitted:
@@ -72,21 +103,23 @@ class ModelRunner:
             if row.new_page_ids:
                 self._page_tables[row.slot].extend(row.new_page_ids)
 
-    def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:
+    def _inputs(self, rows: list[ScheduledRow]) -> _Inputs:
         num_decode = sum(row.is_decode for row in rows)
         starts, lengths = [row.start_pos for row in rows], [row.num_tokens for row in rows]
         ids: list[torch.Tensor] = []
         if num_decode:
-            ids.append(self.last_token[torch.tensor([row.slot for row in rows[:num_decode]])])
+            slots = torch.tensor([row.slot for row in rows[:num_decode]])
+            ids.append(self.last_token[slots])
+            if self.decoder.drafter is not None:
+                ids[0] = torch.where(torch.tensor(is_draft(rows[:num_decode])), self.draft_token[slots], ids[0])
         if num_decode < len(rows):
             ids.append(torch.tensor([token for row in rows[num_decode:] for token in row.token_ids]))
         positions = [p for s, n in zip(starts, lengths, strict=True) for p in range(s, s + n)]
         tables = [self._page_tables[row.slot] for row in rows]
-        return self.decoder.forward(
+        return (
             (ids[0] if len(ids) == 1 else torch.cat(ids)).to(self.device),
             torch.tensor(positions).to(self.device),
             AttentionBatch(num_decode, starts, lengths, tables, self.pool.page_size),
-            self.pool,
         )
 
     def _last_rows(self, hidden: torch.Tensor, rows: list[ScheduledRow]) -> torch.Tensor:

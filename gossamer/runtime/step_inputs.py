@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gossamer.core import ScheduledRow
+from gossamer.runtime.drafts import is_draft, pairs
 
 RING = 4
 """Host buffers; the engine keeps two batches in flight, so none is packed again before its copy was made."""
@@ -18,6 +19,7 @@ _PAGE_CHUNK = 8192
 
 _ROW_FIELDS = ("slots", "seq_lens", "row_positions", "cu_seqlens_q", "sample_rows", "sample_slots", "output_index")
 _TOKEN_FIELDS = ("input_ids", "positions", "token_slots")
+_DRAFT_ROW_FIELDS, _DRAFT_TOKEN_FIELDS = ("firsts", "seconds"), ("next_ids",)
 
 
 @dataclass(slots=True)
@@ -44,13 +46,21 @@ class StepInputs:
     the prefill rows, from the first prefill token on), and for the rows that sample, in order: sample_rows (index of
     their last token), sample_slots, output_index. Per token: input_ids (-1: what the slot sampled last), positions,
     token_slots. Padding has slot -1 and length 0. `page_table` is [num_slots, max_pages].
+
+    With `drafts`, rows are those of `drafts.single_rows`; also, `drafts.pairs` of the rows that sample: firsts,
+    seconds; and per token: next_ids, as far as they are known. A draft's input id is -2, its slot's draft.
     """
 
-    def __init__(self, max_rows: int, max_tokens: int, num_slots: int, max_pages: int, device: torch.device) -> None:
-        self._max_rows, self._max_tokens = max_rows, max_tokens
+    def __init__(
+        self, max_rows: int, max_tokens: int, num_slots: int, max_pages: int, device: torch.device, *,
+        drafts: bool = False,
+    ) -> None:  # fmt: skip
+        self._max_rows, self._max_tokens, self._drafts = max_rows, max_tokens, drafts
+        self._row_fields = _ROW_FIELDS + (_DRAFT_ROW_FIELDS if drafts else ())
+        self._token_fields = _TOKEN_FIELDS + (_DRAFT_TOKEN_FIELDS if drafts else ())
         self._row_stride = max_rows + 1
-        self._num_row_ints = self._row_stride * len(_ROW_FIELDS)
-        total = self._num_row_ints + max_tokens * len(_TOKEN_FIELDS)
+        self._num_row_ints = self._row_stride * len(self._row_fields)
+        total = self._num_row_ints + max_tokens * len(self._token_fields)
         self._ints = torch.zeros(total, dtype=torch.int32, device=device)
         self.device = self._views(self._ints)
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
@@ -69,8 +79,8 @@ class StepInputs:
         self._next = 0
 
     def _views(self, ints: torch.Tensor) -> dict[str, torch.Tensor]:
-        views = {name: ints[i * self._row_stride :][: self._row_stride] for i, name in enumerate(_ROW_FIELDS)}
-        for i, name in enumerate(_TOKEN_FIELDS):
+        views = {name: ints[i * self._row_stride :][: self._row_stride] for i, name in enumerate(self._row_fields)}
+        for i, name in enumerate(self._token_fields):
             views[name] = ints[self._num_row_ints + i * self._max_tokens :][: self._max_tokens]
         return views
 
@@ -78,25 +88,44 @@ class StepInputs:
         """Makes the device side a step of padding alone, for warming up and capturing."""
         host = self._begin()
         _pad_rows(host, 0, num_rows)
+        if self._drafts:
+            host["firsts"][:], host["seconds"][:] = 0, -1
         host["cu_seqlens_q"][:] = 0
         _pad_tokens(host, 0, num_tokens)
         self._send(num_tokens > 0)
 
     def load_decode(self, rows: list[ScheduledRow], bucket: int) -> None:
-        """Decode rows alone, padded to `bucket`: only row fields are written."""
-        host, n = self._begin(), len(rows)
+        """Decode rows alone, padded to `bucket`: only row fields are written.
+
+        With drafts a slot has two of `bucket` rows, the second of which is padding if it does not draft.
+        """
+        host = self._begin()
+        at: slice | NDArray[np.int64] = slice(len(rows))
+        if self._drafts:
+            at = self._spread(host, rows, bucket)
+        else:
+            _pad_rows(host, len(rows), bucket)
         slots = [row.slot for row in rows]
         positions = np.array([row.start_pos for row in rows], np.int32)
-        host["slots"][:n] = host["sample_slots"][:n] = slots
-        host["row_positions"][:n] = positions
-        host["seq_lens"][:n] = positions + 1
-        host["output_index"][:n] = [row.output_index for row in rows]
-        _pad_rows(host, n, bucket)
+        host["slots"][at] = host["sample_slots"][at] = slots
+        host["row_positions"][at] = positions
+        host["seq_lens"][at] = positions + 1
+        host["output_index"][at] = [row.output_index for row in rows]
         self._extend_pages(rows)
         self._send(False)
 
-    def load_mixed(self, rows: list[ScheduledRow], num_tokens: int) -> None:
-        """Any batch; its tokens are padded to `num_tokens`."""
+    def _spread(self, host: dict[str, NDArray[np.int32]], rows: list[ScheduledRow], bucket: int) -> NDArray[np.int64]:
+        """Pads all of `bucket` rows, two a slot; returns where the given ones belong."""
+        drafts = np.array(is_draft(rows))
+        at: NDArray[np.int64] = 2 * np.cumsum(~drafts) - 2 + drafts
+        _pad_rows(host, 0, bucket)
+        host["firsts"][: bucket // 2] = np.arange(0, bucket, 2)
+        host["seconds"][: bucket // 2] = -1
+        host["seconds"][at[drafts] // 2] = at[drafts]
+        return at
+
+    def load_mixed(self, rows: list[ScheduledRow], num_tokens: int, following: list[int] | None = None) -> None:
+        """Any batch; its tokens are padded to `num_tokens`. `following`, with drafts: known tokens behind the rows."""
         host, n = self._begin(), len(rows)
         starts = np.array([row.start_pos for row in rows], np.int32)
         lengths = np.array([row.num_tokens for row in rows], np.int32)
@@ -116,6 +145,13 @@ class StepInputs:
         host["token_slots"][:total] = np.repeat(slots, lengths)
         host["input_ids"][:num_decode] = -1
         host["input_ids"][num_decode:total] = [token for row in rows[num_decode:] for token in row.token_ids]
+        if following is not None:
+            host["input_ids"][:num_decode][is_draft(rows[:num_decode])] = -2
+            host["next_ids"][: total - 1] = host["input_ids"][1:total]
+            host["next_ids"][ends - 1] = following
+            host["next_ids"][total:num_tokens] = 0
+            firsts, seconds = pairs([rows[i] for i in sampling])
+            host["firsts"][: len(firsts)], host["seconds"][: len(firsts)] = firsts, seconds
         _pad_tokens(host, total, num_tokens)
         self._extend_pages(rows)
         self._send(True)

@@ -45,6 +45,7 @@ class Scheduler:
         page_size: int,
         max_model_len: int,
         enable_prefix_caching: bool,
+        num_drafts: int = 0,
     ) -> None:
         if config.max_num_seqs is None or config.max_num_batched_tokens is None:
             raise ValueError("the scheduler needs a resolved config")
@@ -61,7 +62,9 @@ class Scheduler:
             num_pages=num_pages,
             page_size=page_size,
             enable_prefix_caching=enable_prefix_caching,
+            lookahead=num_drafts,
         )
+        self._num_drafts = num_drafts
         self._in_flight: deque[ScheduledBatch] = deque()
         self._num_void = 0
         """Oldest batches in flight whose results are discarded, for an earlier one failed."""
@@ -111,11 +114,16 @@ class Scheduler:
         return True
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next batch, to be executed after all earlier ones; None when there is nothing to compute now."""
+        """The next batch, to be executed after all earlier ones; None when there is nothing to compute now.
+
+        With drafts that is so while a batch is in flight: where the next one starts is not known.
+        """
+        if self._num_drafts and self._in_flight:
+            return None
         batch = ScheduledBatch(self._next_step_id, [], [], [])
-        schedule_decodes(self._sequences, batch, self._budget)
+        left = schedule_decodes(self._sequences, batch, self._budget, self._num_drafts)
         num_decodes = len(batch.rows)
-        schedule_prefills(self._sequences, batch, self._budget - num_decodes, chunked=self._chunked)
+        schedule_prefills(self._sequences, batch, left, chunked=self._chunked)
         if not batch.rows:
             return None
         # Only now: rows of one batch must not read pages that other rows of it write.
@@ -142,6 +150,11 @@ class Scheduler:
             if row.token_ids:
                 prompt_end = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
                 self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
+            bonus = -1
+            if result.bonus_ids is not None:
+                bonus = result.bonus_ids[index]
+                self._counted.spec_decode_num_drafts += row.drafts
+                self._counted.spec_decode_num_accepted_tokens += bonus >= 0
             if request.status is RequestStatus.FINISHED:
                 continue
             entries = result.prompt_logprobs[index] if result.prompt_logprobs is not None else None
@@ -150,7 +163,8 @@ class Scheduler:
                 request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
             if row.samples:
                 logprobs = result.logprobs[index] if result.logprobs is not None else None
-                outputs.append(self._append(request, result.token_ids[index], logprobs))
+                token_ids = [result.token_ids[index], bonus] if bonus >= 0 else [result.token_ids[index]]
+                outputs.append(self._append(request, token_ids, logprobs))
         return outputs
 
     def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
@@ -196,30 +210,40 @@ class Scheduler:
         self._num_void -= void
         return void
 
-    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        if token_id < 0:
+    def _append(self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None) -> TokenOutput:
+        if token_ids[0] < 0:
             self._sequences.distrust(request)
             return self._finish_with_error(request, _NO_TOKEN)
         output_index = len(request.output_token_ids)
         request.num_in_flight -= 1
-        request.output_token_ids.append(token_id)
-        self._counted.num_generation_tokens += 1
-        if token_id in request.stop_token_ids and output_index >= request.params.min_tokens:
-            request.finish_reason = "stop"
-            request.stop_reason = token_id if token_id in (request.params.stop_token_ids or ()) else None
-        elif output_index + 1 >= request.max_tokens:
-            request.finish_reason = "length"
+        for token_id in token_ids:
+            request.output_token_ids.append(token_id)
+            self._end(request, token_id)
+            if request.finish_reason is not None:
+                break
+        token_ids = request.output_token_ids[output_index:]
+        self._counted.num_generation_tokens += len(token_ids)
         if request.status is RequestStatus.RUNNING:
+            request.num_computed_tokens += len(token_ids) - 1
             self._sequences.register_full_pages(request)
         if request.finish_reason is not None:
             self._sequences.finish(request)
-        output = TokenOutput(request.request_id, [token_id], request.finish_reason, request.stop_reason)
+        output = TokenOutput(request.request_id, token_ids, request.finish_reason, request.stop_reason)
         output.num_cached_tokens, output.queue_seconds = request.num_cached_tokens, request.queue_seconds
         if logprobs is not None and request.params.logprobs is not None:
             output.logprobs = [logprobs]
         if output_index == 0 and request.params.prompt_logprobs is not None:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         return output
+
+    def _end(self, request: Request, token_id: int) -> None:
+        """Decides whether a request ends with its last token."""
+        num_tokens = len(request.output_token_ids)
+        if token_id in request.stop_token_ids and num_tokens > request.params.min_tokens:
+            request.finish_reason = "stop"
+            request.stop_reason = token_id if token_id in (request.params.stop_token_ids or ()) else None
+        elif num_tokens >= request.max_tokens:
+            request.finish_reason = "length"
 
     def _finish_with_error(self, request: Request, message: str) -> TokenOutput:
         request.finish_reason = "error"

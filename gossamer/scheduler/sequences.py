@@ -22,8 +22,12 @@ def arrival(request: Request) -> tuple[float, int]:
 class Sequences:
     """All unfinished requests and the pages and slots they hold. `waiting` and `running` are in order of arrival."""
 
-    def __init__(self, *, num_slots: int, num_pages: int, page_size: int, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, *, num_slots: int, num_pages: int, page_size: int, enable_prefix_caching: bool, lookahead: int = 0
+    ) -> None:
+        """lookahead: of how many tokens behind a page its content is made too (a draft layer's KV: 1)."""
         self.page_size = page_size
+        self._lookahead = lookahead
         self.pool = PagePool(num_pages)
         self.prefix_cache = PrefixCache(self.pool) if enable_prefix_caching else None
         self.waiting: list[Request] = []
@@ -62,7 +66,7 @@ class Sequences:
         return any(
             other.is_prefilling
             and other.num_registered_pages == num_cached
-            and other.num_prefill_tokens >= end
+            and other.num_prefill_tokens >= end + self._lookahead
             and self._digest(other, num_cached) == digest
             for other in self.running
         )
@@ -100,7 +104,7 @@ class Sequences:
         """Offers a running request's pages to others: those that scheduled batches fill with tokens known by now."""
         if self.prefix_cache is None:
             return
-        num_full = min(request.num_computed_tokens, request.num_known_tokens) // self.page_size
+        num_full = min(request.num_computed_tokens, request.num_known_tokens - self._lookahead) // self.page_size
         for index in range(request.num_registered_pages, num_full):
             self.prefix_cache.insert(self._digest(request, index), request.page_ids[index])
         request.num_registered_pages = max(request.num_registered_pages, num_full)
@@ -149,7 +153,7 @@ class Sequences:
         digests, size = request.page_digests, self.page_size
         for i in range(len(digests), index + 1):
             parent = digests[-1] if digests else root_digest(request.cache_salt)
-            digests.append(page_digest(parent, request.known_token_ids(i * size, (i + 1) * size)))
+            digests.append(page_digest(parent, request.known_token_ids(i * size, (i + 1) * size + self._lookahead)))
         return digests[index]
 
 

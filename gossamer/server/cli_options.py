@@ -46,6 +46,8 @@ FOREIGN_FLAGS = {
     "--disable-overlap-schedule": "--no-overlap",
     "--disable-cuda-graph": "--enforce-eager",
     "--random-seed": "--seed",
+    "--speculative-config": "--num-speculative-tokens",
+    "--speculative-num-draft-tokens": "--num-speculative-tokens",
 }
 """What vLLM and SGLang call flags of ours."""
 

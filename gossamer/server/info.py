@@ -67,7 +67,7 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
         "context": model.max_position_embeddings,
         "dtype": config.load.dtype,
         "quantization": fmt.quantization,
-        "kv_bytes_per_token": layout.page_bytes(config.cache.page_size) * model.num_layers // config.cache.page_size,
+        "kv_bytes_per_token": layout.page_bytes(config.cache.page_size) * model.num_kv_layers // config.cache.page_size,
     }
     try:
         plan = plan_memory(config, hardware, model, layout, weights)
@@ -93,7 +93,7 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
     total = sum(torch.Size(shape).numel() for shape in expected_shapes(model).values())
     if model.moe is None:
         return total, total
-    moe_layers = model.num_layers - len(model.moe.dense_layers)
+    moe_layers = model.num_kv_layers - len(model.moe.dense_layers)
     per_expert = 3 * model.hidden_size * model.moe.intermediate_size
     return total, total - moe_layers * (model.moe.num_experts - model.moe.top_k) * per_expert
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gossamer.config import CacheConfig
-from gossamer.core import DeviceCeilings, EngineStats, FinishReason
+from gossamer.config import CacheConfig, DeviceCeilings
+from gossamer.core import EngineStats, FinishReason
 from gossamer.server.outputs import SampleTimes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -98,6 +98,9 @@ class ServerMetrics:
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_cache_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", s.prefix_cache_hits),
             ("vllm:num_preemptions", "Requests that lost their pages and start over.", s.num_preemptions),
+            ("vllm:spec_decode_num_drafts", "Verifications of drafts.", s.spec_decode_num_drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Drafted tokens verified, one each.", s.spec_decode_num_drafts),
+            ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", s.spec_decode_num_accepted_tokens),
             ("gossamer:engine_steps", "Steps of the engine.", s.num_steps),
             ("gossamer:device_seconds", "Time that the device computed.", s.device_seconds),
             ("gossamer:decode_seconds", "Device time of decode steps after decode steps.", s.decode_seconds),

@@ -68,6 +68,21 @@ def test_waiting_around_a_prefill_is_not_idle_time() -> None:
     assert (stats.decode_seconds, stats.decode_idle_seconds) == (1.0, 1.0)
 
 
+def test_a_draft_counts_as_a_row() -> None:
+    seen = []
+
+    def cost(num_decode, starts, lengths, num_sampled):
+        seen.append((num_decode, sorted(starts[:num_decode]), starts[num_decode:], lengths, num_sampled))
+        return OpCost()
+
+    account = StepAccount(cost)
+    rows = [ScheduledRow(0, 4, 2, [], [], True), ScheduledRow(2, 9, 1, [], [], True)]
+    chunk = ScheduledRow(1, 2, 3, [1, 2, 3], [], False)
+    for batch in (rows, [*rows, chunk]):
+        account.add(ScheduledBatch(0, [], batch), StepResult(0, [1] * len(batch)))
+    assert seen == [(3, [4, 5, 9], [], [1, 1, 1], 3), (3, [4, 5, 9], [2], [1, 1, 1, 3], 3)]
+
+
 def test_experts_touched_are_summed_over_layers() -> None:
     assert StepAccount(count_cost).experts_touched() is None
     assert StepAccount(count_cost, [Uses(10, 2), Uses(7, 2)]).experts_touched() == (17, 4)

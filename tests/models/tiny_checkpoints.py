@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -161,3 +163,48 @@ def make_model(name: str, **overrides: Any) -> Any:
 def save_checkpoint(name: str, folder: Path, **save_options: Any) -> Path:
     make_model(name).save_pretrained(folder, **save_options)
     return folder
+
+
+SUCCESSOR = 37
+"""In a predictable checkpoint token t is followed by (t + 37) mod vocab_size, and the draft layer knows it."""
+
+
+def _make_predictable(tensors: dict[str, torch.Tensor], noise: float) -> None:
+    """Blocks add `noise` times what they did; the head of a token is the embedding of the one that it follows; of the
+    two that the draft layer joins it looks at the embedding alone."""
+    embed = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(3))
+    hidden = embed.shape[1]
+    for name in tensors:
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name] = noise * tensors[name]
+        elif name.endswith(("model.norm.weight", "shared_head.norm.weight", "enorm.weight")):
+            tensors[name] = torch.ones(hidden)
+        elif name.endswith("eh_proj.weight"):
+            tensors[name] = torch.cat((torch.eye(hidden), noise * tensors[name][:, hidden:]), 1)
+    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embed, embed.roll(SUCCESSOR, 0).contiguous()
+
+
+def add_mtp_layer(folder: Path, noise: float | None = None) -> dict[str, torch.Tensor]:
+    """Gives a saved checkpoint a multi-token-prediction layer as published; returns all of its tensors.
+
+    A block like the last, the norms and the projection that feed it, and the copies of embedding and head that real
+    checkpoints carry: damaged ones, for nothing may read them. With `noise` it is predictable: exactly at 0.
+    """
+    path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors, last = load_file(path), config["num_hidden_layers"] - 1
+    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(7)
+    shapes = {n.split(f"layers.{last}.")[1]: t.shape for n, t in tensors.items() if f"layers.{last}." in n}
+    shapes |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (hidden,))
+    shapes["eh_proj.weight"] = (hidden, 2 * hidden)
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        drawn = 1.0 + 0.2 * drawn if name.endswith("norm.weight") else 0.2 * drawn
+        tensors[f"model.layers.{last + 1}.{name}"] = drawn.abs().neg() if "correction_bias" in name else drawn
+    for name, source in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
+        tensors[f"model.layers.{last + 1}.{name}.weight"] = torch.full_like(tensors[f"{source}.weight"], torch.nan)
+    if noise is not None:
+        _make_predictable(tensors, noise)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config.pop("num_mtp_layers", None)
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return tensors

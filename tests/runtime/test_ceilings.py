@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gossamer.config import Hardware
-from gossamer.core import DeviceCeilings
+from gossamer.config import DeviceCeilings, Hardware
 from gossamer.runtime import ceilings
 
 CPU = Hardware("cpu", "Some CPU", 1 << 26, 2)

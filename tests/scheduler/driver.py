@@ -52,6 +52,7 @@ class Driver:
         chunked: bool = True,
         cached: bool = True,
         max_len: int | None = None,
+        drafts: bool = False,
     ) -> None:
         self.depth = depth
         self.chunked = chunked
@@ -65,8 +66,9 @@ class Driver:
             page_size=page_size,
             max_model_len=self.max_len,
             enable_prefix_caching=cached,
+            num_drafts=int(drafts),
         )
-        self.executor = FakeExecutor(num_pages, page_size, max_num_seqs)
+        self.executor = FakeExecutor(num_pages, page_size, max_num_seqs, drafts=drafts)
         self.in_flight: list[tuple[ScheduledBatch, Future[StepResult]]] = []
         self.tracked: dict[str, Tracked] = {}
         self._void_before = 0

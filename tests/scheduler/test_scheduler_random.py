@@ -1,4 +1,4 @@
-"""Random adds, aborts, failures and commits against the oracle, for overlap x chunking x prefix cache."""
+"""Random adds, aborts, failures and commits against the oracle, for overlap x chunking x prefix cache x drafts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from gossamer.core import SamplingParams
 
-modes = pytest.mark.parametrize(("depth", "chunked", "cached"), list(product((2, 1), (True, False), (True, False))))
+modes = pytest.mark.parametrize(
+    ("depth", "chunked", "cached", "drafts"), list(product((2, 1), (True, False), (True, False), (False, True)))
+)
 
 
 def add_random(driver: Driver, rng: Random, prefixes: list[list[int]]) -> None:
@@ -48,6 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     depth = 1
     chunked = True
     cached = True
+    drafts = False
 
     @initialize(num_pages=st.integers(6, 20), max_num_seqs=st.integers(1, 6), budget=st.integers(6, 30))
     def start(self, num_pages: int, max_num_seqs: int, budget: int) -> None:
@@ -58,6 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             budget=budget,
             chunked=self.chunked,
             cached=self.cached,
+            drafts=self.drafts,
         )
 
     @rule(seed=st.integers(0, 2**16), num=st.integers(1, 4))
@@ -93,8 +97,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 @modes
-def test_random_stories(depth: int, chunked: bool, cached: bool) -> None:
-    machine = type("Machine", (SchedulerMachine,), {"depth": depth, "chunked": chunked, "cached": cached})
+def test_random_stories(depth: int, chunked: bool, cached: bool, drafts: bool) -> None:
+    mode = {"depth": depth, "chunked": chunked, "cached": cached, "drafts": drafts}
+    machine = type("Machine", (SchedulerMachine,), mode)
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -109,9 +114,9 @@ def test_random_stories(depth: int, chunked: bool, cached: bool) -> None:
 
 
 @modes
-def test_long_random_runs(depth: int, chunked: bool, cached: bool) -> None:
+def test_long_random_runs(depth: int, chunked: bool, cached: bool, drafts: bool) -> None:
     """Crowded pools: many preemptions, shared prefixes and evictions in every run."""
-    num_preemptions = num_hits = 0
+    num_preemptions = num_hits = num_drafts = num_accepted = 0
     for seed in range(12):
         rng = Random(seed)
         driver = Driver(
@@ -122,6 +127,7 @@ def test_long_random_runs(depth: int, chunked: bool, cached: bool) -> None:
             chunked=chunked,
             cached=cached,
             max_len=rng.choice([None, 30]),
+            drafts=drafts,
         )
         prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(14)] for _ in range(2)]
         for _ in range(120):
@@ -140,5 +146,8 @@ def test_long_random_runs(depth: int, chunked: bool, cached: bool) -> None:
         stats = driver.scheduler.stats()
         num_preemptions += stats.num_preemptions
         num_hits += stats.prefix_cache_hits
+        num_drafts += stats.spec_decode_num_drafts
+        num_accepted += stats.spec_decode_num_accepted_tokens
     assert num_preemptions > 50
     assert (num_hits > 100) == cached
+    assert (num_drafts > 500) == (num_accepted > 0.5 * num_drafts > 0) == drafts

@@ -389,6 +389,9 @@ def test_metrics(server, client):
         "vllm:prefix_cache_queries_total",
         "vllm:prefix_cache_hits_total",
         "vllm:num_preemptions_total",
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
     ):
         assert server.metric(name, model_name="tiny-model") >= 0
     assert server.metric("vllm:request_generation_tokens_sum") >= 6

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess, write_byte_tokenizer
 
-from gossamer.core import DeviceCeilings, EngineStats
+from gossamer.config import DeviceCeilings
+from gossamer.core import EngineStats
 from gossamer.server import cli
 from gossamer.server.bench import BenchConfig
 from gossamer.server.bench.report import Record, engine_figures, figures
@@ -70,6 +71,8 @@ def test_engine_figures_are_differences_and_nothing_unmeasured() -> None:
     assert engine_figures(before, after, None) == {"prefix_hit_rate": 0.25, "device_idle_fraction": 0.25}
     assert engine_figures(before, after, DeviceCeilings(8.0, 1.0))["mfu"] == 0.25
     assert engine_figures(after, after, DeviceCeilings(8.0, 1.0)) == {}
+    drafted = EngineStats(spec_decode_num_drafts=8, spec_decode_num_accepted_tokens=6)
+    assert engine_figures(EngineStats(), drafted, None) == {"draft_acceptance_rate": 0.75}
 
 
 @pytest.mark.parametrize("kind", ["throughput", "latency"])

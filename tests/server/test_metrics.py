@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from gossamer.core import DeviceCeilings, EngineStats, SamplingParams, TokenOutput
+from gossamer.config import DeviceCeilings
+from gossamer.core import EngineStats, SamplingParams, TokenOutput
 from gossamer.server.metrics import ServerMetrics
 from gossamer.server.outputs import OutputProcessor
 

@@ -42,7 +42,8 @@ class Chunks:
 
     @classmethod
     def of(cls, rows: Sequence[ScheduledRow]) -> Self:
-        """Of one row at least."""
+        if not rows:
+            return cls()
         ends = [row.start_pos + row.num_tokens for row in rows]
         span = min(row.start_pos for row in rows), max(ends)
         return cls(max(row.num_tokens for row in rows), sum(ends), span)

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gossamer.core import DeviceCeilings, EngineStats, StartupError
+from gossamer.config import DeviceCeilings
+from gossamer.core import EngineStats, StartupError
 from gossamer.server.bench import BenchConfig
 
 Figures = dict[str, float]
@@ -66,6 +67,8 @@ def engine_figures(before: EngineStats, after: EngineStats, ceilings: DeviceCeil
     found = {}
     if grown("prefix_cache_queries"):
         found["prefix_hit_rate"] = grown("prefix_cache_hits") / grown("prefix_cache_queries")
+    if grown("spec_decode_num_drafts"):
+        found["draft_acceptance_rate"] = grown("spec_decode_num_accepted_tokens") / grown("spec_decode_num_drafts")
     waited, busy, computed = grown("decode_idle_seconds"), grown("decode_seconds"), grown("device_seconds")
     if waited + busy:
         found["device_idle_fraction"] = waited / (waited + busy)

@@ -6,7 +6,8 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from gossamer.core import DeviceCeilings, EngineStats, StartupError
+from gossamer.config import DeviceCeilings
+from gossamer.core import EngineStats, StartupError
 from gossamer.server.bench import BenchConfig
 from gossamer.server.bench.report import Figures, Record, engine_figures, figures, publish
 from gossamer.server.bench.workload import BenchRequest, make_workload
