@@ -283,6 +283,7 @@ SECTIONS: dict[str, type] = {
     "load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "sparse": SparseOptions,
 }  # fmt: skip
 
+GPU_PAGE_SIZES = (16, 32, 64, 128)
 SPARSE_FROM_ON_GPU = 8192
 """Prefill of shorter contexts is faster dense (benchmarks/ops/bench_sparse.py)."""
 
@@ -406,6 +407,11 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> Eng
                 f"--max-num-batched-tokens {budget} is less than --max-model-len {longest}, and chunked prefill is "
                 f"off.\nRaise --max-num-batched-tokens to {longest}, or drop --no-enable-chunked-prefill."
             )
+    if not on_cpu and config.ops_backend == "auto" and cache.page_size not in GPU_PAGE_SIZES:
+        sizes = ", ".join(map(str, GPU_PAGE_SIZES))
+        raise StartupError(
+            f"--page-size {cache.page_size}: a GPU's kernels take {sizes}.\nSet one of them, or leave it at 64."
+        )
     if budget < widest:
         each = ", each with a drafted token," if widest > max_num_seqs else ""
         raise StartupError(

@@ -330,7 +330,7 @@ def test_on_a_device(
 ) -> None:
     """Whole steps with verification and draft layer as one graph."""
     folder, alone, expected_drafts, _ = oracle
-    options = {"max_model_len": LENGTH, "page_size": PAGE, "dtype": "float32", "kv_cache_memory_bytes": 4 << 20}
+    options = {"max_model_len": LENGTH, "page_size": 16, "dtype": "float32", "kv_cache_memory_bytes": 4 << 20}
     options |= {"device": "cuda", "enforce_eager": enforce_eager, "num_speculative_tokens": 1, "max_num_seqs": 5}
     engine, _ = build_engine(make_engine_config(model=str(folder), max_num_batched_tokens=48, **options))
     for _ in range(2):

@@ -41,6 +41,14 @@ def test_fp8_e4m3_is_another_name_of_fp8() -> None:
     assert KVLayout.of((2, 2, 16), "bfloat16") == LAYOUT
 
 
+def test_a_gpu_takes_pages_that_its_kernels_take() -> None:
+    gpu = Hardware("cuda", "a GPU", 1 << 34, 2)
+    with pytest.raises(StartupError, match=r"--page-size 8: .* 16, 32, 64, 128"):
+        config(gpu, page_size=8)
+    assert config(gpu, page_size=8, ops_backend="reference").cache.page_size == 8
+    assert config(page_size=8).cache.page_size == 8
+
+
 def test_a_cpu_with_much_memory_keeps_to_the_cap() -> None:
     big = dataclasses.replace(CPU, memory_bytes=1 << 40)
     plan = plan_memory(config(big, max_num_seqs=16384, max_num_batched_tokens=16384), big, MODEL, LAYOUT, 0)
