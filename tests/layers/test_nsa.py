@@ -44,12 +44,16 @@ def weights_of(config: ModelConfig) -> Weights:
 class Layer:
     """One layer with its own pool, on either route; `run` continues sequences by chunks."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, paged: bool, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, paged: bool, dtype: torch.dtype = torch.float64,
+        backend: str = "reference",
+    ) -> None:  # fmt: skip
         self.config, self.paged, self.dtype = config, paged, dtype
-        self.layer = nsa.build(config, 0, "reference")
+        self.layer = nsa.build(config, 0, backend)
         fmt = WeightFormat(dtype, torch.device("cpu"))
         for name, weight in weights.items():
             self.layer.load(f"layers.0.attn.{name}", weight, fmt)
+        self.workspace = nsa.workspace(config, 3, torch.device("cpu"))
         layout = nsa.kv_layout(config, "float32")
         self.pool = KVPool(1, layout, 40, PAGE, torch.device("cpu"), heads_first=not paged)
         self.planes = [p.to(dtype).fill_(torch.nan) for p in self.pool.layers[0]]
@@ -75,7 +79,7 @@ class Layer:
         chunks = Chunks(
             max((n for _, n in spans), default=0), sum(map(sum, spans)), (0, max(map(sum, spans), default=0))
         )
-        plan = PagedPlan(num_decode, positions, rows, slots, lens, bounds, chunks, self.tables, 12 * PAGE, None)
+        plan = PagedPlan(num_decode, positions, rows, slots, lens, bounds, chunks, self.tables, 12 * PAGE, self.workspace)
         eps = self.config.rms_norm_eps
         stream = ResidualStream(x.clone(), eps, "reference")
         q = torch.full((len(x), *self.layer.q_shape), torch.nan, dtype=self.dtype)
