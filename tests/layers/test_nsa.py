@@ -79,7 +79,9 @@ class Layer:
         chunks = Chunks(
             max((n for _, n in spans), default=0), sum(map(sum, spans)), (0, max(map(sum, spans), default=0))
         )
-        plan = PagedPlan(num_decode, positions, rows, slots, lens, bounds, chunks, self.tables, 12 * PAGE, self.workspace)
+        plan = PagedPlan(
+            num_decode, positions, rows, slots, lens, bounds, chunks, self.tables, 12 * PAGE, self.workspace
+        )
         eps = self.config.rms_norm_eps
         stream = ResidualStream(x.clone(), eps, "reference")
         q = torch.full((len(x), *self.layer.q_shape), torch.nan, dtype=self.dtype)

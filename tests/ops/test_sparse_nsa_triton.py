@@ -102,7 +102,9 @@ def test_the_compressed_branch_comes_with_the_selected(decode: bool, dtype: torc
     for backend in ("reference", "triton"):
         exact = [x.double() if backend == "reference" else x for x in (q, *pages)]
         out, compressed = (torch.full_like(exact[0], torch.nan) for _ in range(2))
-        (run, at) = (sparse_decode, torch.where(slots < 0, 0, positions + 1)) if decode else (sparse_attention, positions)
+        (run, at) = (
+            (sparse_decode, torch.where(slots < 0, 0, positions + 1)) if decode else (sparse_attention, positions)
+        )
         options = {"workspace": DecodeWorkspace.allocate(len(slots), q_heads, heads, dim, DEVICE)} if decode else {}
         run(
             *exact[:3], (exact[3],), table, slots, at, rule, entries, 0.3, out, values=exact[4],
