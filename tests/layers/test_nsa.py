@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gossamer.layers.attention import gqa, nsa
 from gossamer.layers.attention.base import AttentionBatch, Chunks, PagedPlan
 from gossamer.layers.linear import WeightFormat
 from gossamer.layers.residual import ResidualStream
+from gossamer.models.cost import StepCost
 from gossamer.models.shapes import expected_shapes
 
 PAGE, LEN = 16, 150
@@ -277,6 +279,16 @@ def test_the_figures_of_64k_and_a_million() -> None:
     # 9.17 where a token's own block counts whole; 9.25 up to the token.
     ratio = 2 * 64 * 320 * pairs / nsa.branch_cost(prefill, sparse, 512, widths, 2, 2).flops
     assert ratio == pytest.approx(9.18, rel=1e-2)
+
+
+def test_compression_counts_once_for_each_head_and_stride() -> None:
+    step = StepCost(BASE, nsa, WeightFormat(torch.float32, torch.device("cpu")), 4)
+    attention = nsa.cost(BASE, 0, AttentionBatch(0, [0], [40], [()], 0), 4)
+    shapes = {n: s for n, s in expected_shapes(BASE).items() if len(s) == 2 and n.startswith("layers")}
+    per_token = sum(math.prod(s) for n, s in shapes.items() if ".compress_" not in n)
+    per_entry = sum(math.prod(s) for n, s in shapes.items() if ".compress_" in n)
+    found = step(0, [0], [40], 0)
+    assert found.flops - attention.flops == 2 * 40 * per_token + 2 * (40 / 4) * KV_HEADS * per_entry
 
 
 def test_what_is_stored_and_what_gqa_stores() -> None:

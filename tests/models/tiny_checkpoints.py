@@ -222,8 +222,8 @@ def save_nsa_checkpoint(name: str, folder: Path, block: int, *, shared_kv: bool)
     tensors, family = load_file(folder / "model.safetensors"), family_of_hf(config)
     torch.manual_seed(1)
     for weight in canonical_weights(family.from_hf(config)):
-        stored = family.weights[weight.template][0].name.format(i=weight.layer)
-        if stored not in tensors and weight.name != "lm_head.weight":
+        stored = family.weights[weight.template][0].name.format(i=weight.layer, e=weight.expert)
+        if ".attn." in weight.name and stored not in tensors:
             # Wide enough that the compressed branch, the choice and the gates all matter.
             tensors[stored] = torch.randn(weight.shape) * (3 * weight.shape[-1] ** -0.5 if len(weight.shape) > 1 else 1)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
