@@ -170,7 +170,7 @@ def native_sparse_attention(config: ConfigReader, traits: Mapping[str, Any]) -> 
         "attention": "nsa",
         "sparse": SparseConfig(block, num_blocks, first, local),
         "nsa": NSAConfig(reader.integer("compress_width"), reader.flag("shared_kv", True)),
-        "sliding_windows": (window,) * config.integer("num_hidden_layers"),
+        "sliding_windows": (window,) * (config.integer("num_hidden_layers") + traits.get("num_mtp_layers", 0)),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.tiny_checkpoints import save_checkpoint, save_nsa_checkpoint
+from models.tiny_checkpoints import add_mtp_layer, save_checkpoint, save_nsa_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, StartupError
@@ -142,6 +142,14 @@ def test_nsa_depends_on_each_of_its_parts(nsa_folder: Path, tmp_path: Path) -> N
         (tmp_path / "model.safetensors").unlink(missing_ok=True)
         (tmp_path / "model.safetensors").symlink_to(nsa_folder / "model.safetensors")
         assert run(tmp_path) != found, key
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_drafts_that_are_refused_leave_nothing_of_nsa_behind(tmp_path: Path, paged: bool) -> None:
+    folder = save_nsa_checkpoint("glm4_moe", tmp_path / "glm4_moe", PAGE, shared_kv=True)
+    add_mtp_layer(folder)
+    expected = run(folder, (paged, "cpu"))
+    assert run(folder, (paged, "cpu"), num_speculative_tokens=1) == expected
 
 
 def test_nsa_over_fp8_pages(nsa_folder: Path) -> None:

@@ -27,6 +27,7 @@ CONFIGS = {
     "shared": BASE,
     "independent": dataclasses.replace(BASE, nsa=NSAConfig(20, shared_kv=False), qkv_bias=True),
     "normed": dataclasses.replace(BASE, nsa=NSAConfig(20, shared_kv=False), qk_norm="head"),
+    "normed over all heads": dataclasses.replace(BASE, nsa=NSAConfig(20, shared_kv=False), qk_norm="full"),
 }
 ANGLES = torch.arange(512).double()[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2).double() / DIM)
 Weights = dict[str, torch.Tensor]
@@ -116,7 +117,9 @@ def oracle(config: ModelConfig, w: Weights, x: torch.Tensor) -> torch.Tensor:
     def norm(y: torch.Tensor, name: str) -> torch.Tensor:
         if config.qk_norm == "none":
             return y
-        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + config.rms_norm_eps) * w[f"{name}.weight"]
+        rows = y.flatten(1) if config.qk_norm == "full" else y
+        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+        return (rows * w[f"{name}.weight"]).view_as(y)
 
     names = dict.fromkeys(("compressed", "selected", "window"), ("k", "v"))
     if not config.nsa.shared_kv:

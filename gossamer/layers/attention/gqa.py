@@ -260,14 +260,12 @@ class GQALayer:
         config = self._config
         q_width, kv_width = num_q * config.head_dim, config.num_kv_heads * config.head_dim
         for part, name in ((qkv[:, :q_width], self._q_norm), (qkv[:, q_width : q_width + kv_width], self._k_norm)):
+            if not part.shape[1]:
+                continue
             weight = self.norms[name]
             if weight is None:
                 raise RuntimeError(f"{name} used before it was loaded")
-            heads = (
-                part.unflatten(-1, (part.shape[1] // config.head_dim, config.head_dim))
-                if config.qk_norm == "head"
-                else part
-            )
+            heads = part.unflatten(-1, (-1, config.head_dim)) if config.qk_norm == "head" else part
             heads.copy_(rms_norm(heads, weight, config.rms_norm_eps, backend=self._backend))
 
 
