@@ -54,14 +54,14 @@ def test_spans_and_their_entries(spans: list[tuple[int, int, int]], scaled: bool
     where = (table, *tokens_of(spans))
     found = {}
     for backend in ("reference", "triton"):
-        tokens, made = entry_spans(pages, embeddings, where, len(spans), per, scales=scales, backend=backend)
+        tokens, made = entry_spans(pages, embeddings, where, per, scales=scales, backend=backend)
         entries = tuple(torch.full((12, heads, per, dim), torch.nan, device=DEVICE) for _ in range(2))
         k, v = (m.unflatten(2, (-1, dim)).sum(2) for m in made)
         write_entries(entries, k, v, tokens, where, PAGE, backend=backend)
         found[backend] = tokens, made, entries
     (tokens, made, entries), (kernel_tokens, kernel_made, kernel_entries) = found["reference"], found["triton"]
     n, num_tokens = len(tokens), len(where[1])
-    assert len(kernel_tokens) == min(num_tokens, num_tokens // 4 + len(spans))  # by shapes alone
+    assert len(kernel_tokens) == min(num_tokens, num_tokens // 4 + len(table))  # by shapes alone
     assert kernel_tokens.tolist() == [*tokens.tolist(), *[-1] * (len(kernel_tokens) - n)]
     for a, b in zip((*made, *entries), (*(m[:n] for m in kernel_made), *kernel_entries), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5, equal_nan=True)

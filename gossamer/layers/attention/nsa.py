@@ -125,15 +125,15 @@ class NSALayer(gqa.GQALayer):
         scaled = planes[0].dtype == torch.float8_e4m3fn
         return [*planes[i : i + 2], *(planes[num + i : num + i + 2] if scaled else ())]
 
-    def _compress(
-        self, planes: Sequence[torch.Tensor], where: tuple[torch.Tensor, torch.Tensor, torch.Tensor], num_rows: int
-    ) -> None:
+    def _compress(self, plan: SparsePlan | PagedPlan, planes: Sequence[torch.Tensor]) -> None:
+        """Entries that the plan's tokens complete, which are written."""
+        where = plan.page_table, plan.token_slots, plan.positions
         k_pages, v_pages, scales = gqa.split_planes(self._branch(planes, _COMPRESSED))
         k_embedding, v_embedding = (self.norms[name] for name in self._embeddings)
         if k_embedding is None or v_embedding is None:
             raise RuntimeError(f"{self._embeddings} used before they were loaded")
         tokens, spans = entry_spans(
-            (k_pages, v_pages), (k_embedding, v_embedding), where, num_rows, nsa_entries().per_block,
+            (k_pages, v_pages), (k_embedding, v_embedding), where, nsa_entries().per_block,
             scales=(scales["k_scales"], scales["v_scales"]) if scales else None, backend=self._backend,
         )  # fmt: skip
         if len(tokens):
@@ -151,14 +151,14 @@ class NSALayer(gqa.GQALayer):
         q = self.store_planned(self.qkv(x), self._config.num_q_heads, cos, sin, plan, self._branch(planes, _SELECTED))
         for branch, linear in enumerate(self._branches, _WINDOW):
             self.store_planned(linear(x), 0, cos, sin, plan, self._branch(planes, branch))
-        where = plan.page_table, plan.token_slots, plan.positions
-        self._compress(planes, where, len(plan.page_table))
+        self._compress(plan, planes)
         out, selected, compressed = (q.new_empty(q.shape) for _ in range(3))
         self.attend_planned(q, plan, self._branch(planes, _WINDOW), out)
         k_pages, v_pages, scales = gqa.split_planes(self._branch(planes, _SELECTED))
         sparse_attention(
-            q, k_pages, v_pages, (planes[-2],), *where, self._rule, nsa_entries(), self._scale, selected, **scales,
-            values=planes[-1], compressed=compressed, max_seq_len=plan.max_seq_len, backend=self._backend,
+            q, k_pages, v_pages, (planes[-2],), plan.page_table, plan.token_slots, plan.positions, self._rule,
+            nsa_entries(), self._scale, selected, **scales, values=planes[-1], compressed=compressed,
+            max_seq_len=plan.max_seq_len, backend=self._backend,
         )  # fmt: skip
         mix_branches(out, self.gate(x), compressed, selected, backend=self._backend)
         return self.o(out.flatten(1))
@@ -179,6 +179,7 @@ class NSALayer(gqa.GQALayer):
             product = stream.product(norm, linear)
             self.store(product, cos, sin, plan, self._branch(planes, branch), queries[:, :0])
         gates.copy_(stream.product(norm, self.gate))
+        self._compress(plan, planes)
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
         return False
@@ -187,9 +188,7 @@ class NSALayer(gqa.GQALayer):
         if not isinstance(out, torch.Tensor):
             raise TypeError("nsa does not leave its result in FP8")
         queries, gates = self._parts(q)
-        n, where = plan.num_decode, (plan.page_table, plan.token_slots, plan.positions)
-        # Here and not in `project`, for how many tokens may complete an entry depends on the number of rows.
-        self._compress(planes, where, len(plan.slots))
+        n = plan.num_decode
         super().attend(queries, plan, self._branch(planes, _WINDOW), out)
         selected, compressed = queries.new_empty(2, *queries.shape)
         k_pages, v_pages, scales = gqa.split_planes(self._branch(planes, _SELECTED))

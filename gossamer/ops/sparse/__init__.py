@@ -95,15 +95,15 @@ def sparse_decode(
 
 def entry_spans(
     pages: tuple[torch.Tensor, torch.Tensor], embeddings: tuple[torch.Tensor, torch.Tensor],
-    where: tuple[torch.Tensor, torch.Tensor, torch.Tensor], num_rows: int, per_page: int, *,
+    where: tuple[torch.Tensor, torch.Tensor, torch.Tensor], per_page: int, *,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None, backend: str = "auto",
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
     """What NSA compresses: the last 2 / per_page of a page's tokens, wherever a token completes an entry.
 
     pages: keys and values, these tokens' already written; embeddings [span * head_dim] of the positions in a span;
-    where: page table, token slots and positions as for `write_summaries`, the tokens of at most `num_rows` sequences.
-    Returns indices of the completing tokens, and for keys and values [num, num_kv_heads, span * head_dim] of the
-    embeddings' dtype. On a device their number depends on shapes alone: behind the others are indices -1.
+    where: page table, token slots and positions as for `write_summaries`, a slot's tokens one after another. Returns
+    indices of the completing tokens, and for keys and values [num, num_kv_heads, span * head_dim] of the embeddings'
+    dtype. On a device their number depends on shapes alone: behind the others are indices -1.
     """
     require_scales(*pages, *(scales or (None, None)))
     run = reference.entry_spans
@@ -111,7 +111,7 @@ def entry_spans(
         from gossamer.ops.sparse import triton_nsa
 
         run = triton_nsa.entry_spans
-    return run(pages, embeddings, where, num_rows, per_page, scales)
+    return run(pages, embeddings, where, per_page, scales)
 
 
 def write_entries(

@@ -253,7 +253,7 @@ _Where = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def entry_spans(
-    pages: _Pair, embeddings: _Pair, where: _Where, num_rows: int, per_page: int, scales: _Pair | None
+    pages: _Pair, embeddings: _Pair, where: _Where, per_page: int, scales: _Pair | None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     page_table, token_slots, positions = where
     page_size = pages[0].shape[2]

@@ -140,12 +140,12 @@ def _mix_kernel(
 
 def entry_spans(
     pages: tuple[torch.Tensor, torch.Tensor], embeddings: tuple[torch.Tensor, torch.Tensor], where: Where,
-    num_rows: int, per_page: int, scales: tuple[torch.Tensor, torch.Tensor] | None,
+    per_page: int, scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
     _, num_kv_heads, page_size, head_dim = pages[0].shape
     page_table, token_slots, positions = where
     num_tokens, stride = len(token_slots), page_size // per_page
-    most = min(num_tokens, num_tokens // stride + num_rows)
+    most = min(num_tokens, num_tokens // stride + len(page_table))
     tokens = token_slots.new_empty(most)
     spans = embeddings[0].new_empty(2, most, num_kv_heads, 2 * stride * head_dim)
     if not all(t.is_contiguous() for t in (*pages, *embeddings)) or page_table.stride(1) != 1:
