@@ -94,6 +94,19 @@ class SparseConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NSAConfig:
+    """Natively trained sparse attention (TECHNIQUES 4): `ModelConfig.sparse` says which blocks are selected.
+
+    Blocks of half a page, one every quarter, are compressed; the window branch is every layer's sliding window.
+    """
+
+    compress_width: int
+    """Between the two layers of a compression MLP."""
+    shared_kv: bool = True
+    """Branches share keys and values; else each has projections of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The architecture of a decoder, whatever family it came from. Made by `models/<family>.py: from_hf`."""
 
@@ -126,6 +139,8 @@ class ModelConfig:
     num_draft_layers: int = 0
     """How many of them run, as drafts: LoadConfig.num_speculative_tokens. The others are left aside."""
     sparse: SparseConfig | None = None
+    nsa: NSAConfig | None = None
+    """Of `attention` "nsa"."""
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

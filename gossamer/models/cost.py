@@ -34,13 +34,16 @@ class StepCost:
     """
 
     def __init__(self, config: ModelConfig, kind: AttentionKind, fmt: WeightFormat, kv_itemsize: int) -> None:
-        sizes: Counter[str] = Counter()
+        sizes: defaultdict[str, float] = defaultdict(float)
         read: defaultdict[str, float] = defaultdict(float)
         for weight in canonical_weights(config):
             part = "experts" if ".experts." in weight.template else weight.template
             part = part if part in ("experts", "embed.weight", "lm_head.weight") else "dense"
             matrix = len(weight.shape) == 2
-            sizes[part] += prod(weight.shape) if matrix else 0
+            # Compression multiplies once for each head and stride of tokens.
+            sparse = config.sparse if ".compress_" in weight.template else None
+            uses = 1.0 if sparse is None else 4 * config.num_kv_heads / sparse.block_size
+            sizes[part] += prod(weight.shape) * uses if matrix else 0
             read[part] += prod(weight.shape) * (
                 bytes_per_weight(fmt, weight.template) if matrix else fmt.dtype.itemsize
             )

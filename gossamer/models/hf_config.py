@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from gossamer.config import ModelConfig, MoEConfig, RopeConfig
+from gossamer.config import ModelConfig, MoEConfig, NSAConfig, RopeConfig, SparseConfig
 from gossamer.core import StartupError
 from gossamer.models.checkpoint_fp8 import fp8_scheme
 
@@ -23,6 +23,10 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
+_NSA_KEYS = (
+    "block_size", "compress_block_size", "compress_stride", "compress_width", "num_blocks", "num_first_blocks",
+    "num_local_blocks", "window_size", "shared_kv",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -139,7 +143,35 @@ def decoder_config(config: ConfigReader, family: str, **traits: Any) -> ModelCon
         "eos_token_ids": merge_token_ids(vocab_size, config.token_ids("eos_token_id")),
         "dtype": checkpoint_dtype(config),
     }
-    return ModelConfig(**(fields | traits))
+    return ModelConfig(**(fields | traits | native_sparse_attention(config, traits)))
+
+
+def native_sparse_attention(config: ConfigReader, traits: Mapping[str, Any]) -> dict[str, Any]:
+    """Traits under a config's `native_sparse_attention`, a key of ours: no published family has one yet."""
+    name = "native_sparse_attention"
+    raw = config.get(name)
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or (unknown := raw.keys() - _NSA_KEYS):
+        problem = f"has no {min(unknown)[:80]!r}" if isinstance(raw, dict) else "must be an object"
+        raise StartupError(f"{name} {problem}; its keys are {', '.join(_NSA_KEYS)}.")
+    if "mla" in traits or traits.get("sliding_windows"):
+        raise StartupError(f"{name} goes with grouped-query attention without other windows.")
+    reader = ConfigReader(raw, prefix=f"{name}.")
+    block = reader.integer("block_size", 64, minimum=8)
+    if block & (block - 1):
+        raise StartupError(f"{name}.block_size must be a power of two; got {block}.")
+    reader.require("compress_block_size", (block // 2,))
+    reader.require("compress_stride", (block // 4,))
+    first, local = reader.integer("num_first_blocks", 1), reader.integer("num_local_blocks", 2)
+    num_blocks = reader.integer("num_blocks", 16, minimum=first + local + 1)
+    window = reader.integer("window_size", 512)
+    return {
+        "attention": "nsa",
+        "sparse": SparseConfig(block, num_blocks, first, local),
+        "nsa": NSAConfig(reader.integer("compress_width"), reader.flag("shared_kv", True)),
+        "sliding_windows": (window,) * (config.integer("num_hidden_layers") + traits.get("num_mtp_layers", 0)),
+    }
 
 
 def merge_token_ids(vocab_size: int, *groups: tuple[int, ...]) -> tuple[int, ...]:

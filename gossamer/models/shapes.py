@@ -6,7 +6,7 @@ Torch-free, so that memory can be planned and a checkpoint refused before torch 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gossamer.config import MLAConfig, ModelConfig
+from gossamer.config import MLAConfig, ModelConfig, NSAConfig
 
 Shape = tuple[int, ...]
 
@@ -69,7 +69,20 @@ def _attention(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
         whole = c.qk_norm == "full"
         yield "attn.q_norm.weight", (q_size if whole else c.head_dim,)
         yield "attn.k_norm.weight", (kv_size if whole else c.head_dim,)
+    if c.nsa is not None and c.sparse is not None:
+        yield from _native_sparse_attention(c, c.nsa, c.sparse.block_size // 2 * c.head_dim)
     yield from _linear("attn.o", c.hidden_size, q_size, c.o_bias)
+
+
+def _native_sparse_attention(c: ModelConfig, nsa: NSAConfig, span: int) -> Iterator[tuple[str, Shape]]:
+    """span: numbers that a compression MLP takes, token by token, to which their positions' embedding is added."""
+    yield "attn.branch_gate.weight", (3 * c.num_q_heads, c.hidden_size)
+    for kind in "kv":
+        yield f"attn.compress_{kind}.position.weight", (span,)
+        yield f"attn.compress_{kind}.in_proj.weight", (nsa.compress_width, span)
+        yield f"attn.compress_{kind}.out_proj.weight", (c.head_dim, nsa.compress_width)
+    for name in () if nsa.shared_kv else ("window.k", "window.v", "compressed.k", "compressed.v"):
+        yield from _linear(f"attn.{name}_proj", c.num_kv_heads * c.head_dim, c.hidden_size, c.qkv_bias)
 
 
 def _latent_attention(c: ModelConfig, mla: MLAConfig) -> Iterator[tuple[str, Shape]]:

@@ -46,6 +46,11 @@ def places(modules: Mapping[str, str]) -> dict[str, tuple[Place, ...]]:
     return {f"{a}.{kind}": (Place(f"{b}.{kind}"),) for a, b in modules.items() for kind in ("weight", "bias")}
 
 
+NSA_MODULES = (
+    "branch_gate",
+    *(f"compress_{kind}.{part}" for kind in "kv" for part in ("position", "in_proj", "out_proj")),
+    *(f"{branch}.{kind}_proj" for branch in ("window", "compressed") for kind in "kv"),
+)
 HF_WEIGHTS = places(
     {
         "embed": "model.embed_tokens",
@@ -58,6 +63,7 @@ HF_WEIGHTS = places(
     }
     | {f"layers.{{i}}.attn.{name}": f"model.layers.{{i}}.self_attn.{name}_proj" for name in "qkvo"}
     | {f"layers.{{i}}.mlp.{name}": f"model.layers.{{i}}.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    | {f"layers.{{i}}.attn.{name}": f"model.layers.{{i}}.self_attn.{name}" for name in NSA_MODULES}
 )
 """The names that Llama introduced and the other families kept."""
 

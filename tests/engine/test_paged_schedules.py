@@ -14,7 +14,7 @@ from fake_graphs import CaptureFailed, FakeGraphs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from invariants import check_drained, check_scheduler
-from models.tiny_checkpoints import save_checkpoint
+from models.tiny_checkpoints import save_checkpoint, save_nsa_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import EngineDead, SamplingParams, ScheduledBatch, ScheduledRow, StepResult
@@ -71,13 +71,17 @@ def drain(engine: Engine, order: list[int], aborts: dict[int, int] | None = None
     return tokens
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2_groups"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2_groups", "nsa"])
 def oracle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, list[list[int]], int]]:
     """The model, the CPU engine's tokens of each request alone, bytes of a page."""
     before = torch.get_num_threads()
-    folder = save_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
+    folder = tmp_path_factory.mktemp("model") / request.param
+    if request.param == "nsa":
+        save_nsa_checkpoint("qwen3", folder, PAGE, shared_kv=False)
+    else:
+        save_checkpoint(request.param, folder)
     engine = build(folder, paged=False, enable_prefix_caching=False, overlap=False, max_num_batched_tokens=512)
     alone = [drain(engine, [i])[i] for i in range(len(PROMPTS))]
     pool = engine._executor.pool

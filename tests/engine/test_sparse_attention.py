@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from models.tiny_checkpoints import save_checkpoint
+from models.tiny_checkpoints import add_mtp_layer, save_checkpoint, save_nsa_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, StartupError
@@ -114,3 +115,75 @@ def test_budgets_that_cannot_be(folder: Path, options: dict[str, object], messag
 def test_a_model_of_windows_alone_has_nothing_to_make_sparse(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="has a window already"):
         run(save_checkpoint("mistral", tmp_path / "mistral"), **SPARSE)
+
+
+@pytest.fixture(scope="module", params=[("llama", True), ("qwen3", False)], ids=["shared", "independent"])
+def nsa_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name, shared = request.param
+    return save_nsa_checkpoint(name, tmp_path_factory.mktemp("nsa") / name, PAGE, shared_kv=shared)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_schedule_leaves_tokens_of_nsa_alone(nsa_folder: Path, executor: tuple[bool, str]) -> None:
+    expected = run(nsa_folder, enable_prefix_caching=False, max_num_batched_tokens=512, max_num_seqs=1)
+    assert run(nsa_folder, executor) == expected
+    assert run(nsa_folder, executor, max_num_batched_tokens=24) == expected
+    assert run(nsa_folder, executor, kv_cache_memory_bytes=20 * page_bytes(nsa_folder, {})) == expected
+    assert run.preemptions > 0  # type: ignore[attr-defined]
+
+
+def test_nsa_depends_on_each_of_its_parts(nsa_folder: Path, tmp_path: Path) -> None:
+    """Otherwise the test above would pass without them."""
+    found = run(nsa_folder)
+    config = json.loads((nsa_folder / "config.json").read_text())
+    for key, value in (("num_blocks", 12), ("window_size", 8), ("num_local_blocks", 1)):
+        changed = config | {"native_sparse_attention": config["native_sparse_attention"] | {key: value}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        (tmp_path / "model.safetensors").symlink_to(nsa_folder / "model.safetensors")
+        assert run(tmp_path) != found, key
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_drafts_that_are_refused_leave_nothing_of_nsa_behind(tmp_path: Path, paged: bool) -> None:
+    folder = save_nsa_checkpoint("glm4_moe", tmp_path / "glm4_moe", PAGE, shared_kv=True)
+    add_mtp_layer(folder)
+    expected = run(folder, (paged, "cpu"))
+    assert run(folder, (paged, "cpu"), num_speculative_tokens=1) == expected
+
+
+def test_nsa_over_fp8_pages(nsa_folder: Path) -> None:
+    found = run(nsa_folder, kv_cache_dtype="fp8")
+    assert run(nsa_folder, (True, "cpu"), kv_cache_dtype="fp8") == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 32}, "--page-size 32: this model selects blocks, hence pages, of 16"),
+        ({"attention": "block_topk"}, "--attention block_topk is for grouped-query attention; this is nsa"),
+    ],
+)
+def test_what_nsa_refuses(nsa_folder: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        run(nsa_folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"compress_stride": 8}, r"native_sparse_attention.compress_stride must be 4; .* got 8"),
+        ("llama", {"num_blocks": 3}, "native_sparse_attention.num_blocks must be an integer from 4"),
+        ("llama", {"blocks": 3}, "native_sparse_attention has no 'blocks'; its keys are block_size, "),
+        ("llama", {"block_size": 48, "compress_stride": None}, "block_size must be a power of two; got 48"),
+        ("mistral", {}, "grouped-query attention without other windows"),
+        ("deepseek_v3", {}, "grouped-query attention without other windows"),
+    ],
+)
+def test_configs_of_nsa_that_cannot_be(tmp_path: Path, name: str, changes: dict[str, object], message: str) -> None:
+    folder = save_checkpoint(name, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    nsa = {"block_size": 16, "compress_stride": 4, "compress_width": 24, **changes}
+    (folder / "config.json").write_text(json.dumps(config | {"native_sparse_attention": nsa}))
+    with pytest.raises(StartupError, match=message):
+        run(folder)

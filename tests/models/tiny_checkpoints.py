@@ -10,6 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from gossamer.models.registry import family_of_hf
+from gossamer.models.shapes import canonical_weights
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -208,3 +211,20 @@ def add_mtp_layer(folder: Path, noise: float | None = None) -> dict[str, torch.T
     config.pop("num_mtp_layers", None)
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return tensors
+
+
+def save_nsa_checkpoint(name: str, folder: Path, block: int, *, shared_kv: bool) -> Path:
+    """One of the above with the config and the weights that make it NSA's: no published family has them."""
+    save_checkpoint(name, folder)
+    nsa = {"block_size": block, "compress_width": 24, "num_blocks": 6, "window_size": 24, "shared_kv": shared_kv}
+    config = json.loads((folder / "config.json").read_text()) | {"native_sparse_attention": nsa}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors, family = load_file(folder / "model.safetensors"), family_of_hf(config)
+    torch.manual_seed(1)
+    for weight in canonical_weights(family.from_hf(config)):
+        stored = family.weights[weight.template][0].name.format(i=weight.layer, e=weight.expert)
+        if ".attn." in weight.name and stored not in tensors:
+            # Wide enough that the compressed branch, the choice and the gates all matter.
+            tensors[stored] = torch.randn(weight.shape) * (3 * weight.shape[-1] ** -0.5 if len(weight.shape) > 1 else 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

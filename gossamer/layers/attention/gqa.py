@@ -150,12 +150,20 @@ class GQALayer:
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
-        config, backend = self._config, self._backend
-        num_q, num_kv = config.num_q_heads, config.num_kv_heads
+        q = self.store_planned(self.qkv(x), self._config.num_q_heads, cos, sin, plan, planes)
+        out = q.new_empty(q.shape)
+        self.attend_planned(q, plan, planes, out)
+        return self.o(out.flatten(1))
+
+    def store_planned(
+        self, qkv: torch.Tensor, num_q: int, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan,
+        planes: Sequence[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """Queries [num_tokens, num_q, head_dim]; keys and values go into their pages."""
+        config, backend, num_kv = self._config, self._backend, self._config.num_kv_heads
         k_pages, v_pages, scales = split_planes(planes)
-        qkv = self.qkv(x)
-        if self.norms:
-            self._normalise(qkv)
+        if config.qk_norm != "none":
+            self._normalise(qkv, num_q)
         if config.clip_qkv is not None:  # OLMoE bounds what the norms return
             qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         qkv = qkv.view(-1, num_q + 2 * num_kv, config.head_dim)
@@ -163,9 +171,7 @@ class GQALayer:
         rotated = apply_rope(qkv[:, : num_q + num_kv], cos, sin, backend=backend)
         q, k = rotated[:, :num_q], rotated[:, num_q:]
         write_kv(k, v, k_pages, v_pages, plan.slots, plan.fresh_pages, **scales, backend=backend)
-        out = torch.empty(x.shape[0], num_q, config.head_dim, dtype=x.dtype, device=x.device)
-        self.attend_planned(q, plan, planes, out)
-        return self.o(out.flatten(1))
+        return q
 
     def attend_planned(self, q: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Attention proper on a CPU."""
@@ -186,10 +192,16 @@ class GQALayer:
 
         cos, sin: whole tables, by position.
         """
+        self.store(stream.product(norm, self.qkv), cos, sin, plan, planes, q)
+
+    def store(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
+        planes: Sequence[torch.Tensor], q: torch.Tensor,
+    ) -> None:  # fmt: skip
         config = self._config
         k_pages, v_pages, scales = split_planes(planes)
         rope_write_kv(
-            stream.product(norm, self.qkv), config.num_q_heads, config.num_kv_heads, config.head_dim, cos, sin,
+            qkv, q.shape[1], config.num_kv_heads, config.head_dim, cos, sin,
             plan.positions, plan.token_slots, plan.page_table, k_pages, v_pages, q, **scales,
             q_norm=self.norms.get(self._q_norm), k_norm=self.norms.get(self._k_norm), eps=config.rms_norm_eps,
             norm_full=config.qk_norm == "full", clip=config.clip_qkv, backend=self._backend,
@@ -243,11 +255,13 @@ class GQALayer:
         elif isinstance(self.o.weight, Fp8Weight):
             stream.add(self.o.weight.quantized(attended[0].flatten(1), attended[1], stream.dtype))
 
-    def _normalise(self, qkv: torch.Tensor) -> None:
+    def _normalise(self, qkv: torch.Tensor, num_q: int) -> None:
         """QK norm in place on the packed projection: per head, or over all heads at once."""
         config = self._config
-        q_width, kv_width = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q_width, kv_width = num_q * config.head_dim, config.num_kv_heads * config.head_dim
         for part, name in ((qkv[:, :q_width], self._q_norm), (qkv[:, q_width : q_width + kv_width], self._k_norm)):
+            if not part.shape[1]:
+                continue
             weight = self.norms[name]
             if weight is None:
                 raise RuntimeError(f"{name} used before it was loaded")

@@ -35,7 +35,7 @@ def rope_write_kv(
         positions, token_slots: int [num_tokens]. A token of slot -1 is padding: no page changes, its queries are zero.
         page_table: int [num_slots, max_pages].
         k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place.
-        q_out: [num_tokens, num_q_heads, head_dim], written.
+        q_out: [num_tokens, num_q_heads, head_dim], written. There may be no queries.
         k_scales, v_scales: of FP8 pages, which are written as `ops.kv_cache.write_kv_fp8` says.
         q_norm, k_norm: norm weights, both or neither: [head_dim], applied per head; with `norm_full` of q's and k's
             whole width, normalised over all heads at once (OLMoE).

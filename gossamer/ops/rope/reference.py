@@ -24,7 +24,8 @@ def rope_write_kv(
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
     if q_norm is not None and k_norm is not None:
         if norm_full:
-            q, k = (rms_norm(x.flatten(1), w, eps).view_as(x) for x, w in ((q, q_norm), (k, k_norm)))
+            pairs = ((q, q_norm), (k, k_norm))
+            q, k = (rms_norm(x.flatten(1), w, eps).view_as(x) if x.shape[1] else x for x, w in pairs)
         else:
             q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     if clip is not None:

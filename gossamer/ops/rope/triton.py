@@ -54,9 +54,10 @@ def _rope_write_kv_kernel(
         if NORM == 1:
             squares = tl.sum(a * a + b * b, 1)[:, None] / HEAD_DIM
         else:
-            q_squares = _sum_squares(row, NUM_Q * HEAD_DIM, BLOCK_ROW) / (NUM_Q * HEAD_DIM)
-            k_squares = _sum_squares(row + NUM_Q * HEAD_DIM, NUM_KV * HEAD_DIM, BLOCK_ROW) / (NUM_KV * HEAD_DIM)
-            squares = tl.where(is_q, q_squares, k_squares)
+            squares = _sum_squares(row + NUM_Q * HEAD_DIM, NUM_KV * HEAD_DIM, BLOCK_ROW) / (NUM_KV * HEAD_DIM)
+            if NUM_Q > 0:
+                q_squares = _sum_squares(row, NUM_Q * HEAD_DIM, BLOCK_ROW) / (NUM_Q * HEAD_DIM)
+                squares = tl.where(is_q, q_squares, squares)
             q_at, k_at = head * HEAD_DIM, (head - NUM_Q) * HEAD_DIM
         inverse = tl.where(is_v, 1.0, tl.rsqrt(squares + eps))
         q_mask, k_mask = is_q & inside, is_k & inside

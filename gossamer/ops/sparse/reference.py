@@ -76,6 +76,22 @@ def block_scores(logits: torch.Tensor, positions: torch.Tensor, entries: Entries
     return scores
 
 
+def attend_entries(
+    logits: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, token_slots: torch.Tensor, seen: torch.Tensor
+) -> torch.Tensor:
+    """Attention to the compressed values of the entries `seen` [T, num_entries]: [T, num_kv_heads, group, dim]."""
+    same = bool((token_slots == token_slots[0]).all())
+    slots, known = (token_slots[:1], seen.any(0, keepdim=True)) if same else (token_slots, seen)
+    pages = page_table[slots.long(), : seen.shape[1] // values.shape[2]].long().clamp(0, values.shape[0] - 1)
+    v = values[pages].to(logits.dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    v = v.masked_fill(~known[:, None, :, None], 0.0)
+    weights = torch.softmax(logits.masked_fill(~seen[:, None, None], -torch.inf), -1).nan_to_num_(0.0)
+    if not same:
+        return weights @ v
+    rows = weights.transpose(0, 1).reshape(1, v.shape[1], -1, v.shape[2]) @ v
+    return rows.view(v.shape[1], len(logits), -1, v.shape[3]).transpose(0, 1)
+
+
 def visible_entries(positions: torch.Tensor, num_entries: int, entries: Entries, page_size: int) -> torch.Tensor:
     """Bool [T, num_entries]."""
     end = (positions + 1 - entries.tail).clamp_min(0) // (page_size // entries.per_block)
@@ -176,10 +192,12 @@ def sparse_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    max_seq_len: int,
+    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, max_seq_len: int,
 ) -> None:  # fmt: skip
     page_size, num_kv_heads = k_pages.shape[2], k_pages.shape[1]
     out[token_slots < 0] = 0.0
+    if compressed is not None:
+        compressed.zero_()
     live = ((token_slots >= 0) & (positions >= rule.dense_below)).nonzero()[:, 0]
     slots = token_slots[live]
     # Tokens of one sequence at a time where they follow one another: their entries are read once.
@@ -196,6 +214,10 @@ def sparse_attention(
             num_pages = int(at.max()) // page_size + 1
             logits = entry_logits(rows, summaries, page_table, slot, num_pages, scale)
             blocks = select(block_scores(logits, at, entries, page_size), at, rule, page_size)
+            if values is not None and compressed is not None:
+                seen = visible_entries(at, logits.shape[-1], entries, page_size)
+                mixed = attend_entries(logits, values, page_table, slot, seen)
+                compressed[tile] = mixed.reshape(len(tile), *out.shape[1:]).to(out.dtype)
             found = attend(rows, k_pages, v_pages, blocks, page_table, slot, at, scale, k_scales, v_scales)
             out[tile] = found.reshape(len(tile), *out.shape[1:]).to(out.dtype)
         begin += length
@@ -205,7 +227,8 @@ def sparse_decode(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None, workspace: DecodeWorkspace | None, max_seq_len: int,
+    v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None, max_seq_len: int,
 ) -> None:  # fmt: skip
     dense = out if out_scales is None else torch.empty_like(q)
     pages = q, k_pages, v_pages
@@ -217,9 +240,60 @@ def sparse_decode(
     present = torch.where(seq_lens > 0, slots, -1)
     sparse_attention(
         *pages, summaries, page_table, present, seq_lens - 1, rule, entries, scale, dense, max_seq_len=max_seq_len,
-        k_scales=k_scales, v_scales=v_scales,
+        k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed,
     )  # fmt: skip
     if out_scales is not None:
         quantized, found = quantize_activation(dense.flatten(1))
         out.copy_(quantized.view_as(out))
         out_scales.copy_(found)
+
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Where = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def entry_spans(
+    pages: _Pair, embeddings: _Pair, where: _Where, per_page: int, scales: _Pair | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    page_table, token_slots, positions = where
+    page_size = pages[0].shape[2]
+    stride = page_size // per_page
+    ends = (token_slots >= 0) & ((positions + 1) % stride == 0) & (positions >= 2 * stride - 1)
+    tokens = ends.nonzero()[:, 0]
+    at = positions[tokens].long()[:, None] + torch.arange(1 - 2 * stride, 1, device=positions.device)
+    page = page_table[token_slots[tokens].long()[:, None], at // page_size].long()
+    spans = []
+    for plane, scale, embedding in zip(pages, scales or (None, None), embeddings, strict=True):
+        span = plane[page, :, at % page_size].to(_compute(embedding))
+        span = span if scale is None else span * scale[page][..., None]
+        spans.append((span.transpose(1, 2).flatten(2) + embedding).to(embedding.dtype))
+    return tokens, tuple(spans)
+
+
+def write_entries(
+    entries: _Pair, keys: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor, where: _Where, page_size: int
+) -> None:
+    page_table, token_slots, positions = where
+    at = positions[tokens].long()
+    page = page_table[token_slots[tokens].long(), at // page_size].long()
+    for plane, new in zip(entries, (keys, values), strict=True):
+        plane[page, :, at % page_size // (page_size // plane.shape[2])] = new.to(plane.dtype)
+
+
+def mix_branches(out: torch.Tensor, gates: torch.Tensor, compressed: torch.Tensor, selected: torch.Tensor) -> None:
+    opened = torch.sigmoid(gates.to(_compute(out))).view(len(out), 3, -1, 1)
+    out.copy_((opened * torch.stack((compressed, selected, out), 1)).sum(1))
+
+
+def literal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kept: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k attention as it is often listed: softmax over everything, the largest weights, and no renormalisation.
+
+    It saves nothing, for every product with a key is made, and its weights sum to the mass it retains, not to 1.
+    q [..., num_rows, dim], k, v [..., num_keys, dim]: the output and the retained mass [..., num_rows].
+    """
+    weights = torch.softmax(q @ k.mT * scale, -1)
+    kept, index = weights.topk(min(num_kept, k.shape[-2]), -1)
+    sparse = torch.zeros_like(weights).scatter_(-1, index, kept)
+    return sparse @ v, kept.sum(-1)

@@ -13,6 +13,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
+from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
 # Scores that a selecting program holds at once, and those that it then reads once only.
@@ -304,6 +305,17 @@ def entry_pass(
     )  # fmt: skip
 
 
+def entry_state(
+    q: torch.Tensor, num_tokens: int, num_kv_heads: int, splits: int, group_p: int, attend: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Room for peaks, sums and, to `attend`, partial results; whose tokens see nothing keep sums of zero then."""
+    shape = num_tokens, num_kv_heads, splits, group_p
+    peaks = q.new_empty(shape, dtype=torch.float32)
+    if not attend:
+        return peaks, torch.empty_like(peaks), None
+    return peaks, torch.zeros_like(peaks), q.new_empty(*shape, q.shape[2], dtype=torch.float32)
+
+
 def entry_cut(q: torch.Tensor, decode: bool) -> tuple[int, int, int, int]:
     """Rows (of prefill), entries, warps and stages of a program's products."""
     if q.element_size() == 4:
@@ -345,7 +357,8 @@ def sparse_decode(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None, workspace: DecodeWorkspace | None, max_seq_len: int,
+    v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None, max_seq_len: int,
 ) -> None:  # fmt: skip
     selected = None
     if len(q) and max_seq_len > rule.dense_below:
@@ -355,13 +368,13 @@ def sparse_decode(
         group_p = max(16, triton.next_power_of_2(num_q_heads // num_kv_heads))
         splits = num_splits(num_rows, num_kv_heads, num_pages * entries.per_block, q.device)
         where = page_table, slots, seq_lens
-        peaks, sums = q.new_empty(2, num_rows, num_kv_heads, splits, group_p, dtype=torch.float32)
+        state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
         scores = q.new_empty(num_rows, num_kv_heads, num_pages, dtype=torch.float32)
         pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks)
-        for kept in (None, scores):
-            entry_pass(
-                q, summaries, None, *where, rule, entries, scale, page_size, (peaks, sums, None), kept, decode=True
-            )
+        for kept, mixed in ((None, values), (scores, None)):
+            entry_pass(q, summaries, mixed, *where, rule, entries, scale, page_size, state, kept, decode=True)
+        if compressed is not None:
+            merge_splits(state, compressed)
         select(scores, *where, rule, page_size, pages, decode=True)
         selected = pages, rule.dense_below
     triton_decode.paged_decode(

@@ -11,7 +11,8 @@ import triton.language as tl
 from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION, check
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
-from gossamer.ops.sparse.triton import entry_pass, select
+from gossamer.ops.sparse.triton import entry_pass, entry_state, select
+from gossamer.ops.sparse.triton_nsa import merge_splits
 
 # Bytes of partial results and scores at a time, and tokens that share one load of a page.
 _WORKSPACE_BYTES = 640 << 20
@@ -269,7 +270,7 @@ def sparse_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    max_seq_len: int,
+    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, max_seq_len: int,
 ) -> None:  # fmt: skip
     indices = {"page_table": page_table, "seq_lens": positions, "slots": token_slots}
     check(q, k_pages, v_pages, out, None, None, indices)
@@ -279,9 +280,11 @@ def sparse_attention(
     group_p = triton.next_power_of_2(group)
     num_pages = triton.cdiv(max_seq_len, page_size)
     per_token = num_kv_heads * (4 * num_pages + (top + 1) * group * head_dim * q.element_size())
+    if values is not None:
+        per_token += num_kv_heads * group_p * head_dim * 4
     step = min(num_tokens, max(64, _WORKSPACE_BYTES // per_token // 64 * 64))
     scores = q.new_empty(step, num_kv_heads, num_pages, dtype=torch.float32)
-    peaks, sums = q.new_empty(2, step, num_kv_heads, 1, group_p, dtype=torch.float32)
+    state = entry_state(q, step, num_kv_heads, 1, group_p, values is not None)
     pages = page_table.new_empty(step, num_kv_heads, top)
     parts = q.new_empty(step, num_kv_heads, top + 1, group, head_dim)
     lse = q.new_empty(step, num_kv_heads, top + 1, group, dtype=torch.float32)
@@ -291,11 +294,15 @@ def sparse_attention(
     for begin in range(0, num_tokens, step):
         end = min(begin + step, num_tokens)
         part, slots, at, listed = q[begin:end], token_slots[begin:end], positions[begin:end], pages[: end - begin]
-        state = (peaks, sums, None)
-        for kept in (None, scores):
+        if compressed is not None and begin:
+            state[1].zero_()
+        for kept, mixed in ((None, values), (scores, None)):
             entry_pass(
-                part, summaries, None, page_table, slots, at, rule, entries, scale, page_size, state, kept, decode=False
-            )
+                part, summaries, mixed, page_table, slots, at, rule, entries, scale, page_size, state, kept,
+                decode=False,
+            )  # fmt: skip
+        if compressed is not None:
+            merge_splits(state, compressed[begin:end])
         select(scores, page_table, slots, at, rule, page_size, listed, decode=False)
         _attend_listed(part, cache, listed, parts, lse, scale, group_p)
         shape = {"TOP": top, "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "GROUP_P": group_p, "HEAD_DIM": head_dim}
