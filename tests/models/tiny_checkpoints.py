@@ -117,7 +117,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_yarn": ("DeepseekV3", {**V3, **_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN)}),
     "deepseek_v3_halves": ("DeepseekV3", {**V3, "rope_interleave": False, "norm_topk_prob": False}),
     "kimi_k2": ("DeepseekV3", {**V3, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
-    "deepseek_v32": ("DeepseekV32", {**V3, **INDEX, "index_topk": 24}),
+    "deepseek_v32": ("DeepseekV32", {**V3, **INDEX, "index_topk": 28}),
     "deepseek_v32_yarn": (
         "DeepseekV32",
         {**V3, **INDEX, **_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN), "index_topk": 40},
@@ -126,7 +126,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa": ("GlmMoeDsa", {**V3, **INDEX, "n_group": 1, "topk_group": 1, "index_topk": 24}),
     "glm_moe_dsa_shared": (
         "GlmMoeDsa",
-        {**V3, **INDEX, "index_topk": 32, "indexer_types": ["full", "shared", "full"], "qk_nope_head_dim": 48},
+        {**V3, **INDEX, "index_topk": 40, "indexer_types": ["full", "shared", "full"], "qk_nope_head_dim": 48},
     ),
     "glm4_moe": (
         "Glm4Moe",

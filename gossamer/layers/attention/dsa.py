@@ -142,7 +142,7 @@ class DSALayer(mla.MLALayer):
                 index_q.unflatten(1, shape), key, self._norm(), _KEY_EPS, cos, sin,
                 interleaved=self._index.interleaved, backend=self._backend,
             )  # fmt: skip
-            write_latents(key, planes[-1], plan.slots, None, backend=self._backend)
+            write_latents(key.to(planes[-1].dtype), planes[-1], plan.slots, None, backend=self._backend)
             plan.chosen = plan.page_table.new_empty(len(listed), self._index.top_k)
             choose_tokens(
                 index_q[listed], weights[listed], planes[-1], plan.page_table, *where, plan.chosen,

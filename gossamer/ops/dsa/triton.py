@@ -136,7 +136,7 @@ def _score_kernel(
             page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
             at = (page * PAGE + index % PAGE) * DIM
             keys = tl.load(key_pages + at[None, :] + d[:, None], mask=(index < end)[None, :], other=0.0)
-            logits = tl.dot(queries, keys, input_precision=PRECISION)
+            logits = tl.dot(queries, keys.to(queries.dtype), input_precision=PRECISION)
             logits = tl.maximum(logits, 0.0) * weight[:, None]
             score = tl.sum(tl.reshape(logits, [TOKENS, HEADS_P, BLOCK_N]), 1)
             score = tl.where(score == 0.0, 0.0, score)  # no zero below zero
@@ -229,8 +229,8 @@ def choose_tokens(
     token_slots: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor, max_seq_len: int,
 ) -> None:  # fmt: skip
     (num_tokens, num_heads, dim), page_size, top_k = q.shape, key_pages.shape[2], chosen.shape[1]
-    if dim < 16 or dim & (dim - 1) or key_pages.dtype != q.dtype or weights.dtype != q.dtype:
-        raise ValueError(f"index keys {[*key_pages.shape]} {key_pages.dtype}: of q's dtype, a power of two from 16 on")
+    if dim < 16 or dim & (dim - 1):
+        raise ValueError(f"index keys {[*key_pages.shape]}: as wide as a power of two from 16 on")
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
