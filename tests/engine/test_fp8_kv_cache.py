@@ -39,8 +39,11 @@ def forced(outputs: list[list[TokenOutput]]) -> tuple[torch.Tensor, torch.Tensor
     return torch.tensor([e.logprobs[0] for e in found]), torch.tensor([e.token_ids[-1] for e in found])
 
 
+NAMES = ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32"]
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_engine_differs_by_the_rounding_and_nothing_else(
     name: str, executor: tuple[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

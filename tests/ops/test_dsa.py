@@ -146,7 +146,7 @@ def test_ties_go_to_the_earliest(weight: float, whole: bool, backend: str, monke
     """Also among zeros, whose sign is that of the weights, and where scores do not fit into one block."""
     from gossamer.ops.dsa import triton
 
-    monkeypatch.setattr(triton, "_CHOOSE_WHOLE", 4096 if whole else 1)
+    monkeypatch.setattr(triton, "_CHOOSE_WHOLE", 128 if whole else 1)
     monkeypatch.setattr(triton, "_CHOOSE_BLOCK", 32)
     cache = Cache([100], torch.float32, index=(1, 16))
     cache.ask([(0, 90, 95)])

@@ -103,20 +103,24 @@ def rope_write_index(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["token_slots", "positions"])
+# What follows from a step's tokens and contexts is no constant: no compilation for each.
+@triton.jit(
+    do_not_specialize=["num_tokens", "score_stride", "splits"],
+    do_not_specialize_on_alignment=["token_slots", "positions"],
+)
 def _score_kernel(
-    q, weights, key_pages, page_table, token_slots, positions, scores, num_tokens, table_stride, score_stride,
+    q, weights, key_pages, page_table, token_slots, positions, scores, num_tokens, table_stride, score_stride, splits,
     NUM_HEADS: tl.constexpr, HEADS_P: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: all index heads of TOKENS tokens against a part of the keys they see, a sequence after the other."""
-    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     t = tile * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(token_slots + t, mask=t < num_tokens, other=-1)
     position = tl.load(positions + t, mask=t < num_tokens, other=0)
     todo = slot >= 0
     length = tl.max(tl.where(todo, position + 1, 0), 0)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -168,7 +172,9 @@ def _num_at_least(bound, held, scores, end, BLOCK: tl.constexpr, WHOLE: tl.const
     return many
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_slots", "positions", "chosen"])
+@triton.jit(
+    do_not_specialize=["score_stride"], do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"]
+)
 def _choose_kernel(
     scores, page_table, token_slots, positions, chosen, table_stride, score_stride,
     TOP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
@@ -236,8 +242,7 @@ def choose_tokens(
     tokens, warps, stages = score_cut(q, num_tokens)
     step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len))))
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    reach = triton.next_power_of_2(max(1, max_seq_len))
-    whole = reach <= _CHOOSE_WHOLE
+    whole = max_seq_len <= _CHOOSE_WHOLE
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
         where, num = (token_slots[rows], positions[rows]), min(step, num_tokens - low)
@@ -245,30 +250,29 @@ def choose_tokens(
         splits = min(triton.cdiv(4 * _num_sms(q.device), tiles), triton.cdiv(max_seq_len, _BLOCK_N), _MAX_SPLITS)
         _score_kernel[(tiles * splits,)](
             q[rows], weights[rows], key_pages, page_table, *where, scores, num, page_table.stride(0), max_seq_len,
-            NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
-            PAGE=page_size, BLOCK_N=_BLOCK_N, SPLITS=splits, num_warps=warps, num_stages=stages, **overlap_options(q),
+            splits, NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
+            PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **overlap_options(q),
         )  # fmt: skip
         _choose_kernel[(num,)](
             scores, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, TOP=top_k, PAGE=page_size,
-            BITS=4, BLOCK=max(64, reach) if whole else _CHOOSE_BLOCK, WHOLE=whole, num_warps=8, **overlap_options(q),
+            BITS=4, BLOCK=_CHOOSE_WHOLE if whole else _CHOOSE_BLOCK, WHOLE=whole, num_warps=8, **overlap_options(q),
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["chosen", "token_slots", "positions"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["chosen", "token_slots", "positions"])
 def _attend_kernel(
     latent_q, rope_q, pages, scales, chosen, token_slots, positions, out, partials, lse,
-    row_stride, head_stride, scale_log2,
+    row_stride, head_stride, splits, scale_log2,
     TOP: tl.constexpr, NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, RANK: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
-    PDL: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of GROUP heads of one token against a part of its list. Blocks of a token are neighbours."""
     block, unit = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS
-    row, split = unit // SPLITS, unit % SPLITS
+    row, split = unit // splits, unit % splits
     slot = tl.load(token_slots + row)
     count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    SHARE: tl.constexpr = ((TOP + SPLITS - 1) // SPLITS + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    low, high = split * SHARE, tl.minimum(split * SHARE + SHARE, count)
+    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
+    low, high = split * share, tl.minimum(split * share + share, count)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -304,7 +308,7 @@ def _attend_kernel(
         total = tl.dot(weights.to(latent.dtype), latent, total * fade[:, None], input_precision=PRECISION)
         peak = highest
     result = total / tl.maximum(weight, 1e-30)[:, None]
-    if SPLITS == 1:
+    if splits == 1:
         tl.store(out + to, result.to(out.dtype.element_ty), mask=inside)
     elif low < high:
         part = (unit * NUM_BLOCKS * GROUP + head).to(tl.int64)
@@ -312,11 +316,11 @@ def _attend_kernel(
         tl.store(partials + part[:, None] * RANK + r[None, :], result, mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_slots", "positions"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _merge_kernel(
-    token_slots, positions, out, partials, lse,
-    TOP: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr,
+    token_slots, positions, out, partials, lse, splits,
+    TOP: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: the sum over its parts; zeros for padding."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -325,15 +329,15 @@ def _merge_kernel(
         tl.extra.cuda.gdc_wait()
     slot = tl.load(token_slots + row)
     count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    SHARE: tl.constexpr = ((TOP + SPLITS - 1) // SPLITS + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
     r = tl.arange(0, RANK)
     split = tl.arange(0, PARTS)
-    used = split * SHARE < count
-    part = ((row * SPLITS + split) * HEADS + head).to(tl.int64)
+    used = split * share < count
+    part = ((row * splits + split) * HEADS + head).to(tl.int64)
     sizes = tl.load(lse + part, mask=used, other=LOW)
-    share = tl.exp2(sizes - tl.max(sizes, 0)) * used.to(tl.float32)
+    weight = tl.exp2(sizes - tl.max(sizes, 0)) * used.to(tl.float32)
     values = tl.load(partials + part[:, None] * RANK + r[None, :], mask=used[:, None], other=0.0)
-    total = tl.sum(values * share[:, None], 0) / tl.maximum(tl.sum(share, 0), 1e-30)
+    total = tl.sum(values * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
     tl.store(out + (row * HEADS + head).to(tl.int64) * RANK + r, total.to(out.dtype.element_ty))
 
 
@@ -357,15 +361,15 @@ def attend_chosen(
     block_n = 32 if q_latent.element_size() == 4 else _BLOCK_N
     splits = max(1, min(2 * max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
     parts = workspace.partials, workspace.lse
-    shape = {"TOP": top_k, "RANK": rank, "BLOCK_N": block_n, "SPLITS": splits}
+    shape = {"TOP": top_k, "RANK": rank, "BLOCK_N": block_n}
     options = overlap_options(q_latent)
     _attend_kernel[(num_tokens * splits * num_blocks,)](
         q_latent, q_rope, pages, scales, chosen, token_slots, positions, out, *parts, *q_rope.stride()[:2],
-        scale * LOG2E, **shape, NUM_BLOCKS=num_blocks, GROUP=group, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2],
+        splits, scale * LOG2E, **shape, NUM_BLOCKS=num_blocks, GROUP=group, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2],
         PAGE=pages.shape[2], SCALED=scales is not None, num_warps=cut.num_warps, num_stages=cut.num_stages, **options,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_tokens, num_heads)](
-            token_slots, positions, out, *parts, **shape, HEADS=num_heads, PARTS=triton.next_power_of_2(splits),
-            num_warps=4, **options,
+            token_slots, positions, out, *parts, splits, **shape, HEADS=num_heads, PARTS=_MAX_SPLITS, num_warps=4,
+            **options,
         )  # fmt: skip
