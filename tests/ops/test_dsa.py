@@ -266,3 +266,56 @@ def test_index_keys_and_queries(num_heads: int, dim: int, rope: int, interleaved
     assert not w_out[~live].any()
     flat[rows.to(DEVICE)] = before.view(-1, dim)[rows.to(DEVICE)]
     torch.testing.assert_close(cache.key_pages, before, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "index_heads"), [(128, 64), (64, 32)])
+def test_published_sizes(num_heads: int, index_heads: int) -> None:
+    """DeepSeek-V3.2 and GLM-5: decode rows, split and not, and a chunk."""
+    cache = Cache(
+        [9000, 3000, 100, 5000], torch.bfloat16, index=(index_heads, 128), sizes=(num_heads, 512, 64), page=64
+    )
+    blocks = num_heads // 64
+    for spans in ([(0, 8999, 9000), (2, 99, 100), (-1, 0, 1), (3, 4999, 5000)], [(1, 2400, 3000), (0, 10, 30)]):
+        cache.ask(spans)
+        chosen, expected = cache.choose(2048, "triton"), cache.choose(2048, "reference")
+        assert (chosen >= 0).sum(1).equal((expected >= 0).sum(1))
+        for token in range(0, len(chosen), 57):
+            best, _ = cache.best(token, 2048)
+            assert len({*best} - {*chosen[token].tolist()}) <= 0.005 * max(1, len(best))
+        for num_programs in (1, 66):
+            found = cache.attend(chosen, "triton", num_programs, blocks)
+            assert rel_rms(found, cache.oracle(chosen)) < TOLERANCE[torch.bfloat16]
+            assert not found[cache.slots < 0].any()
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_its_inputs() -> None:
+    """Contexts that grow, rows that come and go: sizes and launches are those of the longest context."""
+    cache = Cache([9000, 3000, 100, 5000], torch.bfloat16, index=(64, 128), sizes=(128, 512, 64), page=64)
+    cache.ask([(0, 10, 11), (1, 2999, 3000), (2, 50, 51), (-1, 0, 1)])
+    workspace = DecodeWorkspace.allocate(8, 128, 2, 512, DEVICE, 66)
+    chosen = torch.full((4, 2048), 2**30, dtype=torch.int32, device=DEVICE)
+    out = torch.full_like(cache.q_latent, NAN)
+
+    def step() -> None:
+        where = cache.slots, cache.positions
+        choose_tokens(
+            cache.index_q, cache.weights, cache.key_pages, cache.page_table, *where, chosen, max_seq_len=1 << 17
+        )
+        attend_chosen(cache.q_latent, cache.q_rope, cache.pages, chosen, *where, 0.2, out, workspace=workspace)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for slots, positions in (([0, 1, 2, 3], [8999, 20, 99, 4000]), ([3, -1, 0, -1], [2047, 0, 2048, 7])):
+        cache.slots.copy_(torch.tensor(slots))
+        cache.positions.copy_(torch.tensor(positions))
+        cache.index_q.normal_()
+        graph.replay()
+        found = out.clone()
+        listed = (chosen >= 0).sum(1).tolist()
+        assert listed == [min(p + 1, 2048) * (s >= 0) for s, p in zip(slots, positions, strict=True)]
+        assert rel_rms(found, cache.oracle(chosen)) < TOLERANCE[torch.bfloat16]
