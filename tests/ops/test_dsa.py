@@ -180,6 +180,15 @@ def test_attention_to_the_chosen(
     assert not found[cache.slots < 0].any()
 
 
+def test_blocks_of_heads() -> None:
+    """In fp32 they are of 16 heads, whatever the workspace has."""
+    cache = Cache([100], torch.float32, sizes=(32, 32, 16))
+    cache.ask([(0, 97, 100)])
+    chosen = cache.choose(40, "reference")
+    for num_programs in (1, 30):
+        assert rel_rms(cache.attend(chosen, "triton", num_programs), cache.oracle(chosen)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("num_programs", [1, 30])
 def test_attention_to_the_chosen_of_fp8_pages(num_programs: int, backend: str) -> None:

@@ -357,6 +357,8 @@ def attend_chosen(
     if num_tokens == 0:
         return
     max_programs, num_blocks, _, group, _ = workspace.partials.shape
+    if q_latent.element_size() == 4 and group % 16 == 0:  # more heads do not fit into shared memory
+        num_blocks, group = num_heads // 16, 16
     cut = decode_cut(group, q_latent.element_size())
     block_n = 32 if q_latent.element_size() == 4 else _BLOCK_N
     splits = max(1, min(2 * max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
