@@ -25,6 +25,9 @@ _NAMES |= {"index_q": "indexer.wq_b", "index_k": "indexer.wk", "index_k_norm": "
 _NAMES |= {"index_w": "indexer.weights_proj"}
 WEIGHTS = HF_WEIGHTS | HF_MOE | places({f"layers.{{i}}.attn.{a}": f"{_ATTENTION}{b}" for a, b in _NAMES.items()})
 
+_V3 = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5}
+_V3 |= {"first_k_dense_replace": 3, "n_shared_experts": 1}
+
 
 def grouped_routing(config: ConfigReader, **traits: Any) -> MoEConfig:
     """Routed and shared experts under the keys that these families have in common."""
@@ -69,15 +72,13 @@ def v2_from_hf(config: dict[str, Any]) -> ModelConfig:
 
 
 def v3_from_hf(config: dict[str, Any]) -> ModelConfig:
-    defaults = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5}
-    reader = ConfigReader({**defaults, "first_k_dense_replace": 3, "n_shared_experts": 1} | config)
+    reader = ConfigReader(_V3 | config)
     return _latent(config, "deepseek_v3", noaux_routing(reader), interleaved=reader.flag("rope_interleave", True))
 
 
 def v32_from_hf(config: dict[str, Any]) -> ModelConfig:
     """V3 with an indexer in every layer, which rotates halves where the rest rotates neighbours."""
-    defaults = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "index_n_heads": 64}
-    return _indexed(defaults | config, "deepseek_v32", interleaved=False, shared=frozenset())
+    return _indexed(_V3 | {"index_n_heads": 64} | config, "deepseek_v32", interleaved=False, shared=frozenset())
 
 
 def glm5_from_hf(config: dict[str, Any]) -> ModelConfig:
@@ -89,17 +90,14 @@ def glm5_from_hf(config: dict[str, Any]) -> ModelConfig:
         kinds = ["S" if max(i - skip + 1, 0) % every else "F" for i in range(layers)]
     kinds = [{"full": "F", "shared": "S"}.get(str(kind), str(kind)) for kind in kinds]
     if len(kinds) != layers or kinds[0] != "F" or not {*kinds} <= {"F", "S"}:
-        raise StartupError(
-            f"indexer_types must name each of {layers} layers full or shared, the first full; got {str(kinds)[:80]}."
-        )
+        raise StartupError(f"indexer_types must be {layers} full or shared, the first full; got {str(kinds)[:80]}.")
     shared = frozenset(i for i, kind in enumerate(kinds) if kind == "S")
-    defaults = {"num_experts_per_tok": 8, "rms_norm_eps": 1e-5, "index_n_heads": 32}
-    return _indexed(defaults | config, "glm_moe_dsa", interleaved=True, shared=shared)
+    defaults = {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "index_n_heads": 32}
+    return _indexed(_V3 | defaults | config, "glm_moe_dsa", interleaved=True, shared=shared)
 
 
 def _indexed(config: dict[str, Any], family: str, *, interleaved: bool, shared: frozenset[int]) -> ModelConfig:
-    defaults = {"routed_scaling_factor": 2.5, "first_k_dense_replace": 3, "n_shared_experts": 1}
-    reader = ConfigReader(defaults | config)
+    reader = ConfigReader(config)
     layers = reader.integer("num_hidden_layers")
     dense = min(reader.integer("first_k_dense_replace", minimum=0), layers)
     reader.require("mlp_layer_types", (["dense"] * dense + ["sparse"] * (layers - dense),))

@@ -32,11 +32,7 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
             runner.warm_up_prefill(max_tokens)
             runner.warm_up_decode_eagerly(max_num_seqs)
         except (ValueError, NotImplementedError) as error:  # how operators refuse shapes
-            family = runner.decoder.config.family
-            raise StartupError(
-                f"This {family} model has shapes that no kernel serves: {error}.\n"
-                "Use --ops-backend reference: plain torch, slowly."
-            ) from error
+            raise StartupError(f"No kernel serves this model: {error}.\nUse --ops-backend reference, slow.") from error
         torch.cuda.synchronize(device)
         temporaries = torch.cuda.max_memory_allocated(device) - held
         graphs = _graph_bytes(runner, max_num_seqs) if runner.num_graph_sizes else 0

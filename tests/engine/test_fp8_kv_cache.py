@@ -10,9 +10,9 @@ from engine.test_paged_runner import PROMPTS, run, tokens
 from models.tiny_checkpoints import save_checkpoint
 
 from gossamer.config import make_engine_config
-from gossamer.core import SamplingParams, TokenOutput
+from gossamer.core import KVLayout, SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
-from gossamer.layers.attention import dsa, gqa, mla
+from gossamer.layers.attention import gqa, mla
 from gossamer.ops.kv_cache import write_kv
 from gossamer.ops.kv_cache.reference import page_scale
 from gossamer.ops.mla import write_latents
@@ -60,8 +60,7 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
 
     monkeypatch.setattr(gqa, "write_kv", write_rounded)
     monkeypatch.setattr(mla, "write_latents", write_rounded_latents)
-    # What lies beside FP8 pages is bf16.
-    monkeypatch.setattr(dsa, "write_latents", lambda keys, *a, **o: write_latents(keys.bfloat16().float(), *a, **o))
+    monkeypatch.setattr(KVLayout, "beside_dtype", "bfloat16")  # as beside FP8 pages
     simulated = run(folder, params, paged=False, device="cpu")
     (logprobs, best), (expected, best_expected), (without, best_without) = map(forced, (found, simulated, exact))
     if device == "cpu":

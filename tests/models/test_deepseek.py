@@ -209,7 +209,7 @@ def test_published_configs_have_the_published_sizes(raw: dict[str, Any], billion
         (V32, {"mlp_layer_types": ["dense"] * 61}, "mlp_layer_types"),
         (GLM_5, {"layer_types": ["full_attention"] * 78}, "layer_types"),
         (GLM_5, {"indexer_types": ["shared"] + ["full"] * 77}, "the first full"),
-        (GLM_5, {"index_topk_pattern": "FS"}, "78 layers"),
+        (GLM_5, {"index_topk_pattern": "FS"}, "78 full or shared"),
         (GLM_5, {"index_topk_pattern": "F" + "X" * 77}, "full or shared"),
         (V2, {"norm_topk_prob": True}, "norm_topk_prob"),
         (V2, {"topk_method": "noaux_tc"}, "topk_method"),

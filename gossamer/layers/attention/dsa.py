@@ -3,6 +3,7 @@
 On a CPU tokens that see no more than `top_k` attend as in `mla`, the others to their lists; on a GPU all have lists.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -18,8 +19,7 @@ from gossamer.layers.attention.mla import latent_pages, workspace
 from gossamer.layers.linear import Linear
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import DecodeWorkspace
-from gossamer.ops.dsa import attend_chosen, choose_tokens, rope_index, rope_write_index
-from gossamer.ops.mla import write_latents
+from gossamer.ops.dsa import attend_chosen, choose_tokens, rope_write_index
 
 __all__ = ["build", "cost", "kv_layout", "plan", "workspace"]
 
@@ -38,8 +38,7 @@ def index_config(config: ModelConfig) -> IndexConfig:
 
 
 def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
-    latents = mla.kv_layout(config, dtype)
-    return KVLayout.of(latents.entry_shape, dtype, ((1, 0, index_config(config).head_dim),))
+    return dataclasses.replace(mla.kv_layout(config, dtype), beside=((1, 0, index_config(config).head_dim),))
 
 
 def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> SparsePlan:
@@ -104,9 +103,15 @@ class DSALayer(mla.MLALayer):
         both = self._from_low_rank(q)
         return both[:, : self._queries_width], kv, (both[:, self._queries_width :], key, weights)
 
-    def _norm(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = self._key_norm
-        return self._held(weight), self._held(bias)
+    def _write_index(
+        self, index: _Index, cos: torch.Tensor, sin: torch.Tensor, plan: SparsePlan | PagedPlan,
+        planes: Sequence[torch.Tensor], q_out: torch.Tensor, weights_out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        weight, bias = map(self._held, self._key_norm)
+        rope_write_index(
+            *index, (weight, bias), _KEY_EPS, cos, sin, plan.positions, plan.token_slots, plan.page_table, planes[-1],
+            q_out, weights_out, interleaved=self._index.interleaved, backend=self._backend,
+        )  # fmt: skip
 
     def _attend_lists(
         self, q: torch.Tensor, planes: Sequence[torch.Tensor], chosen: torch.Tensor, token_slots: torch.Tensor,
@@ -136,13 +141,9 @@ class DSALayer(mla.MLALayer):
         listed = (plan.positions >= self._index.top_k).nonzero()[:, 0]
         where = plan.token_slots[listed], plan.positions[listed]
         if index is not None:
-            index_q, key, weights = index
-            shape = (self._index.num_heads, self._index.head_dim)
-            index_q, key = rope_index(
-                index_q.unflatten(1, shape), key, self._norm(), _KEY_EPS, cos, sin,
-                interleaved=self._index.interleaved, backend=self._backend,
-            )  # fmt: skip
-            write_latents(key.to(planes[-1].dtype), planes[-1], plan.slots, None, backend=self._backend)
+            index_q = x.new_empty(len(x), self._index.num_heads, self._index.head_dim)
+            weights = x.new_empty(index_q.shape[:2])
+            self._write_index(index, cos, sin, plan, planes, index_q, weights)
             plan.chosen = plan.page_table.new_empty(len(listed), self._index.top_k)
             choose_tokens(
                 index_q[listed], weights[listed], planes[-1], plan.page_table, *where, plan.chosen,
@@ -157,13 +158,9 @@ class DSALayer(mla.MLALayer):
     def _carve(self, q: torch.Tensor) -> _Index:
         """Queries, index queries and head weights of the step's buffer, each contiguous."""
         num, heads, dim = len(q), self._index.num_heads, self._index.head_dim
-        flat, sizes = q.view(-1), [num * self._queries_width, num * heads * dim, num * heads]
-        queries, index_q, weights = flat[: sum(sizes)].split(sizes)
-        return (
-            queries.view(num, self.out_shape[0], q.shape[2]),
-            index_q.view(num, heads, dim),
-            weights.view(num, heads),
-        )
+        sizes = [num * self._queries_width, num * heads * dim, num * heads]
+        queries, index_q, weights = q.view(-1)[: sum(sizes)].split(sizes)
+        return queries.view(num, -1, q.shape[2]), index_q.view(num, heads, dim), weights.view(num, heads)
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
@@ -173,10 +170,7 @@ class DSALayer(mla.MLALayer):
         raw, kv, index = self._parts(stream.product(norm, self.q_kv))
         self._write_paged(raw, kv, cos, sin, plan, planes, queries)
         if index is not None:
-            rope_write_index(
-                *index, self._norm(), _KEY_EPS, cos, sin, plan.positions, plan.token_slots, plan.page_table,
-                planes[-1], index_q, weights_out, interleaved=self._index.interleaved, backend=self._backend,
-            )  # fmt: skip
+            self._write_index(index, cos, sin, plan, planes, index_q, weights_out)
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         if not isinstance(out, torch.Tensor):
@@ -187,10 +181,8 @@ class DSALayer(mla.MLALayer):
             plan.chosen = plan.page_table.new_empty(len(q), self._index.top_k)
         if plan.chosen is None:
             raise RuntimeError("a layer without an indexer came first")
-        for rows, longest in (
-            (slice(plan.num_decode), plan.max_seq_len),
-            (slice(plan.num_decode, None), plan.chunks.span[1]),
-        ):
+        n = plan.num_decode
+        for rows, longest in ((slice(n), plan.max_seq_len), (slice(n, None), plan.chunks.span[1])):
             where = plan.token_slots[rows], plan.positions[rows]
             if self._has_index and len(where[0]):
                 choose_tokens(

@@ -7,26 +7,14 @@ holds rows of the cache, page * page_size + offset, by rising position and -1 be
 import torch
 
 from gossamer.ops.attention import DecodeWorkspace
-from gossamer.ops.dispatch import require_reference, use_kernel
+from gossamer.ops.dispatch import use_kernel
 from gossamer.ops.dsa import reference
 from gossamer.ops.kv_cache import require_scales
 
-__all__ = ["attend_chosen", "choose_tokens", "rope_index", "rope_write_index"]
+__all__ = ["attend_chosen", "choose_tokens", "rope_write_index"]
 
 Norm = tuple[torch.Tensor, torch.Tensor]
 """Weight and bias of a LayerNorm."""
-
-
-def rope_index(
-    q: torch.Tensor, key: torch.Tensor, norm: Norm, eps: float, cos: torch.Tensor, sin: torch.Tensor, *,
-    interleaved: bool, backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Index queries [num_tokens, num_heads, index_dim] and normed keys [num_tokens, index_dim], both rotated.
-
-    cos, sin [num_tokens, 1, rope_dim] turn the first rope_dim dimensions; interleaved: as for `ops.mla.rope_latents`.
-    """
-    require_reference(q, backend, "rope_index")
-    return reference.rope_index(q, key, norm, eps, cos, sin, interleaved)
 
 
 def rope_write_index(
@@ -35,20 +23,20 @@ def rope_write_index(
     key_pages: torch.Tensor, q_out: torch.Tensor, weights_out: torch.Tensor, *, interleaved: bool,
     backend: str = "auto",
 ) -> None:  # fmt: skip
-    """`rope_index` of columns of projections: queries into q_out, keys into their pages, weights copied.
+    """Rotated index queries into q_out, normed (LayerNorm) and rotated keys into their pages, weights copied.
 
-    q [num_tokens, num_heads * index_dim], key and weights [num_tokens, num_heads]: rows strided, each contiguous. cos,
-    sin: tables by position; padding (slot -1) writes no page and leaves zeros.
+    q [num_tokens, num_heads * index_dim], key [num_tokens, index_dim] and weights [num_tokens, num_heads] may be
+    columns of projections: rows strided, each contiguous. The first rope_dim dimensions turn: cos, sin [max_position,
+    rope_dim] by position, or for the reference also [num_tokens, 1, rope_dim]; interleaved: as for
+    `ops.mla.rope_latents`. Padding (slot -1) writes no page and leaves zeros.
     """
     num_tokens, num_heads, dim = q_out.shape
-    shapes = (num_tokens, num_heads * dim), (num_tokens, dim), (num_tokens, num_heads)
-    if (q.shape, key.shape, weights.shape) != shapes or key_pages.shape[1::2] != (1, dim):
+    shapes = (num_tokens, num_heads * dim), (num_tokens, dim), (num_tokens, num_heads), (1, dim)
+    if (q.shape, key.shape, weights.shape, key_pages.shape[1::2]) != shapes or cos.shape[-1] > dim:
         raise ValueError(f"q {[*q.shape]}, key {[*key.shape]}, pages {[*key_pages.shape]} differ from {[*q_out.shape]}")
-    if any(t.stride(1) != 1 for t in (q, key, weights)) or cos.shape != sin.shape or cos.shape[-1] > dim:
-        raise ValueError("rope_write_index needs contiguous rows, and tables of one width of at most index_dim")
     fixed = (*norm, cos, sin, positions, token_slots, page_table, key_pages, q_out, weights_out)
-    if not all(t.is_contiguous() for t in fixed):
-        raise ValueError("rope_write_index needs contiguous tensors")
+    if not all(t.is_contiguous() for t in fixed) or any(t.stride(1) != 1 for t in (q, key, weights)):
+        raise ValueError("rope_write_index needs contiguous tensors, and of projections contiguous rows")
     run = reference.rope_write_index
     if use_kernel(q, backend, "rope_write_index"):
         from gossamer.ops.dsa import triton

@@ -14,33 +14,24 @@ def _compute(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def rope_index(
-    q: torch.Tensor, key: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor], eps: float, cos: torch.Tensor,
-    sin: torch.Tensor, interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    rope_dim = cos.shape[-1]
-    turning = torch.cat((q, F.layer_norm(key, key.shape[1:], *norm, eps)[:, None]), 1)
-    if interleaved:
-        halves = turning[..., :rope_dim].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        turning = torch.cat((halves, turning[..., rope_dim:]), -1)
-    turned = apply_rope(turning, cos, sin)
-    return turned[:, :-1], turned[:, -1]
-
-
 def rope_write_index(
     q: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor], eps: float,
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, token_slots: torch.Tensor,
     page_table: torch.Tensor, key_pages: torch.Tensor, q_out: torch.Tensor, weights_out: torch.Tensor,
     interleaved: bool,
 ) -> None:  # fmt: skip
-    live = token_slots >= 0
+    live, rope_dim = token_slots >= 0, cos.shape[-1]
     at, page_size = positions[live].long(), key_pages.shape[2]
-    cos, sin = (table.view(-1, 1, table.shape[-1])[at].to(q.dtype) for table in (cos, sin))
-    turned, keys = rope_index(q.unflatten(1, q_out.shape[1:])[live], key[live], norm, eps, cos, sin, interleaved)
-    key_pages[page_table[token_slots[live].long(), at // page_size].long(), 0, at % page_size] = keys.to(
-        key_pages.dtype
-    )
-    for out, values in ((q_out, turned), (weights_out, weights[live])):
+    cos, sin = (table[live] if table.ndim == 3 else table[at, None].to(q.dtype) for table in (cos, sin))
+    keys = F.layer_norm(key[live], key.shape[1:], *norm, eps)
+    turning = torch.cat((q.unflatten(1, q_out.shape[1:])[live], keys[:, None]), 1)
+    if interleaved:
+        halves = turning[..., :rope_dim].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        turning = torch.cat((halves, turning[..., rope_dim:]), -1)
+    turned = apply_rope(turning, cos, sin)
+    page = page_table[token_slots[live].long(), at // page_size].long()
+    key_pages[page, 0, at % page_size] = turned[:, -1].to(key_pages.dtype)
+    for out, values in ((q_out, turned[:, :-1]), (weights_out, weights[live])):
         out.zero_()
         out[live] = values
 
