@@ -79,6 +79,19 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """The indexer of `attention` "dsa": its queries and keys of `head_dim` choose `top_k` tokens (TECHNIQUES 4)."""
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+    interleaved: bool = False
+    """Its own rotation of neighbours, not halves."""
+    shared: frozenset[int] = frozenset()
+    """Layers without an indexer, which attend to what the layer before them does."""
+
+
+@dataclass(frozen=True, slots=True)
 class SparseConfig:
     """Blocks of `block_size` tokens, which are pages, that a token attends to (TECHNIQUES 4)."""
 
@@ -133,7 +146,8 @@ class ModelConfig:
     """Per layer: a token sees this many tokens, itself included; None: all. Empty: no layer has a window."""
     attention: str = "gqa"
     mla: MLAConfig | None = None
-    """Of `attention` "mla", whose `head_dim` is that of queries and keys."""
+    """Of `attention` "mla" and "dsa", whose `head_dim` is that of queries and keys."""
+    index: IndexConfig | None = None
     num_mtp_layers: int = 0
     """Multi-token-prediction layers that a checkpoint has behind its last layer."""
     num_draft_layers: int = 0
@@ -154,6 +168,9 @@ class ModelConfig:
 
     def sliding_window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def has_index(self, layer: int) -> bool:
+        return self.index is not None and layer not in self.index.shared
 
 
 @dataclass(frozen=True, slots=True)

@@ -448,7 +448,8 @@ class KVLayout:
     The pool allocates each plane of a layer as [num_pages, heads, page_size, dim] of `dtype`; a KV transfer moves
     whole pages of every plane. GQA's entry is (2, num_kv_heads, head_dim): keys and values. Where it is `scaled`, the
     planes are followed by as many of fp32 scales, each [num_pages, heads], which belong to their pages. Last come the
-    planes `beside` pages, (heads, entries a page, dim) each: what a page's tokens leave behind together.
+    planes `beside` pages, (heads, entries a page, dim) each: what a page's tokens leave behind together, or with 0
+    entries one for each token, in a width or dtype of its own.
     """
 
     entry_shape: tuple[int, int, int]
@@ -479,8 +480,8 @@ class KVLayout:
         """Of one layer's page in all planes, with its scales and what lies beside it."""
         planes, heads, _ = self.entry_shape
         scales = 4 * planes * heads if self.scaled else 0
-        beside = sum(map(math.prod, self.beside)) * (2 if self.scaled else self.itemsize)
-        return page_size * self.bytes_per_token + scales + beside
+        beside = sum(heads * (entries or page_size) * dim for heads, entries, dim in self.beside)
+        return page_size * self.bytes_per_token + scales + beside * (2 if self.scaled else self.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

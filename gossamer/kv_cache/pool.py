@@ -31,9 +31,10 @@ class KVPool:
             self.scales = _zeros((num_layers, planes, num_pages, heads), torch.float32, device)
             self.layers = [p + tuple(s.unbind(0)) for p, s in zip(self.layers, self.scales.unbind(0), strict=True)]
         self.beside: list[torch.Tensor] = []
-        for heads, *entries in layout.beside:
+        for heads, entries, dim in layout.beside:
             outer = (heads, num_pages) if heads_first else (num_pages, heads)
-            memory = _zeros((num_layers, *outer, *entries), getattr(torch, layout.beside_dtype), device)
+            size = (num_layers, *outer, entries or page_size, dim)
+            memory = _zeros(size, getattr(torch, layout.beside_dtype), device)
             self.beside.append(memory.transpose(1, 2) if heads_first else memory)
             self.layers = [(*p, x) for p, x in zip(self.layers, self.beside[-1].unbind(0), strict=True)]
         self.page_size = page_size

@@ -61,9 +61,9 @@ class StepCost:
         head_size = times * config.vocab_size * config.hidden_size
         self._head_flops = 2.0 * head_size
         self._head_bytes = head_size * bytes_per_weight(fmt, "lm_head.weight")
-        # Layers with equal windows cost the same.
-        windows = [config.sliding_window(layer) for layer in range(config.num_kv_layers)]
-        self._layers = [(windows.index(window), count) for window, count in Counter(windows).items()]
+        # Layers with equal windows cost the same, with an indexer or without.
+        kinds = [(config.sliding_window(layer), config.has_index(layer)) for layer in range(config.num_kv_layers)]
+        self._layers = [(kinds.index(kind), count) for kind, count in Counter(kinds).items()]
 
     def expected_experts(self, num_tokens: int) -> float:
         """Distinct experts that a layer's tokens touch if each chooses its top k evenly: E (1 - (1 - k / E)^tokens)."""

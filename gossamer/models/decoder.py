@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention import block_topk, gqa, mla, nsa
+from gossamer.layers.attention import block_topk, dsa, gqa, mla, nsa
 from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import DenseWeight, Linear, Part, Weight, WeightFormat, dense, make_head, storage_bytes
@@ -26,7 +26,7 @@ from gossamer.ops.embedding import embed_tokens
 from gossamer.ops.norm import rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 
-ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa, "mla": mla, "block_topk": block_topk, "nsa": nsa}
+ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa, "mla": mla, "dsa": dsa, "block_topk": block_topk, "nsa": nsa}
 Loader = Callable[[str, Part], None]
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (Lite), V3, R1, and what shares V3's architecture (Kimi-K2): latent attention, grouped routing.
+"""DeepSeek-V2 (Lite), V3, R1, V3.2, and what shares V3's architecture (Kimi-K2, GLM-5): latent attention.
 
 `HF_MOE` and `grouped_routing` serve other families with V3's routing too.
 """
@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Any
 
-from gossamer.config import MLAConfig, ModelConfig, MoEConfig
+from gossamer.config import IndexConfig, MLAConfig, ModelConfig, MoEConfig
 from gossamer.core import StartupError
 from gossamer.models.hf_config import ConfigReader, decoder_config
 from gossamer.models.weight_names import HF_WEIGHTS, Place, hf_experts, places
@@ -21,7 +21,12 @@ HF_MOE = (
 )
 _NAMES = {"kv_a": "kv_a_proj_with_mqa", "kv_a_norm": "kv_a_layernorm", "q_a_norm": "q_a_layernorm"}
 _NAMES |= {name: f"{name}_proj" for name in ("q_a", "q_b", "kv_b")}
+_NAMES |= {"index_q": "indexer.wq_b", "index_k": "indexer.wk", "index_k_norm": "indexer.k_norm"}
+_NAMES |= {"index_w": "indexer.weights_proj"}
 WEIGHTS = HF_WEIGHTS | HF_MOE | places({f"layers.{{i}}.attn.{a}": f"{_ATTENTION}{b}" for a, b in _NAMES.items()})
+
+_V3 = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5}
+_V3 |= {"first_k_dense_replace": 3, "n_shared_experts": 1}
 
 
 def grouped_routing(config: ConfigReader, **traits: Any) -> MoEConfig:
@@ -67,9 +72,44 @@ def v2_from_hf(config: dict[str, Any]) -> ModelConfig:
 
 
 def v3_from_hf(config: dict[str, Any]) -> ModelConfig:
-    defaults = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5}
-    reader = ConfigReader({**defaults, "first_k_dense_replace": 3, "n_shared_experts": 1} | config)
+    reader = ConfigReader(_V3 | config)
     return _latent(config, "deepseek_v3", noaux_routing(reader), interleaved=reader.flag("rope_interleave", True))
+
+
+def v32_from_hf(config: dict[str, Any]) -> ModelConfig:
+    """V3 with an indexer in every layer, which rotates halves where the rest rotates neighbours."""
+    return _indexed(_V3 | {"index_n_heads": 64} | config, "deepseek_v32", interleaved=False, shared=frozenset())
+
+
+def glm5_from_hf(config: dict[str, Any]) -> ModelConfig:
+    """Layers may share a choice: by their names, a pattern of F and S, or every so many (arXiv:2603.12201)."""
+    reader = ConfigReader(config)
+    kinds, layers = config.get("indexer_types") or config.get("index_topk_pattern"), reader.integer("num_hidden_layers")
+    if kinds is None:
+        every, skip = reader.integer("index_topk_freq", 1, 0) or 1, reader.integer("index_skip_topk_offset", 2, 0)
+        kinds = ["S" if max(i - skip + 1, 0) % every else "F" for i in range(layers)]
+    kinds = [{"full": "F", "shared": "S"}.get(str(kind), str(kind)) for kind in kinds]
+    if len(kinds) != layers or kinds[0] != "F" or not {*kinds} <= {"F", "S"}:
+        raise StartupError(f"indexer_types must be {layers} full or shared, the first full; got {str(kinds)[:80]}.")
+    shared = frozenset(i for i, kind in enumerate(kinds) if kind == "S")
+    defaults = {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "index_n_heads": 32}
+    return _indexed(_V3 | defaults | config, "glm_moe_dsa", interleaved=True, shared=shared)
+
+
+def _indexed(config: dict[str, Any], family: str, *, interleaved: bool, shared: frozenset[int]) -> ModelConfig:
+    reader = ConfigReader(config)
+    layers = reader.integer("num_hidden_layers")
+    dense = min(reader.integer("first_k_dense_replace", minimum=0), layers)
+    reader.require("mlp_layer_types", (["dense"] * dense + ["sparse"] * (layers - dense),))
+    reader.require("layer_types", (["indexed_attention"] * layers,))
+    reader.require("indexer_rope_interleave", (interleaved,))
+    reader.require("rope_interleave", (True,))
+    model = _latent(config, family, noaux_routing(reader), interleaved=True)
+    dim = reader.integer("index_head_dim", 128)
+    index = IndexConfig(reader.integer("index_n_heads"), dim, reader.integer("index_topk", 2048), interleaved, shared)
+    if model.mla is None or model.mla.q_lora_rank is None or dim < model.mla.rope_dim:
+        raise StartupError(f"The indexer needs q_lora_rank, and index_head_dim {dim} of at least qk_rope_head_dim.")
+    return dataclasses.replace(model, attention="dsa", index=index)
 
 
 def mtp_layers(config: ConfigReader) -> int:

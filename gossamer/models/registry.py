@@ -24,6 +24,8 @@ class Family:
 FAMILIES = (
     Family("deepseek_v2", "DeepseekV2ForCausalLM", deepseek.v2_from_hf, deepseek.WEIGHTS),
     Family("deepseek_v3", "DeepseekV3ForCausalLM", deepseek.v3_from_hf, deepseek.WEIGHTS),
+    Family("deepseek_v32", "DeepseekV32ForCausalLM", deepseek.v32_from_hf, deepseek.WEIGHTS),
+    Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", deepseek.glm5_from_hf, deepseek.WEIGHTS),
     Family("glm4_moe", "Glm4MoeForCausalLM", glm4_moe.from_hf, glm4_moe.WEIGHTS),
     Family("llama", "LlamaForCausalLM", llama.from_hf, gguf="llama"),
     Family("mistral", "MistralForCausalLM", mistral.from_hf),

@@ -6,7 +6,7 @@ Torch-free, so that memory can be planned and a checkpoint refused before torch 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gossamer.config import MLAConfig, ModelConfig, NSAConfig
+from gossamer.config import IndexConfig, MLAConfig, ModelConfig, NSAConfig
 
 Shape = tuple[int, ...]
 
@@ -32,7 +32,7 @@ def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
     yield CanonicalWeight("embed.weight", 0, 0, (vocab, hidden))
     for layer in range(config.num_kv_layers):
         moe = config.moe if config.moe is not None and layer not in config.moe.dense_layers else None
-        weights = [*_attention(config), ("mlp_norm.weight", (hidden,))]
+        weights = [*_attention(config, layer), ("mlp_norm.weight", (hidden,))]
         if layer >= config.num_layers:
             weights += [(f"mtp.{norm}.weight", (hidden,)) for norm in ("enorm", "hnorm", "norm")]
             weights.append(("mtp.eh_proj.weight", (hidden, 2 * hidden)))
@@ -57,11 +57,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {weight.name: weight.shape for weight in canonical_weights(config)}
 
 
-def _attention(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _attention(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
     yield "attn_norm.weight", (c.hidden_size,)
     if c.mla is not None:
         yield from _latent_attention(c, c.mla)
+        if c.index is not None and c.has_index(layer):
+            yield from _indexer(c, c.index)
         return
     for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
         yield from _linear(f"attn.{name}", rows, c.hidden_size, c.qkv_bias)
@@ -97,6 +99,15 @@ def _latent_attention(c: ModelConfig, mla: MLAConfig) -> Iterator[tuple[str, Sha
     yield "attn.kv_a_norm.weight", (mla.kv_lora_rank,)
     yield "attn.kv_b.weight", (c.num_q_heads * (mla.nope_dim + mla.v_dim), mla.kv_lora_rank)
     yield "attn.o.weight", (c.hidden_size, c.num_q_heads * mla.v_dim)
+
+
+def _indexer(c: ModelConfig, index: IndexConfig) -> Iterator[tuple[str, Shape]]:
+    rank = c.mla.q_lora_rank if c.mla else None
+    yield "attn.index_q.weight", (index.num_heads * index.head_dim, rank or c.hidden_size)
+    yield "attn.index_k.weight", (index.head_dim, c.hidden_size)
+    yield "attn.index_k_norm.weight", (index.head_dim,)
+    yield "attn.index_k_norm.bias", (index.head_dim,)
+    yield "attn.index_w.weight", (index.num_heads, c.hidden_size)
 
 
 def _mlp(name: str, inner: int, hidden: int, bias: bool = False) -> Iterator[tuple[str, Shape]]:

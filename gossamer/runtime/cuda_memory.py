@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from gossamer.config import EngineConfig
-from gossamer.core import KVLayout
+from gossamer.core import KVLayout, StartupError
 from gossamer.kv_cache.pool import KVPool
 from gossamer.runtime.cuda_runner import CudaRunner
 
@@ -17,7 +17,10 @@ GRAPH_SLACK = 1.3
 
 
 def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[str, int]:
-    """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs."""
+    """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs.
+
+    Raises StartupError for shapes that no kernel serves.
+    """
     device, scheduler = runner.device, config.scheduler
     max_num_seqs, max_tokens = scheduler.max_num_seqs or 1, scheduler.max_num_batched_tokens or 1
     pool = KVPool(runner.decoder.config.num_kv_layers, layout, 1, config.cache.page_size, device)
@@ -25,8 +28,11 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
     with torch.inference_mode(), torch.cuda.stream(runner.stream):
         held = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        runner.warm_up_prefill(max_tokens)
-        runner.warm_up_decode_eagerly(max_num_seqs)
+        try:
+            runner.warm_up_prefill(max_tokens)
+            runner.warm_up_decode_eagerly(max_num_seqs)
+        except (ValueError, NotImplementedError) as error:  # how operators refuse shapes
+            raise StartupError(f"No kernel serves this model: {error}.\nUse --ops-backend reference, slow.") from error
         torch.cuda.synchronize(device)
         temporaries = torch.cuda.max_memory_allocated(device) - held
         graphs = _graph_bytes(runner, max_num_seqs) if runner.num_graph_sizes else 0

@@ -10,7 +10,7 @@ from engine.test_paged_runner import PROMPTS, run, tokens
 from models.tiny_checkpoints import save_checkpoint
 
 from gossamer.config import make_engine_config
-from gossamer.core import SamplingParams, TokenOutput
+from gossamer.core import KVLayout, SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
 from gossamer.layers.attention import gqa, mla
 from gossamer.ops.kv_cache import write_kv
@@ -39,8 +39,11 @@ def forced(outputs: list[list[TokenOutput]]) -> tuple[torch.Tensor, torch.Tensor
     return torch.tensor([e.logprobs[0] for e in found]), torch.tensor([e.token_ids[-1] for e in found])
 
 
+NAMES = ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32"]
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_engine_differs_by_the_rounding_and_nothing_else(
     name: str, executor: tuple[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +60,7 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
 
     monkeypatch.setattr(gqa, "write_kv", write_rounded)
     monkeypatch.setattr(mla, "write_latents", write_rounded_latents)
+    monkeypatch.setattr(KVLayout, "beside_dtype", "bfloat16")  # as beside FP8 pages
     simulated = run(folder, params, paged=False, device="cpu")
     (logprobs, best), (expected, best_expected), (without, best_without) = map(forced, (found, simulated, exact))
     if device == "cpu":

@@ -145,7 +145,7 @@ def run(
     return outputs, engine
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3", "glm4_moe"])
+@pytest.fixture(scope="module", params=["deepseek_v3", "deepseek_v32", "glm4_moe"])
 def certain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose draft layer is always right."""
     return save(tmp_path_factory.mktemp("certain") / "model", request.param, 0.0)
@@ -353,7 +353,7 @@ def test_on_a_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32", "glm_moe_dsa_shared", "glm4_moe"])
 def test_the_kernels_take_two_rows_of_a_slot(name: str, tmp_path: Path) -> None:
     """All of a step's kernels, interpreted: drafts beside padding in a decode step, and in a page of FP8 with their
     slot's first token."""

@@ -24,7 +24,7 @@ ALIGNED = {
 RAGGED = {**ALIGNED, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 320}
 """No part does, and the last group of a row is short."""
 MOE = {"moe_intermediate_size": 160, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-_CONVERTED = re.compile(r"\.((q|k|v|o|gate|up|down|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)\.weight$")
+_CONVERTED = re.compile(r"\.((q|k|v|o|gate|up|down|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|wq_b|wk)\.weight$")
 _STACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "group_size": None}

@@ -108,6 +108,44 @@ V2 = V2_LITE | {
     "q_lora_rank": 1536,
     "routed_scaling_factor": 16.0,
 }
+V32 = V3 | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
+GLM_5 = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+    "max_position_embeddings": 202752,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+}
 GLM_4_5_AIR = {
     "architectures": ["Glm4MoeForCausalLM"],
     "hidden_size": 4096,
@@ -135,8 +173,16 @@ def config_of(raw: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("raw", "billions"),
-    [(V2_LITE, 15.706), (V2, 235.741), (V3, 671.026), (KIMI_K2, 1026.408), (GLM_4_5_AIR, 106.852)],
-    ids=["v2_lite", "v2", "v3", "kimi_k2", "glm_4_5_air"],
+    [
+        (V2_LITE, 15.706),
+        (V2, 235.741),
+        (V3, 671.026),
+        (V32, 671.878),
+        (KIMI_K2, 1026.408),
+        (GLM_4_5_AIR, 106.852),
+        (GLM_5, 743.911),
+    ],
+    ids=["v2_lite", "v2", "v3", "v3_2", "kimi_k2", "glm_4_5_air", "glm_5"],
 )
 def test_published_configs_have_the_published_sizes(raw: dict[str, Any], billions: float) -> None:
     size = sum(math.prod(shape) for shape in expected_shapes(config_of(raw)).values())
@@ -156,6 +202,15 @@ def test_published_configs_have_the_published_sizes(raw: dict[str, Any], billion
         (V3, {"qk_rope_head_dim": 63}, "qk_rope_head_dim 63"),
         (V3, {"kv_lora_rank": None}, "kv_lora_rank"),
         (V3, {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        (V32, {"q_lora_rank": None}, "q_lora_rank"),
+        (V32, {"index_head_dim": 32}, "index_head_dim 32"),
+        (V32, {"indexer_rope_interleave": True}, "indexer_rope_interleave"),
+        (V32, {"rope_interleave": False}, "rope_interleave"),
+        (V32, {"mlp_layer_types": ["dense"] * 61}, "mlp_layer_types"),
+        (GLM_5, {"layer_types": ["full_attention"] * 78}, "layer_types"),
+        (GLM_5, {"indexer_types": ["shared"] + ["full"] * 77}, "the first full"),
+        (GLM_5, {"index_topk_pattern": "FS"}, "78 full or shared"),
+        (GLM_5, {"index_topk_pattern": "F" + "X" * 77}, "full or shared"),
         (V2, {"norm_topk_prob": True}, "norm_topk_prob"),
         (V2, {"topk_method": "noaux_tc"}, "topk_method"),
         (GLM_4_5_AIR, {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
@@ -167,7 +222,28 @@ def test_what_is_not_implemented_is_refused(raw: dict[str, Any], changes: dict[s
         config_of(raw | changes)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, ()),
+        ({"indexer_types": ["full", "full", "shared", "shared"]}, (2, 3)),
+        ({"index_topk_pattern": "FSSF"}, (1, 2)),
+        ({"index_topk_freq": 2}, (2,)),
+        ({"index_topk_freq": 3, "index_skip_topk_offset": 1}, (1, 2)),
+        ({"index_topk_freq": 0}, ()),
+    ],
+    ids=str,
+)
+def test_layers_that_share_a_choice(changes: dict[str, Any], shared: tuple[int, ...]) -> None:
+    raw = GLM_5 | {"num_hidden_layers": 4} | changes
+    assert config_of(raw).index.shared == {*shared}
+    config = transformers.GlmMoeDsaConfig(**{k: v for k, v in raw.items() if k != "architectures"})
+    assert [kind == "shared" for kind in config.indexer_types] == [i in shared for i in range(4)]
+    names = [name for name in expected_shapes(config_of(raw)) if "index_w" in name]
+    assert names == [f"layers.{i}.attn.index_w.weight" for i in range(4) if i not in shared]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe"])
 def test_layers_of_multi_token_prediction_are_left_aside(name: str, tmp_path: Path) -> None:
     save_checkpoint(name, tmp_path)
     load, path = LoadConfig(model=str(tmp_path)), tmp_path / "model.safetensors"
@@ -192,12 +268,21 @@ def test_layers_of_multi_token_prediction_are_left_aside(name: str, tmp_path: Pa
 # Parts of merged projections and of the shared experts end where blocks of 128 rows do; or they do not.
 ALIGNED = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "qk_nope_head_dim": 32}
 ALIGNED |= {"qk_rope_head_dim": 32, "kv_lora_rank": 64, "v_head_dim": 32}
+# Blocks of 128 rows end where the indexer's parts do. Few tokens are left out, for whom noise of activations decides.
+INDEXED = ALIGNED | {"q_lora_rank": 128, "index_head_dim": 128, "index_topk": 60}
 RAGGED = {"hidden_size": 192, "num_hidden_layers": 2, "moe_intermediate_size": 80, "kv_lora_rank": 40}
 
 
 @pytest.mark.parametrize("format", ["block", "channel", "tensor"])
 @pytest.mark.parametrize(
-    ("name", "shapes"), [("deepseek_v2", ALIGNED), ("deepseek_v3", ALIGNED), ("deepseek_v3", RAGGED)]
+    ("name", "shapes"),
+    [
+        ("deepseek_v2", ALIGNED),
+        ("deepseek_v3", ALIGNED),
+        ("deepseek_v3", RAGGED),
+        ("deepseek_v32", INDEXED),
+        ("glm_moe_dsa", RAGGED),
+    ],
 )
 def test_fp8_checkpoints(name: str, shapes: dict[str, Any], format: str, tmp_path: Path) -> None:
     values = save_fp8_checkpoint(tmp_path / "fp8", name, format, shapes)
@@ -213,6 +298,9 @@ def test_fp8_checkpoints(name: str, shapes: dict[str, Any], format: str, tmp_pat
         logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
     exact = prompt_logprobs(dense, paged=False)
     assert float((exact - logprobs).abs().max()) < 1e-3
+    # Every tensor's scales, the indexer's too: without FP8 activations the values are all that counts.
+    dequantised = prompt_logprobs(tmp_path / "fp8", paged=False, quantization="none")
+    assert float((dequantised - exact).abs().max()) < 1e-3
     for paged in (False, True):
         found = prompt_logprobs(tmp_path / "fp8", paged=paged)
         assert float((found - exact).abs().mean()) < 0.3 * float(exact.std())
@@ -267,9 +355,10 @@ def test_dummy_tokens_spread_over_experts_and_groups() -> None:
     assert float(use.tokens.float().max()) < 4 * 256 * 8 / 64
 
 
-def test_an_engine_runs_from_a_config_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("deepseek_v3", "mla"), ("glm_moe_dsa_shared", "dsa")])
+def test_an_engine_runs_from_a_config_alone(name: str, kind: str, tmp_path: Path) -> None:
     """Dummy weights of both attention kinds' shapes, FP8 included."""
-    config = make_model("deepseek_v3").config
+    config = make_model(name).config
     config.save_pretrained(tmp_path)
     options = {"load_format": "dummy", "quantization": "fp8", "dtype": "bfloat16"}
     from gossamer.engine.build import build_engine
@@ -277,5 +366,5 @@ def test_an_engine_runs_from_a_config_alone(tmp_path: Path) -> None:
     engine, info = build_engine(
         make_engine_config(model=str(tmp_path), max_model_len=64, kv_cache_memory_bytes=1 << 20, **options), paged=True
     )
-    assert info.model.attention == "mla"
+    assert info.model.attention == kind
     engine.shutdown()

@@ -44,7 +44,7 @@ def test_common_fields(name: str, checkpoint: Checkpoint) -> None:
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (128, 64, 3)
     assert (config.num_q_heads, config.num_kv_heads) == (hf.num_attention_heads, hf.num_key_value_heads)
     # Of latent attention transformers' head_dim is the rotated part alone.
-    head_dim = config.rope.rotary_dim if config.attention == "mla" else config.head_dim
+    head_dim = config.rope.rotary_dim if config.mla else config.head_dim
     assert head_dim == (getattr(hf, "head_dim", None) or 16)
     assert config.max_position_embeddings == 256
     assert config.rms_norm_eps == hf.rms_norm_eps

@@ -208,11 +208,10 @@ def tokens(folder: Path, *, paged: bool, **options: Any) -> list[list[int]]:
     return outputs
 
 
-def prompt_logprobs(folder: Path, *, paged: bool) -> torch.Tensor:
+def prompt_logprobs(folder: Path, *, paged: bool, **options: object) -> torch.Tensor:
     """Log-probabilities of the tokens of PROMPTS[3], computed in chunks."""
-    config = make_engine_config(
-        model=str(folder), max_model_len=128, num_threads=1, dtype="float32", max_num_seqs=4, max_num_batched_tokens=48
-    )
+    options = {"max_model_len": 128, "num_threads": 1, "dtype": "float32", "max_num_seqs": 4} | options
+    config = make_engine_config(model=str(folder), max_num_batched_tokens=48, **options)
     engine, _ = build_engine(config, paged=paged)
     engine.add_request("0", PROMPTS[3], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
     (output,) = [output for _ in range(3) for output in engine.step()]

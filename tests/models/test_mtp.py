@@ -19,7 +19,7 @@ from gossamer.config import LoadConfig, ModelConfig, make_engine_config
 from gossamer.core import SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention.base import AttentionBatch, PagedPlan
+from gossamer.layers.attention.base import AttentionBatch, Chunks, PagedPlan
 from gossamer.layers.linear import WeightFormat
 from gossamer.models.cost import StepCost
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
@@ -93,9 +93,9 @@ def drafted(decoder: Decoder, pool: KVPool, cuts: list[int], num_decode: int) ->
         plan = PagedPlan(
             num_decode=int(decodes), positions=positions.int(), token_slots=torch.zeros(length, dtype=torch.int32),
             slots=torch.zeros(1, dtype=torch.int32), seq_lens=torch.tensor([stop], dtype=torch.int32),
-            cu_seqlens_q=torch.tensor([0] if decodes else [0, length], dtype=torch.int32), max_q_len=length,
+            cu_seqlens_q=torch.tensor([0] if decodes else [0, length], dtype=torch.int32),
             page_table=torch.tensor([table], dtype=torch.int32), max_seq_len=128, workspace=None,
-            num_context=0 if decodes else stop,
+            chunks=Chunks() if decodes else Chunks(length, stop, (start, stop)),
         )  # fmt: skip
         last = torch.zeros(1, dtype=torch.int64)
         hidden = decoder.forward_paged(IDS[start:stop].int(), last, plan, pool)

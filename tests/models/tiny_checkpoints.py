@@ -46,6 +46,8 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 V3 = {**LATENT, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
+# Many index heads: tokens whose products are all below zero tie, and ties may be broken otherwise.
+INDEX = {"index_n_heads": 24, "index_head_dim": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
 # name -> (prefix of the transformers classes, config on top of BASE)
@@ -115,6 +117,17 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_yarn": ("DeepseekV3", {**V3, **_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN)}),
     "deepseek_v3_halves": ("DeepseekV3", {**V3, "rope_interleave": False, "norm_topk_prob": False}),
     "kimi_k2": ("DeepseekV3", {**V3, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+    "deepseek_v32": ("DeepseekV32", {**V3, **INDEX, "index_topk": 28}),
+    "deepseek_v32_yarn": (
+        "DeepseekV32",
+        {**V3, **INDEX, **_rope("yarn", mscale=1.0, mscale_all_dim=1.0, **YARN), "index_topk": 40},
+    ),
+    "deepseek_v32_all": ("DeepseekV32", {**V3, **INDEX, "index_topk": 2048}),
+    "glm_moe_dsa": ("GlmMoeDsa", {**V3, **INDEX, "n_group": 1, "topk_group": 1, "index_topk": 24}),
+    "glm_moe_dsa_shared": (
+        "GlmMoeDsa",
+        {**V3, **INDEX, "index_topk": 40, "indexer_types": ["full", "shared", "full"], "qk_nope_head_dim": 48},
+    ),
     "glm4_moe": (
         "Glm4Moe",
         {

@@ -67,6 +67,8 @@ class PagedPlan:
     page_table: torch.Tensor
     max_seq_len: int
     workspace: DecodeWorkspace | None
+    chosen: torch.Tensor | None = None
+    """What the last layer with an indexer chose, for those without one."""
 
 
 Attended = torch.Tensor | Quantized

@@ -31,6 +31,8 @@ class SparsePlan(gqa.GQAPlan):
     dense_rows: torch.Tensor
     """Decode rows below `dense_below`."""
     max_seq_len: int
+    chosen: torch.Tensor | None = None
+    """As in `PagedPlan`."""
 
 
 def rule_of(sparse: SparseConfig) -> Selection:
@@ -50,7 +52,10 @@ def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
 
 
 def plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype) -> SparsePlan:
-    below = sparse_config(config).dense_below
+    return sparse_plan(config, batch, dtype, sparse_config(config).dense_below)
+
+
+def sparse_plan(config: ModelConfig, batch: AttentionBatch, dtype: torch.dtype, below: int) -> SparsePlan:
     dense = gqa.plan(config, batch, dtype, below)
     width = max(map(len, batch.page_tables))
     table = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch.page_tables], dtype=torch.int32)

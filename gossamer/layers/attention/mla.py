@@ -33,22 +33,27 @@ _LATENT_EPS = 1e-6
 _DECODE_HEADS = 64
 
 
-def _dims(config: ModelConfig) -> MLAConfig:
+def dims(config: ModelConfig) -> MLAConfig:
     if config.mla is None:
         raise ValueError(f"{config.family}: attention 'mla' without its dimensions")
     return config.mla
 
 
 def kv_layout(config: ModelConfig, dtype: str) -> KVLayout:
-    mla = _dims(config)
+    mla = dims(config)
     return KVLayout.of((1, 1, mla.kv_lora_rank + mla.rope_dim), dtype)
+
+
+def latent_pages(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pages of latents, and their scales where they are FP8."""
+    return planes[0], planes[1] if planes[0].dtype == torch.float8_e4m3fn else None
 
 
 def workspace(config: ModelConfig, max_rows: int, device: torch.device) -> DecodeWorkspace:
     """Blocks of query heads take the place of KV heads; a program fills a multiprocessor's shared memory."""
     blocks = max(1, config.num_q_heads // _DECODE_HEADS)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    rank, programs = _dims(config).kv_lora_rank, max(1, num_sms // blocks)
+    rank, programs = dims(config).kv_lora_rank, max(1, num_sms // blocks)
     return DecodeWorkspace.allocate(max_rows, config.num_q_heads, blocks, rank, device, programs)
 
 
@@ -60,7 +65,7 @@ def cost(
     What absorbing costs, or expanding a token once, is the projection kv_b's. Each row's visible latents and queries
     are read once, its own latents and outputs written.
     """
-    mla, n, heads = _dims(config), batch.num_decode, config.num_q_heads
+    mla, n, heads = dims(config), batch.num_decode, config.num_q_heads
     width = mla.kv_lora_rank + mla.rope_dim
     decode_pairs = sum(batch.starts[:n]) + n
     prefill = list(zip(batch.starts[n:], batch.lengths[n:], strict=True))
@@ -76,7 +81,7 @@ class MLALayer:
     """Queries and latents in one product; norm, rotary embedding, write; attention; output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
-        mla, name = _dims(config), f"layers.{layer}.attn"
+        mla, name = dims(config), f"layers.{layer}.attn"
         heads = config.num_q_heads
         low_rank = mla.q_lora_rank is not None
         self.q_kv = Linear([f"{name}.q_a" if low_rank else f"{name}.q", f"{name}.kv_a"])
@@ -108,14 +113,17 @@ class MLALayer:
     def _weights(self) -> torch.Tensor:
         """kv_b by head: [num_heads, nope_dim + v_dim, kv_lora_rank]."""
         held = self._held(self._kv_b)
-        return held.view(self.q_shape[0], -1, held.shape[1])
+        return held.view(self.out_shape[0], -1, held.shape[1])
 
     def _queries(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [num_tokens, heads * head_dim] and raw latents, of what `q_kv` gives."""
         q, kv = projected.split(self._splits, 1)
-        if self.q_b is not None:
-            q = self.q_b(rms_norm(q.contiguous(), self._held(self._q_norm), _LATENT_EPS, backend=self._backend))
-        return q, kv
+        return self._from_low_rank(q), kv
+
+    def _from_low_rank(self, q: torch.Tensor) -> torch.Tensor:
+        if self.q_b is None:
+            return q
+        return self.q_b(rms_norm(q.contiguous(), self._held(self._q_norm), _LATENT_EPS, backend=self._backend))
 
     def _absorbed(self, q: torch.Tensor) -> torch.Tensor:
         """What a latent's product with it is the product of its key with the query: [num_tokens, heads, rank]."""
@@ -132,37 +140,59 @@ class MLALayer:
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
-        backend, n = self._backend, plan.num_decode
-        pages, scales = planes[0], planes[1] if len(planes) > 1 else None
         q, kv = self._queries(self.q_kv(x))
-        q, latents = rope_latents(
-            q.unflatten(1, self.q_shape), kv, self._held(self._kv_norm), _LATENT_EPS, cos, sin,
-            interleaved=self._mla.interleaved, backend=backend,
-        )  # fmt: skip
-        write_latents(latents, pages, plan.slots, plan.fresh_pages, scales=scales, backend=backend)
+        q = self._rotate_write(q, kv, cos, sin, plan, planes)
         out = q.new_empty(len(q), *self.out_shape)
-        if n:
+        self.attend_planned(q, plan, planes, out, slice(plan.num_decode))
+        return self.o(out.flatten(1))
+
+    def _rotate_write(
+        self, q: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan,
+        planes: Sequence[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        """Rotated queries [num_tokens, num_heads, head_dim]; writes latents."""
+        pages, scales = latent_pages(planes)
+        q, latents = rope_latents(
+            q.unflatten(1, (self.out_shape[0], -1)), kv, self._held(self._kv_norm), _LATENT_EPS, cos, sin,
+            interleaved=self._mla.interleaved, backend=self._backend,
+        )  # fmt: skip
+        write_latents(latents, pages, plan.slots, plan.fresh_pages, scales=scales, backend=self._backend)
+        return q
+
+    def attend_planned(
+        self, q: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor,
+        rows: slice | torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Attention proper on a CPU; `rows`: the plan's decode rows."""
+        (pages, scales), backend = latent_pages(planes), self._backend
+        taken, found = q[rows], out[rows]
+        if len(taken):
             # One KV head, whose values are its keys: of the result the latents' columns count.
-            queries = torch.cat((self._absorbed(q[:n]), q[:n, :, self._mla.nope_dim :]), -1)
+            queries = torch.cat((self._absorbed(taken), taken[..., self._mla.nope_dim :]), -1)
             mixed, both = torch.empty_like(queries), {"k_scales": scales, "v_scales": scales}
             decode_attention(queries, pages, pages, plan.decode[None], self._scale, mixed, **both, backend=backend)
-            self._values(mixed[..., : self._mla.kv_lora_rank], out[:n])
+            self._values(mixed[..., : self._mla.kv_lora_rank], found)
+            out[rows] = found
         if plan.prefill:
             sequence_prefill(
                 q, self._weights(), pages, plan.prefill[None], self._scale, out, scales=scales, backend=backend
             )
-        return self.o(out.flatten(1))
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
         planes: Sequence[torch.Tensor], q: torch.Tensor,
     ) -> None:  # fmt: skip
         """Fills `q` [num_tokens, num_heads, head_dim] from the normed stream and writes latents."""
-        queries, kv = self._queries(stream.product(norm, self.q_kv))
+        self._write_paged(*self._queries(stream.product(norm, self.q_kv)), cos, sin, plan, planes, q)
+
+    def _write_paged(
+        self, queries: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
+        planes: Sequence[torch.Tensor], q: torch.Tensor,
+    ) -> None:  # fmt: skip
+        pages, scales = latent_pages(planes)
         rope_write_latents(
             queries, kv, self._held(self._kv_norm), _LATENT_EPS, cos, sin, plan.positions, plan.token_slots,
-            plan.page_table, planes[0], q, scales=planes[1] if len(planes) > 1 else None,
-            interleaved=self._mla.interleaved, backend=self._backend,
+            plan.page_table, pages, q, scales=scales, interleaved=self._mla.interleaved, backend=self._backend,
         )  # fmt: skip
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:
@@ -172,7 +202,7 @@ class MLALayer:
         if not isinstance(out, torch.Tensor):
             raise TypeError("latent attention leaves no FP8")
         n, lens, slots, table = plan.num_decode, plan.seq_lens, plan.slots, plan.page_table
-        pages, scales = planes[0], planes[1] if len(planes) > 1 else None
+        pages, scales = latent_pages(planes)
         if n:
             absorbed = self._absorbed(q[:n])
             mixed = torch.empty_like(absorbed)
