@@ -392,7 +392,7 @@ def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig)
         raise StartupError("--sparse-dense-layers names every layer that could be sparse. Name fewer.")
     if dense:  # a layer with a window keeps it, and nothing lies outside this one
         windows = tuple(
-            model.max_position_embeddings if i in dense else model.sliding_window(i) for i in range(model.num_layers)
+            model.max_position_embeddings if i in dense else model.sliding_window(i) for i in range(model.num_kv_layers)
         )
     for name in ("sparse_budget", "sparse_window"):
         if (value := getattr(options, name)) % page:
