@@ -235,6 +235,9 @@ class SparseOptions:
     sparse_score: Literal["mean", "bounds"] = option(
         "mean", "block_topk: pages are scored by their mean key, or by the bounds of their keys"
     )
+    sparse_dense_layers: tuple[int, ...] = option(
+        (), "block_topk: layers, counted from 0, that see all, such as those that find again what was said once"
+    )
     sparse_from: int | None = option(
         None, "block_topk: positions below see all (default: the budget; on a GPU 8K, if more)", size=True, minimum=0
     )
@@ -393,8 +396,21 @@ def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig)
         raise StartupError(
             f"--attention {options.attention} is for grouped-query attention; this is {model.attention}."
         )
-    if model.sliding_windows and None not in model.sliding_windows:
+    windows, dense = model.sliding_windows, {*options.sparse_dense_layers}
+    if windows and None not in windows:
         raise StartupError(f"--attention {options.attention}: every layer of this model has a window already.")
+    open_layers = {i for i in range(model.num_layers) if model.sliding_window(i) is None}
+    if others := dense - open_layers:
+        raise StartupError(
+            f"--sparse-dense-layers {min(others)}: this model's layers without a window are "
+            f"{','.join(map(str, sorted(open_layers)))}."
+        )
+    if dense == open_layers:
+        raise StartupError("--sparse-dense-layers names every layer that could be sparse. Name fewer.")
+    if dense:  # a layer with a window keeps it, and nothing lies outside this one
+        windows = tuple(
+            model.max_position_embeddings if i in dense else model.sliding_window(i) for i in range(model.num_kv_layers)
+        )
     for name in ("sparse_budget", "sparse_window"):
         if (value := getattr(options, name)) % page:
             nearest = max(1, round(value / page)) * page
@@ -408,7 +424,7 @@ def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig)
     least = options.sparse_budget if hardware.device == "cpu" else max(options.sparse_budget, SPARSE_FROM_ON_GPU)
     below = least if options.sparse_from is None else options.sparse_from
     sparse = SparseConfig(page, num_blocks, 1, local, below, options.sparse_score)
-    return dataclasses.replace(model, attention=options.attention, sparse=sparse)
+    return dataclasses.replace(model, attention=options.attention, sparse=sparse, sliding_windows=windows)
 
 
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> EngineConfig:

@@ -163,7 +163,8 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
     elif kind is str:
         options |= {"metavar": "TEXT"}
     elif get_origin(kind) is tuple and get_args(kind)[0] is not str:
-        each = parse_size if size else _number_parser(float, "numbers, as 0.1,0.5")
+        what = "numbers, as 0.1,0.5" if get_args(kind)[0] is float else "whole numbers, as 1,2"
+        each = parse_size if size else _number_parser(get_args(kind)[0], what)
         options |= {"type": lambda text: tuple(map(each, text.split(","))), "metavar": "N,N"}
     elif many:
         options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}

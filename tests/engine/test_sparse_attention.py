@@ -10,9 +10,13 @@ import pytest
 import torch
 from models.tiny_checkpoints import add_mtp_layer, save_checkpoint, save_nsa_checkpoint
 
-from gossamer.config import make_engine_config
+from gossamer.config import make_engine_config, with_attention
 from gossamer.core import SamplingParams, StartupError
 from gossamer.engine.build import build_engine
+from gossamer.layers.attention import block_topk, gqa
+from gossamer.layers.attention.base import AttentionBatch
+from gossamer.models.source import inspect_model
+from gossamer.runtime.hardware import detect
 
 PAGE = 16
 PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((120, 190, 33, 150))]
@@ -105,11 +109,42 @@ def test_what_lies_beside_pages_is_counted(folder: Path) -> None:
         ({"sparse_budget": 100}, "--sparse-budget 100 is no multiple of --page-size 16; 96"),
         ({"sparse_window": 24}, "--sparse-window 24"),
         ({"sparse_budget": 32}, "--sparse-budget 64 or more"),
+        ({"sparse_dense_layers": (1, 9)}, "--sparse-dense-layers"),
     ],
 )
 def test_budgets_that_cannot_be(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         run(folder, **{**SPARSE, **options})
+
+
+def test_a_dense_layer_sees_the_whole_context(tmp_path: Path) -> None:
+    config = make_engine_config(
+        model=str(save_checkpoint("llama", tmp_path / "llama")), page_size=PAGE, **SPARSE, sparse_dense_layers=(0, 2)
+    )
+    stored = inspect_model(config.load).config
+    model = with_attention(config, detect("cpu"), stored)
+    whole = model.max_position_embeddings
+    assert model.sliding_windows == (whole, None, whole)
+    for start, length in ((0, whole), (whole - 1, 1)):
+        batch = AttentionBatch(int(length == 1), [start], [length], [[]], PAGE)
+        cost = [block_topk.cost(model, layer, batch, 2) for layer in range(3)]
+        assert cost[0] == cost[2] == gqa.cost(stored, 0, batch, 2)
+        assert cost[1].flops < cost[0].flops
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_layers_that_stay_dense(tmp_path: Path, executor: tuple[bool, str]) -> None:
+    """Each choice of layers answers otherwise, whatever the schedule."""
+    llama = save_checkpoint("llama", tmp_path / "llama")
+    sparse = [run(llama, executor, **SPARSE, sparse_dense_layers=layers) for layers in ((), (0,), (0, 1), (2,))]
+    assert all(a != b for i, a in enumerate(sparse) for b in [*sparse[:i], run(llama, executor)])
+    options = SPARSE | {"sparse_dense_layers": (0, 2)}
+    expected = run(llama, executor, enable_prefix_caching=False, max_num_batched_tokens=512, max_num_seqs=1, **options)
+    assert run(llama, executor, max_num_batched_tokens=24, **options) == expected
+    with pytest.raises(StartupError, match="names every layer"):
+        run(llama, **SPARSE, sparse_dense_layers=(0, 1, 2))
+    with pytest.raises(StartupError, match=r"-layers 1: this model's layers without a window are 0\."):
+        run(save_checkpoint("qwen2", tmp_path / "qwen2"), **SPARSE, sparse_dense_layers=(0, 1))
 
 
 def test_a_model_of_windows_alone_has_nothing_to_make_sparse(tmp_path: Path) -> None:

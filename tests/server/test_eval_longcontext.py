@@ -198,14 +198,15 @@ def test_the_command(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "out.json"
     argv = ["eval", "longcontext", str(checkpoint), "--text", str(text), str(text), *ARGV, "--page-size", "16"]
     argv += ["--compare", SPARSE, "--compare", f"{SPARSE} --sparse-budget 1K", "--output-json", str(out)]
+    argv += ["--compare", f"{SPARSE} --sparse-dense-layers 1,0"]
     assert main(argv) == 0
     report = json.loads(out.read_text())
     cases = ["perplexity 0 to 256", "perplexity 256 to 400", "needle 256", "keys 256", "needle 400", "keys 400"]
-    dense, sparse, all_pages = report["median"].values()
-    assert [*report["median"]] == ["tiny", "block_topk 64", "block_topk 1024"]
+    dense, sparse, all_pages, layers = report["median"].values()
+    assert [*report["median"]] == ["tiny", "block_topk 64", "block_topk 1024", "block_topk 64 dense 1,0"]
     assert [*dense] == [*sparse] == cases
     assert all_pages == dense  # a budget beyond the context
-    assert sparse[cases[0]] != dense[cases[0]]
+    assert len({found[cases[0]] for found in (dense, sparse, layers)}) == 3
     details = report["all"][0]["tiny"]
     assert (details[cases[0]]["tokens"], details[cases[1]]["tokens"]) == (2 * 255, 2 * 143)
     assert details["needle 256"]["answers"] == 4
@@ -241,6 +242,7 @@ def test_the_plot(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.C
         (["--output-json", "/no/such/folder/out.json"], "--output-json"),
         (["--plot", "/no/such/folder/out.png"], "--plot"),
         (["--compare", "--attention block_topk --sparse-budget 100"], "--sparse-budget 100"),
+        (["--sparse-dense-layers", "0,0.5"], "--sparse-dense-layers wants whole numbers, as 1,2; got '0.5'."),
     ],
 )
 def test_mistakes(argv: list[str], says: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]):

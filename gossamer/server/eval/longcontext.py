@@ -243,7 +243,9 @@ def name_config(config: EngineConfig) -> str:
     sparse = config.sparse
     if sparse.attention == "auto":
         return Path(config.load.model).stem
-    return f"{sparse.attention} {sparse.sparse_budget}" + f" {sparse.sparse_score}" * (sparse.sparse_score != "mean")
+    layers = ",".join(map(str, sparse.sparse_dense_layers))
+    parts = [sparse.attention, sparse.sparse_budget, "" if sparse.sparse_score == "mean" else sparse.sparse_score]
+    return " ".join(str(part) for part in [*parts, layers and f"dense {layers}"] if part)
 
 
 def _prepare(options: EvalConfig, texts: Sequence[str], llm: LLM, seed: int) -> list[Trial]:
