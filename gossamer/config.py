@@ -391,6 +391,9 @@ def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig)
     if model.sparse is not None and model.sparse.block_size != page:
         raise StartupError(f"--page-size {page}: this model selects blocks, hence pages, of {model.sparse.block_size}.")
     if options.attention == "auto":
+        for name, default in dataclasses.asdict(SparseOptions()).items():
+            if getattr(options, name) != default:
+                raise StartupError(f"{flag(name)} is of --attention block_topk: add that, or drop {flag(name)}.")
         return model
     if model.attention != "gqa":
         raise StartupError(

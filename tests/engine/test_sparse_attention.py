@@ -110,6 +110,7 @@ def test_what_lies_beside_pages_is_counted(folder: Path) -> None:
         ({"sparse_window": 24}, "--sparse-window 24"),
         ({"sparse_budget": 32}, "--sparse-budget 64 or more"),
         ({"sparse_dense_layers": (1, 9)}, "--sparse-dense-layers"),
+        ({"attention": "auto"}, "--sparse-budget is of --attention block_topk"),
     ],
 )
 def test_budgets_that_cannot_be(folder: Path, options: dict[str, object], message: str) -> None:
