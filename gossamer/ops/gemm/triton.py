@@ -149,7 +149,7 @@ def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bo
         block_n = max(1, min(8, 16384 // triton.next_power_of_2(width)))
         return Config(block_n, 0, 4, num_registers=96 if num_rows == 1 and width <= 2048 else None)
     if fused or (num_rows <= 2 and width * itemsize <= 32768):
-        return Config(1, 0, 4) if fused or width < 4096 or num_out > 4096 else Config(8, 0, 8)
+        return Config(1, 0, 4)
     if itemsize > 2:
         return Config(32, 64, 4, 3, 4 if num_out <= 4096 else 1)
     if num_out <= 512:

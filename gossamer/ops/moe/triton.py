@@ -386,11 +386,9 @@ def _moe_gemv(
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
     act = x.new_empty(ids.numel(), inter)
     slots, options = triton.next_power_of_2(top_k), overlap_options(x)
-    block_n = 8 if num_tokens == 1 else 4
-    _gate_up_gemv_kernel[(triton.cdiv(inter, block_n), ids.numel())](
-        x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=512, STAGES=3, num_warps=4,
-        **options,
-    )  # fmt: skip
+    _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
+        x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
+    )
     _down_gemv_kernel[(triton.cdiv(hidden, 8), num_tokens)](
         act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=8, BLOCK_K=1024 // slots,
         STAGES=3, num_warps=8, **options,

@@ -1,0 +1,34 @@
+"""What a GPU's warm-up says of shapes that no kernel serves; the rest needs a GPU and stands in tests/engine."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gossamer.config import Hardware, ModelConfig, make_engine_config, resolve
+from gossamer.core import KVLayout, StartupError
+from gossamer.runtime import cuda_memory
+
+MODEL = ModelConfig("llama", 100, 64, 96, 2, 4, 2, 16, max_position_embeddings=256)
+
+
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError])
+def test_a_refused_shape_is_a_start_up_error_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(_: int) -> None:
+        raise error("head_dim 48")
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    runner = SimpleNamespace(
+        device=torch.device("cpu"), decoder=SimpleNamespace(config=MODEL), stream=None, warm_up_prefill=refuse,
+        attach=lambda pool, capture: None,
+    )  # fmt: skip
+    config = resolve(make_engine_config(model="m"), Hardware("cuda", "a GPU", 1 << 34, 2), MODEL)
+    with pytest.raises(StartupError, match=r"head_dim 48\.\nUse --ops-backend reference"):
+        cuda_memory.measure(runner, KVLayout.of((2, 2, 16), "bfloat16"), config)  # type: ignore[arg-type]
