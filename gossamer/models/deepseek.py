@@ -96,12 +96,15 @@ def glm5_from_hf(config: dict[str, Any]) -> ModelConfig:
     return _indexed(_V3 | defaults | config, "glm_moe_dsa", interleaved=True, shared=shared)
 
 
+_INDEXED = ("indexed_attention", "deepseek_sparse_attention")  # newer and older configs
+
+
 def _indexed(config: dict[str, Any], family: str, *, interleaved: bool, shared: frozenset[int]) -> ModelConfig:
     reader = ConfigReader(config)
     layers = reader.integer("num_hidden_layers")
     dense = min(reader.integer("first_k_dense_replace", minimum=0), layers)
     reader.require("mlp_layer_types", (["dense"] * dense + ["sparse"] * (layers - dense),))
-    reader.require("layer_types", (["indexed_attention"] * layers,))
+    reader.require("layer_types", tuple([name] * layers for name in _INDEXED))
     reader.require("indexer_rope_interleave", (interleaved,))
     reader.require("rope_interleave", (True,))
     model = _latent(config, family, noaux_routing(reader), interleaved=True)

@@ -222,6 +222,11 @@ def test_what_is_not_implemented_is_refused(raw: dict[str, Any], changes: dict[s
         config_of(raw | changes)
 
 
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_indexed_layers_have_two_names(name: str) -> None:
+    assert config_of(GLM_5 | {"layer_types": [name] * 78}).attention == "dsa"
+
+
 @pytest.mark.parametrize(
     ("changes", "shared"),
     [
