@@ -64,7 +64,7 @@ def sparse_calls(
 
 
 def workspace(rows: int) -> DecodeWorkspace:
-    programs = torch.cuda.get_device_properties(0).multi_processor_count // (HEADS // 64)
+    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count // (HEADS // 64)
     return DecodeWorkspace.allocate(rows, HEADS, HEADS // 64, RANK, "cuda", programs)
 
 

@@ -1,6 +1,6 @@
 """Latent attention against its floors: absorbed decode for 16, 64 and 128 heads, expanded prefill, the write.
 
-python benchmarks/ops/bench_mla.py [--only decode|prefill|write] [--sweep] [--out FILE]
+python benchmarks/ops/bench_mla.py [--only decode|prefill|write] [--kv bf16|fp8] [--sweep] [--out FILE]
 
 Decode's floor reads every latent once (one block of heads shares what the other loads), or multiplies; bandwidth is
 measured in the same run. `--sweep` tries the cuts of decode programs from which `decode_cut` was made.
@@ -62,7 +62,7 @@ def decode_case(seq_lens: list[int], heads: int, kv: str) -> tuple[Callable[[int
     q = torch.randn(len(seq_lens), heads, RANK, dtype=torch.bfloat16, device="cuda")
     q_rope = torch.randn(len(seq_lens), heads, NOPE + ROPE, dtype=torch.bfloat16, device="cuda")[..., NOPE:]
     out, blocks = torch.empty_like(q), max(1, heads // 64)
-    programs = torch.cuda.get_device_properties(0).multi_processor_count // blocks
+    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count // blocks
     workspace = DecodeWorkspace.allocate(len(seq_lens), heads, blocks, RANK, "cuda", programs)
 
     def call(i: int) -> None:
@@ -164,6 +164,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["decode", "prefill", "write"])
+    parser.add_argument("--kv", choices=["bf16", "fp8"], help="pages of this type alone")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -176,7 +177,7 @@ def main() -> None:
     if options.sweep:
         runs.append(sweep(read))
     else:
-        for kv in ("bf16", "fp8"):
+        for kv in (options.kv,) if options.kv else ("bf16", "fp8"):
             if options.only in (None, "write"):
                 runs.append(run_write(16, kv))
             if options.only in (None, "decode"):

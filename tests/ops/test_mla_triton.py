@@ -216,6 +216,29 @@ def test_decode_at_full_size(heads: int, fp8: bool) -> None:
 
 
 @GPU
+@pytest.mark.parametrize("heads", [16, 64])
+def test_fp8_pages_of_numbers_far_apart(heads: int) -> None:
+    """Scales and queries of many magnitudes; a NaN shows in its own sequence alone, wherever in a token it lies."""
+    batch = Batch([1000, 64, 130], [1, 1, 1], (heads, *V3[1:]), torch.bfloat16, page=64, fp8=True)
+    assert batch.scales is not None
+    batch.scales *= torch.randint(-20, 1, batch.scales.shape, device=DEVICE).float().exp2()
+    for row, magnitude in enumerate((2.0**-40, 2.0**8, 2.0**30)):
+        batch.q_latent[row] *= magnitude
+        batch.q[row] *= magnitude
+    before, expected = batch.decode("triton", 132), batch.decode("reference")
+    for row in range(3):
+        assert rel_rms(before[row], expected[row]) < TOLERANCE[torch.bfloat16]
+    page = batch.page_table[batch.slots[0].long(), 3].long()
+    for column in (0, 1, 511, 575):
+        held = batch.pages.view(torch.uint8)[page, 0, 5].clone()
+        batch.pages.view(torch.uint8)[page, 0, 5, column] = 0x7F
+        after = batch.decode("triton", 132)
+        assert after[0].isnan().all()
+        assert after[1:].equal(before[1:])
+        batch.pages.view(torch.uint8)[page, 0, 5] = held
+
+
+@GPU
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
 def test_prefill_at_full_size(pieces: bool, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 Tokens, and for the mixed latents the latent's numbers, are the rows of Hopper's products, whose operand may come from
 registers; query heads are the columns. Two FP8 numbers that lie side by side are loaded, and turned round for the
-second product, as one of 16 bits; then even and odd ones are products of their own, in fp16, which holds E4M3 exactly.
+second product, as one of 16 bits. What becomes of them is fp16, which holds E4M3 exactly: two operands of a product
+each, whose other side (queries, or the sum's rows) is in their order.
 """
 
 from __future__ import annotations
@@ -29,20 +30,45 @@ _LIFT = gl.constexpr(14.0)
 
 
 @gluon.jit
-def _halves(pairs):
-    """fp16 of the even and of the odd ones of FP8 numbers that lie two in an int16; NaN stays NaN."""
+def _in_twos(pairs):
+    """fp16 of the first two and of the last two of four FP8 numbers in a row; NaN stays NaN."""
     return gl.inline_asm_elementwise(
         """
         {
-        .reg .b32 both;
-        .reg .b16 even, odd;
-        prmt.b32 both, $2, 0, 0x3120;
-        mov.b32 {even, odd}, both;
-        cvt.rn.f16x2.e4m3x2 $0, even;
-        cvt.rn.f16x2.e4m3x2 $1, odd;
+        .reg .b16 first, last;
+        mov.b32 {first, last}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, first;
+        cvt.rn.f16x2.e4m3x2 $1, last;
         }
         """,
-        "=r,=r,r",
+        "=&r,=&r,r",
+        [pairs],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _even_and_odd(pairs):
+    """fp16 of the even and of the odd ones of FP8 numbers, divided by 256: E4M3's bits, moved. NaN becomes 480 / 256.
+
+    Conversions take four times as long as other instructions; the scores' have told of NaN.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 sign, rest;
+        shl.b32 rest, $2, 7;
+        and.b32 rest, rest, 0x3f803f80;
+        shl.b32 sign, $2, 8;
+        lop3.b32 $0, sign, 0x80008000, rest, 0xea;
+        shr.b32 rest, $2, 1;
+        and.b32 rest, rest, 0x3f803f80;
+        lop3.b32 $1, $2, 0x80008000, rest, 0xea;
+        }
+        """,
+        "=&r,=&r,r",
         [pairs],
         dtype=(gl.float16, gl.float16),
         is_pure=True,
@@ -81,36 +107,50 @@ def _feed(
 
 
 @gluon.jit
+def _halves(pairs):
+    """fp32 of the two bf16 numbers in an int32."""
+    return (pairs << 16).to(gl.float32, bitcast=True), (pairs & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _store_twos(pairs, factor, tile):
+    """Two bf16 numbers in an int32 as fp16, times `factor`: the even int32 to tile 0, the odd ones to tile 1."""
+    low, high = _halves(pairs)
+    low = (low * factor[:, None]).to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 65535
+    high = (high * factor[:, None]).to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) << 16
+    even, odd = gl.split(gl.reshape(low | high, [pairs.shape[0], pairs.shape[1] // 2, 2]))
+    tile.index(0).store(even)
+    tile.index(1).store(odd)
+
+
+@gluon.jit
 def _load_queries(latent_q, rope_q, q_wide, q_keys, head_stride, GROUP: gl.constexpr):
     """Stores queries as fp16, each head's scaled to below 2^14; returns what undoes that."""
     LINES: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
-    KEYS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    KEYS: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [gl.num_warps(), 1], [1, 0])
     at = gl.arange(0, GROUP, gl.SliceLayout(1, LINES))[:, None] * 256
     pairs = gl.load(latent_q + at + gl.arange(0, 256, gl.SliceLayout(0, LINES))[None, :])
-    even, odd = (pairs << 16).to(gl.float32, bitcast=True), (pairs & -65536).to(gl.float32, bitcast=True)
     at = gl.arange(0, GROUP, gl.SliceLayout(1, KEYS))[:, None] * head_stride
-    pairs = gl.load(rope_q + at + gl.arange(0, 32, gl.SliceLayout(0, KEYS))[None, :])
-    key_even, key_odd = (pairs << 16).to(gl.float32, bitcast=True), (pairs & -65536).to(gl.float32, bitcast=True)
-    largest = gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 1)
-    key_largest = gl.max(gl.maximum(gl.abs(key_even), gl.abs(key_odd)), 1)
+    key_pairs = gl.load(rope_q + at + gl.arange(0, 32, gl.SliceLayout(0, KEYS))[None, :])
+    low, high = _halves(pairs)
+    key_low, key_high = _halves(key_pairs)
+    largest = gl.max(gl.maximum(gl.abs(low), gl.abs(high)), 1)
+    key_largest = gl.max(gl.maximum(gl.abs(key_low), gl.abs(key_high)), 1)
     largest = gl.maximum(largest, gl.convert_layout(key_largest, gl.SliceLayout(1, LINES)))
     exponent = gl.minimum(gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 14), 254)
     factor = ((267 - exponent) << 23).to(gl.float32, bitcast=True)
-    key_factor = gl.convert_layout(factor, gl.SliceLayout(1, KEYS))
-    q_wide.index(0).store((even * factor[:, None]).to(gl.float16))
-    q_wide.index(1).store((odd * factor[:, None]).to(gl.float16))
-    q_keys.index(0).store((key_even * key_factor[:, None]).to(gl.float16))
-    q_keys.index(1).store((key_odd * key_factor[:, None]).to(gl.float16))
+    _store_twos(pairs, factor, q_wide)
+    _store_twos(key_pairs, gl.convert_layout(factor, gl.SliceLayout(1, KEYS)), q_keys)
     fence_async_shared()
     return ((exponent - 13) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _attend(
-    latent_q, rope_q, scales, out, partials, lse, q_wide, q_tiles, q_keys, weights_tile, latents, tiles, keys, full,
-    empty, page_table, slots, seq_lens, num_rows, row_stride, head_stride, table_stride, scale_log2, block, program,
-    num_programs, NUM_BLOCKS: gl.constexpr, GROUP: gl.constexpr, BLOCK_R: gl.constexpr, MIN_PAGES: gl.constexpr,
-    STAGES: gl.constexpr,
+    latent_q, rope_q, scales, out, partials, lse, q_words, q_tiles, key_words, q_keys, weights_tile, latents, tiles,
+    keys, full, empty, page_table, slots, seq_lens, num_rows, row_stride, head_stride, table_stride, scale_log2, block,
+    program, num_programs, NUM_BLOCKS: gl.constexpr, GROUP: gl.constexpr, BLOCK_R: gl.constexpr,
+    MIN_PAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     PAGES: gl.constexpr = gl.num_warps() // 4
     TOKENS: gl.constexpr = PAGES * 64
@@ -133,7 +173,7 @@ def _attend(
             table = page_table + slot.to(gl.int64) * table_stride
             line = (row.to(gl.int64) * NUM_BLOCKS + block) * (GROUP * 256)
             rotated = rope_q + row.to(gl.int64) * row_stride + block * GROUP * head_stride
-            back = _load_queries(latent_q + line, rotated, q_wide, q_keys, head_stride, GROUP)
+            back = _load_queries(latent_q + line, rotated, q_words, key_words, head_stride, GROUP)
             unit_log2 = gl.convert_layout(back, gl.SliceLayout(0, LAYOUT)) * scale_log2
             peak = gl.full([GROUP], -1e30, gl.float32, gl.SliceLayout(0, LAYOUT))
             weight = gl.zeros([TOKENS, GROUP], gl.float32, LAYOUT)
@@ -152,13 +192,13 @@ def _attend(
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
                 scores = gl.zeros([TOKENS, GROUP], gl.float32, LAYOUT)
                 for c in gl.static_range(4):
-                    even, odd = _halves(tiles.index(stage * 4 + c).load(OPERAND))
-                    scores = warpgroup_mma(even, q_tiles.index(c).permute((1, 0)), scores, is_async=True)
-                    scores = warpgroup_mma(odd, q_tiles.index(4 + c).permute((1, 0)), scores, is_async=True)
+                    first, last = _in_twos(tiles.index(stage * 4 + c).load(OPERAND))
+                    scores = warpgroup_mma(first, q_tiles.index(c).permute((1, 0)), scores, is_async=True)
+                    scores = warpgroup_mma(last, q_tiles.index(4 + c).permute((1, 0)), scores, is_async=True)
                     scores = warpgroup_mma_wait(2, deps=[scores])
-                even, odd = _halves(keys.index(stage).load(OPERAND))
-                scores = warpgroup_mma(even, q_keys.index(0).permute((1, 0)), scores, is_async=True)
-                scores = warpgroup_mma(odd, q_keys.index(1).permute((1, 0)), scores, is_async=True)
+                first, last = _in_twos(keys.index(stage).load(OPERAND))
+                scores = warpgroup_mma(first, q_keys.index(0).permute((1, 0)), scores, is_async=True)
+                scores = warpgroup_mma(last, q_keys.index(1).permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
                 # A page's scale counts among the scores, so that weights are those of the numbers as they are stored.
                 logits = scores * unit_log2[None, :] * scale[:, None] + gl.log2(scale)[:, None]
@@ -180,7 +220,7 @@ def _attend(
                 even_total = even_total * fade[None, :]
                 odd_total = odd_total * fade[None, :]
                 for k in gl.static_range(TOKENS // 16):
-                    even, odd = _halves(latent.slice(16 * k, 16).permute((1, 0)).load(OPERAND))
+                    even, odd = _even_and_odd(latent.slice(16 * k, 16).permute((1, 0)).load(OPERAND))
                     even_total = warpgroup_mma(even, weights_tile.slice(16 * k, 16), even_total, is_async=True)
                     odd_total = warpgroup_mma(odd, weights_tile.slice(16 * k, 16), odd_total, is_async=True)
                     even_total, odd_total = warpgroup_mma_wait(2, deps=[even_total, odd_total])
@@ -189,7 +229,7 @@ def _attend(
                 mbarrier.arrive(empty.index(stage))
                 step += 1
             total = gl.sum(weight, 0)
-            even_total, odd_total = even_total / total[None, :], odd_total / total[None, :]
+            even_total, odd_total = even_total * (256.0 / total)[None, :], odd_total * (256.0 / total)[None, :]
             if (low == 0) & (part_end == row_end):
                 pairs = even_total.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 65535
                 pairs = pairs | (odd_total.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16)
@@ -220,6 +260,8 @@ def _hopper_fp8_decode_kernel(
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 256], gl.float16)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 64], gl.float16)
     narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 32], gl.float16)
+    words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    narrow_words: gl.constexpr = gl.NVMMASharedLayout(64, 32, 2)
     q_wide = gl.allocate_shared_memory(gl.float16, [2, GROUP, 256], wide)
     q_keys = gl.allocate_shared_memory(gl.float16, [2, GROUP, 32], narrow)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, GROUP], gl.float16)
@@ -235,7 +277,8 @@ def _hopper_fp8_decode_kernel(
     num_programs = gl.num_programs(0) // NUM_BLOCKS
     gl.warp_specialize([
         (_attend, (
-            latent_q, rope_q, scales, out, partials, lse, q_wide, view(q_wide, gl.float16, [8, GROUP, 64], tile),
+            latent_q, rope_q, scales, out, partials, lse, view(q_wide, gl.int32, [2, GROUP, 128], words),
+            view(q_wide, gl.float16, [8, GROUP, 64], tile), view(q_keys, gl.int32, [2, GROUP, 16], narrow_words),
             q_keys, weights_tile, latents, view(latents, gl.int16, [STAGES * 4, TOKENS, 64], desc.layout), keys, full,
             empty, page_table, slots, seq_lens, num_rows, row_stride, head_stride, table_stride, scale_log2, block,
             program, num_programs, NUM_BLOCKS, GROUP, BLOCK_R, MIN_PAGES, STAGES,
@@ -268,8 +311,10 @@ def decode(
     desc, key_desc = (
         TensorDescriptor.from_tensor(lines, [PAGE, width], gl.NVMMASharedLayout(2 * width, 16, 2)) for width in (64, 32)
     )
+    # Of 16 heads two programs of a page a step share a multiprocessor; of 32 one has it, with two pages a step.
+    size: dict[str, int] = {"num_warps": 4, "maxnreg": 128} if cut["GROUP"] == 16 else {"num_warps": 8}
     _hopper_fp8_decode_kernel[(num_programs * cut["NUM_BLOCKS"],)](
         q_latent.view(torch.int32), rope, desc, key_desc, scales, page_table, slots, seq_lens, out.view(torch.int32),
         partials.view(torch.int64), lse, seq_lens.shape[0], rope.stride(0), rope.stride(1), page_table.stride(0),
-        scale_log2, STAGES=_STAGES, num_warps=8, **cut,
+        scale_log2, STAGES=_STAGES, **size, **cut,
     )  # fmt: skip

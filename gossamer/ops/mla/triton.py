@@ -307,11 +307,12 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    narrow = hopper_fp8.group_of(q_latent, q_rope, pages, group)
+    num_sms, narrow = max_programs * num_blocks // 2, hopper_fp8.group_of(q_latent, q_rope, pages, group)
     if narrow:
-        max_programs, num_blocks, group = max_programs * narrow // group, num_blocks * group // narrow, narrow
-    pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
-    num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
+        num_blocks, group = num_blocks * group // narrow, narrow
+    # Two programs share a multiprocessor, and so the workspace is made, if they are of 16 heads over FP8 pages.
+    fitting = max(1, num_sms * (1 + (narrow == 16)) // num_blocks)
+    num_programs = min(fitting, triton.cdiv(num_rows * max(1, triton.cdiv(max_seq_len, page_size)), _MIN_PAGES))
     shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
     common = {**shares, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
     metadata, parts = (page_table, slots, seq_lens), (workspace.partials, workspace.lse)
