@@ -68,7 +68,7 @@ class Cache:
 
     def attend(self, chosen: torch.Tensor, backend: str, num_programs: int = 2, blocks: int = 1) -> torch.Tensor:
         out = torch.full_like(self.q_latent, NAN)
-        workspace = DecodeWorkspace.allocate(8, self.heads, blocks, self.rank, DEVICE, num_programs)
+        workspace = DecodeWorkspace.allocate(8, self.heads, blocks, self.rank, DEVICE, 2 * num_programs)
         workspace.partials.fill_(NAN)
         workspace.lse.fill_(NAN)
         attend_chosen(
@@ -325,7 +325,7 @@ def test_a_captured_graph_follows_its_inputs() -> None:
     """Contexts that grow, rows that come and go: sizes and launches are those of the longest context."""
     cache = Cache([9000, 3000, 100, 5000], torch.bfloat16, index=(64, 128), sizes=(128, 512, 64), page=64)
     cache.ask([(0, 10, 11), (1, 2999, 3000), (2, 50, 51), (-1, 0, 1)])
-    workspace = DecodeWorkspace.allocate(8, 128, 2, 512, DEVICE, 66)
+    workspace = DecodeWorkspace.allocate(8, 128, 2, 512, DEVICE, 132)
     chosen = torch.full((4, 2048), 2**30, dtype=torch.int32, device=DEVICE)
     out = torch.full_like(cache.q_latent, NAN)
 

@@ -76,7 +76,8 @@ class Batch:
         q, rope, pages = self.q_latent, self.q[: len(self.q_latent), :, self.nope :], self.pages
         if wide:
             q, rope, pages = q.double(), rope.double(), self.exact()
-        workspace = DecodeWorkspace.allocate(len(q), self.heads, blocks, self.rank, DEVICE, num_programs)
+        double = None if num_programs is None else 2 * num_programs  # for two that share a multiprocessor
+        workspace = DecodeWorkspace.allocate(len(q), self.heads, blocks, self.rank, DEVICE, double)
         workspace.partials.fill_(NAN)
         workspace.lse.fill_(NAN)
         out = torch.full_like(q, NAN)
@@ -255,7 +256,7 @@ def test_prefill_at_full_size(pieces: bool, fp8: bool, monkeypatch: pytest.Monke
 @GPU
 def test_decode_in_a_graph_follows_its_inputs() -> None:
     batch = Batch([300, 64, 1], [1, 1, 1], V3, torch.bfloat16, page=64)
-    workspace = DecodeWorkspace.allocate(3, 16, 1, 512, DEVICE, 132)
+    workspace = DecodeWorkspace.allocate(3, 16, 1, 512, DEVICE, 264)
     out, rope = torch.empty_like(batch.q_latent), batch.q[:3, :, 128:]
 
     def step() -> None:

@@ -12,7 +12,7 @@ from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.mla.triton import check_pages, decode_cut
 
-_SCORE_BYTES = 1 << 28  # of scores at a time
+_SCORE_BYTES = 1 << 28  # of scores and candidates at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
 # Scores that a choosing program holds at once, at least, and how many of a longer row tell it which those are.
 _HELD, _SAMPLE = 8192, 4096
@@ -293,10 +293,10 @@ def choose_tokens(
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
-    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len))))
-    scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
     held = max(_HELD, triton.next_power_of_2(2 * top_k))
     long = max_seq_len > held
+    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len + held * long))))
+    scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
     candidates = chosen.new_empty(step * long, held)
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)

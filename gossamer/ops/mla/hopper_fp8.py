@@ -1,9 +1,7 @@
 """Absorbed decode over FP8 pages on Hopper: pages stay FP8 up to the registers from which products take them.
 
-Tokens, and for the mixed latents the latent's numbers, are the rows of Hopper's products, whose operand may come from
-registers; query heads are the columns. Two FP8 numbers that lie side by side are loaded, and turned round for the
-second product, as one of 16 bits. What becomes of them is fp16, which holds E4M3 exactly: two operands of a product
-each, whose other side (queries, or the sum's rows) is in their order.
+Tokens, and of the second product the latent's numbers, are the rows of Hopper's products; query heads are the columns.
+Numbers are loaded, and turned round for the second product, two at a time as 16 bits. fp16 holds E4M3 exactly.
 """
 
 from __future__ import annotations
@@ -29,51 +27,21 @@ _STAGES = 2
 _LIFT = gl.constexpr(14.0)
 
 
-@gluon.jit
-def _in_twos(pairs):
-    """fp16 of the first two and of the last two of four FP8 numbers in a row; NaN stays NaN."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b16 first, last;
-        mov.b32 {first, last}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, first;
-        cvt.rn.f16x2.e4m3x2 $1, last;
-        }
-        """,
-        "=&r,=&r,r",
-        [pairs],
-        dtype=(gl.float16, gl.float16),
-        is_pure=True,
-        pack=2,
-    )
+# fp16 of the first two and of the last two of four numbers in 32 bits; NaN stays NaN.
+_IN_TWOS = gl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}")
+# fp16 of the even and of the odd ones of four numbers in 32 bits, divided by 256: E4M3's bits, moved. NaN becomes 480 /
+# 256, but then the token's scores were NaN.
+_EVEN_AND_ODD = gl.constexpr("""{.reg .b32 a, b;
+    shl.b32 a, $2, 7; and.b32 a, a, 0x3f803f80; shl.b32 b, $2, 8; lop3.b32 $0, b, 0x80008000, a, 0xea;
+    shr.b32 a, $2, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $1, $2, 0x80008000, a, 0xea;}""")
 
 
 @gluon.jit
-def _even_and_odd(pairs):
-    """fp16 of the even and of the odd ones of FP8 numbers, divided by 256: E4M3's bits, moved. NaN becomes 480 / 256.
-
-    Conversions take four times as long as other instructions; the scores' have told of NaN.
-    """
+def _to_fp16(pairs, asm: gl.constexpr):
+    """Two operands of what lies two FP8 numbers in an int16."""
     return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 sign, rest;
-        shl.b32 rest, $2, 7;
-        and.b32 rest, rest, 0x3f803f80;
-        shl.b32 sign, $2, 8;
-        lop3.b32 $0, sign, 0x80008000, rest, 0xea;
-        shr.b32 rest, $2, 1;
-        and.b32 rest, rest, 0x3f803f80;
-        lop3.b32 $1, $2, 0x80008000, rest, 0xea;
-        }
-        """,
-        "=&r,=&r,r",
-        [pairs],
-        dtype=(gl.float16, gl.float16),
-        is_pure=True,
-        pack=2,
-    )
+        asm, "=&r,=&r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -192,11 +160,11 @@ def _attend(
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
                 scores = gl.zeros([TOKENS, GROUP], gl.float32, LAYOUT)
                 for c in gl.static_range(4):
-                    first, last = _in_twos(tiles.index(stage * 4 + c).load(OPERAND))
+                    first, last = _to_fp16(tiles.index(stage * 4 + c).load(OPERAND), _IN_TWOS)
                     scores = warpgroup_mma(first, q_tiles.index(c).permute((1, 0)), scores, is_async=True)
                     scores = warpgroup_mma(last, q_tiles.index(4 + c).permute((1, 0)), scores, is_async=True)
                     scores = warpgroup_mma_wait(2, deps=[scores])
-                first, last = _in_twos(keys.index(stage).load(OPERAND))
+                first, last = _to_fp16(keys.index(stage).load(OPERAND), _IN_TWOS)
                 scores = warpgroup_mma(first, q_keys.index(0).permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma(last, q_keys.index(1).permute((1, 0)), scores, is_async=True)
                 scores = warpgroup_mma_wait(0, deps=[scores])
@@ -220,7 +188,7 @@ def _attend(
                 even_total = even_total * fade[None, :]
                 odd_total = odd_total * fade[None, :]
                 for k in gl.static_range(TOKENS // 16):
-                    even, odd = _even_and_odd(latent.slice(16 * k, 16).permute((1, 0)).load(OPERAND))
+                    even, odd = _to_fp16(latent.slice(16 * k, 16).permute((1, 0)).load(OPERAND), _EVEN_AND_ODD)
                     even_total = warpgroup_mma(even, weights_tile.slice(16 * k, 16), even_total, is_async=True)
                     odd_total = warpgroup_mma(odd, weights_tile.slice(16 * k, 16), odd_total, is_async=True)
                     even_total, odd_total = warpgroup_mma_wait(2, deps=[even_total, odd_total])
