@@ -30,6 +30,10 @@ if family == "attention":
     kinds = {"q": "*bf16", "out": "*fp8e4nv", "k_desc": tile, "v_desc": tile}
     constants = dict(sinks=None, NUM_KV_HEADS=4, GROUP=6, HEAD_DIM=128, PAGE=64, BLOCK_R=32, HAS_SINKS=False,
                      HAS_WINDOW=True, STAGES=2)
+elif family == "mla_fp8":
+    kinds = {"scales": "*fp32", "partials": "*i64", "lse": "*fp32", "desc": swizzled("i16", 64, 64)}
+    kinds["key_desc"] = f"tensordesc<i16[64, 32],{gl.NVMMASharedLayout(64, 16, 2)!r}>"
+    constants = dict(NUM_BLOCKS=4, GROUP=32, BLOCK_R=64, MIN_PAGES=2, STAGES=2)
 elif family == "mla":
     kinds = {"latent_q": "*bf16", "rope_q": "*bf16", "out": "*bf16", "desc": swizzled("bf16", 64, 64)}
     kinds |= {"partials": "*fp32", "lse": "*fp32", "head_stride": "i32"}
@@ -43,20 +47,20 @@ else:
     kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
     constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
                      REGS=160, FEED_REGS=32, PDL=True)
-module = importlib.import_module(f"gossamer.ops.{family}.hopper")
-names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel"}
+module = importlib.import_module(f"gossamer.ops.{'mla.hopper_fp8' if family == 'mla_fp8' else family + '.hopper'}")
+names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel"}
 kernel = getattr(module, names.get(family, "_hopper_kernel"))
 kinds = ints | floats | kinds
 types = {n: "constexpr" if n in constants else kinds.get(n, "*i32") for n in kernel.arg_names}
 constexprs = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*" or n in "NK"}
 source = GluonASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if family == "mla" else 4})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if "mla" in family else 4})
 assert compiled.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.parametrize("family", ["attention", "mla", "moe", "gemm_fp8"])
+@pytest.mark.parametrize("family", ["attention", "mla", "mla_fp8", "moe", "gemm_fp8"])
 def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
