@@ -365,7 +365,14 @@ def _hopper_kernel(
     shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n)
     own = (out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
     fed = (a, a_desc, w_desc)
-    if WGS == 2:
+    if WGS == 1:
+        gl.warp_specialize([
+            (_multiply, (
+                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+            )),
+            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
+        ], [FEEDERS], [FEED_REGS])  # fmt: skip
+    elif WGS == 2:
         gl.warp_specialize([
             (_multiply, (
                 gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
@@ -411,5 +418,5 @@ def product(
         WGS=config.warpgroups, PARTS=config.parts, TOP_K=top_k, GATED=gated, BIAS=bias is not None,
         CHANNEL_STEP={"block": -1, "channel": 1, "tensor": 0}[kind], GROUP_M=config.group_m,
         STAGES=config.num_stages, FEEDERS=feeders, REGS=regs, FEED_REGS=80 if gated else 32,
-        num_warps=4, **overlap_options(a),
+        num_warps=4, **({"maxnreg": 152} if config.warpgroups == 1 else {}), **overlap_options(a),
     )  # fmt: skip
