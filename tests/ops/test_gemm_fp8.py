@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
+from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3 = torch.float8_e4m3fn
@@ -70,7 +71,7 @@ REAL = [
     for m in (1, 2, 3, 17, 64, 128, 129, 500, 4096)
 ] + [
     pytest.param(m, n, k, config, marks=gpu)
-    for config in (HopperConfig(), HopperConfig(2, 2))
+    for config in (HopperConfig(), HopperConfig(2, 2), HopperConfig(1, 2))
     for m, n, k in ((1, 128, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
 ]
 
@@ -101,6 +102,36 @@ def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None
     for backend in ("triton", "reference"):
         y = fp8_linear(q, scales, w, w_scales, bias, out_dtype=torch.float32, kind=kind, backend=backend)
         assert rel_rms(y, expected + bias.double()) < 1e-5
+
+
+FEW = [(1, 1, 1, 9, 4), (1, 1, 4, 9, 4), (1, 2, 8), (1, 3, 1, 4, 2), (1, 3, 2, 4, 2), (2, 1, 2, 7, 3), (2, 2, 4, 4, 2)]
+
+
+@gpu
+@pytest.mark.parametrize("cut", FEW)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 144), (77, 1000, 2064), (64, 2112, 7168), (128, 4096, 1536)])
+def test_few_rows_on_hopper(m: int, n: int, k: int, cut: tuple[int, ...]) -> None:
+    """Programs that share K, few steps and none, scales in both orders; alone and behind each other."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    q, scales, w, w_scales = operands(m, n, k, "block")
+    expected = activation64(q, scales) @ weight64(w, w_scales).T
+    config, beside = FewConfig(*cut), scales.t().contiguous().t()
+    for dtype in (torch.float16, torch.bfloat16):
+        y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=dtype, kind="block", config=config)
+        assert rel_rms(y, expected) < TOLERANCE[dtype]
+        assert torch.equal(y, kernels.fp8_linear(q, beside, w, w_scales, out_dtype=dtype, kind="block", config=config))
+    torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [
+            kernels.fp8_linear(q, scales, w, w_scales, out_dtype=dtype, kind="block", config=config) for _ in range(20)
+        ]
+    for _ in range(5):
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(result, y) for result in results)
 
 
 def test_the_library_multiplies_whole_groups_of_four_blocks() -> None:

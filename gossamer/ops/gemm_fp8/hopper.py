@@ -52,16 +52,19 @@ class HopperConfig(NamedTuple):
 
 
 @gluon.constexpr_function
-def _line_layout(width, columns=128):
+def _line_layout(width):
     """A thread holds `width` neighbours of a row, a quad of lanes four times as many, a warp the rows it accumulates.
 
     Results get there from the accumulator's layout by shuffles, and are stored in lines of 64 bytes.
     """
     bits = width.bit_length() - 1
-    near, high = [[0, 1 << bit] for bit in range(bits)], [[0, 1 << bit] for bit in range(bits + 2, columns.bit_length() - 1)]
+    near, high = (
+        [[0, 1 << bit] for bit in range(bits)],
+        [[0, 1 << bit] for bit in range(bits + 2, columns.bit_length() - 1)],
+    )
     return gl.DistributedLinearLayout(
         reg_bases=[*near, [8, 0], *high], lane_bases=[[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, columns],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 128],
     )  # fmt: skip
 
 
@@ -81,7 +84,7 @@ def _feed(
 ):  # fmt: skip
     """The producer: brings the operands, as far ahead as there are stages."""
     a, a_desc, w_desc = fed
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n = shared
+    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, _turns = shared
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
     if TOP_K:
@@ -129,6 +132,17 @@ def _product(a_tile, w_tile):
 
 
 @gluon.jit
+def _in_turn(a_tile, w_tile, turns, turn, WG: gl.constexpr, WGS: gl.constexpr, TURNS: gl.constexpr):
+    """`_product`, issued behind that of the warpgroup before, so that this one multiplies while that one adds."""
+    if TURNS:
+        mbarrier.wait(turns.index(WG), turn & 1)
+    token = _product(a_tile, w_tile)
+    if TURNS:
+        mbarrier.arrive(turns.index((WG + 1) % WGS), count=1)
+    return token
+
+
+@gluon.jit
 def _store_dense(
     acc, out_desc, out_tile, bias, w_scales, row, column, N, BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr
 ):
@@ -163,7 +177,7 @@ def _quantize(y, dtype: gl.constexpr):
     odd = (peak > 0) & ((peak < 2.0**-100) | (peak == float("inf")))
     # A tensor for the rows' layout, in either branch.
     if gl.max(odd.to(gl.int32), 0) == 0:
-        scale = gl.where(peak > 0, gl.div_rn(peak, 448.0 if dtype == gl.float8e4nv else 57344.0), 1.0)  # noqa: SIM300
+        scale = gl.where(peak > 0, gl.div_rn(peak, 448.0 if dtype == gl.float8e4nv else 57344.0), 1.0)
         inverse = gl.div_rn(1.0, scale)
         near = y * inverse[:, None]
         q = gl.fma(gl.fma(-near, gl.broadcast(scale[:, None], y)[0], y), gl.broadcast(inverse[:, None], y)[0], near)
@@ -190,15 +204,14 @@ def _silu(x):
 
 
 @gluon.jit
-def _store_quantized(gate, up, out, out_scales, rows, row0, n, num_rows, N, scale_stride):
-    """silu(gate) * up in FP8, with one scale a row."""
+def _store_quantized(gate, up, out, out_scales, row0, n, N, scale_stride):
+    """silu(gate) * up in FP8, with one scale a row. Rows of padding have places too, and get zeros."""
     q, scale = _quantize(_silu(gate) * up, out.dtype.element_ty)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
-    gl.store(out_scales + n * scale_stride + row, scale, mask=gl.load(rows + row) < num_rows)
+    gl.store(out_scales + n * scale_stride + row, scale)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(16)))
     place = n * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, _line_layout(16)))
-    pointers = out + row[:, None].to(gl.int64) * N + place[None, :]
-    gl.store(pointers, gl.convert_layout(q, _line_layout(16)), mask=(gl.load(rows + row) < num_rows)[:, None])
+    gl.store(out + row[:, None].to(gl.int64) * N + place[None, :], gl.convert_layout(q, _line_layout(16)))
 
 
 @gluon.jit
@@ -226,7 +239,7 @@ def _scales(
     GATED: gl.constexpr, CHANNEL_STEP: gl.constexpr,
 ):  # fmt: skip
     """Where the scales of a tile begin, of rows and of both parts of the weight, and the first of each."""
-    row0, n, first, expert, assignments = looked
+    _row0, n, _first, expert, assignments = looked
     groups, n_blocks = (K + BLOCK - 1) // BLOCK, (N + BLOCK - 1) // BLOCK
     a_row = assignments
     block = n if GATED else n * PARTS
@@ -257,16 +270,16 @@ def _multiply(
     What it must know of the next tile is loaded while it multiplies, the first scales of that while it stores.
     """
     out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride = own
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n = shared
+    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns = shared
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     LINES: gl.constexpr = gl.SliceLayout(1, ACC)
     groups = (K + BLOCK - 1) // BLOCK
     if TOP_K:
         num_m = gl.load(num_m_ptr)
+    TURNS: gl.constexpr = TOP_K > 0 and WGS > 1
     step = 0
-    looked = _look(
-        gl.program_id(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES
-    )
+    turn = 0
+    looked = _look(gl.program_id(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES)
     row0, n, first = looked[0], looked[1], looked[2]
     a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
         looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
@@ -276,6 +289,8 @@ def _multiply(
             tile + gl.num_programs(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES
         )
         if first < num_rows:
+            if TOP_K and not GATED:
+                row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
             acc0 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             acc1 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             for group in range(groups):
@@ -285,7 +300,7 @@ def _multiply(
                 if GATED:
                     fence_async_shared()  # rows were copied by threads, and wgmma reads through the async proxy
                 a_tile = a_tiles.index(stage * WGS + WG)
-                token = _product(a_tile, w_tiles.index(stage * PARTS))
+                token = _in_turn(a_tile, w_tiles.index(stage * PARTS), turns, turn, WG, WGS, TURNS)
                 scale0 = a_scale * w_scale0
                 scale1 = a_scale * w_scale1
                 # Loaded while the products run, for the next step.
@@ -301,20 +316,20 @@ def _multiply(
                 else:
                     # Waits with nothing to wait for keep the sums in their place: registers hold but one product.
                     acc0 = warpgroup_mma_wait(0, deps=[acc0 + product * scale0[:, None]])
-                    token = _product(a_tile, w_tiles.index(stage * PARTS + 1))
+                    token = _in_turn(a_tile, w_tiles.index(stage * PARTS + 1), turns, turn + 1, WG, WGS, TURNS)
                     product = warpgroup_mma_wait(0, deps=[token])
                     mbarrier.arrive(empty.index(stage), count=1)
                     acc1 = warpgroup_mma_wait(0, deps=[acc1 + product * scale1[:, None]])
                 step += 1
+                turn += PARTS
             a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
                 looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
             )
             if GATED:
-                _store_quantized(acc0, acc1, out, out_scales, rows, row0, n, num_rows, N, scale_stride)
+                _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride)
             else:
                 column = n * (PARTS * BLOCK)
                 if TOP_K:
-                    row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
                     _store_rows(acc0, out, row, num_rows, column, N)
                     if PARTS == 2:
                         _store_rows(acc1, out, row, num_rows, column + BLOCK, N)
@@ -326,6 +341,10 @@ def _multiply(
                         _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
         else:  # rows of padding alone
             for _ in range(groups):
+                for part in gl.static_range(PARTS if TURNS else 0):
+                    mbarrier.wait(turns.index(WG), (turn + part) & 1)
+                    mbarrier.arrive(turns.index((WG + 1) % WGS), count=1)
+                turn += PARTS
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
@@ -354,6 +373,10 @@ def _hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + FEEDERS * 32 if GATED else 1)
         mbarrier.init(empty.index(i), count=WGS)
+    turns = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WGS):
+        mbarrier.init(turns.index(i), count=1)
+    mbarrier.arrive(turns.index(0))
     fence_async_shared()
     if TOP_K:
         out_tiles = a_tiles
@@ -362,7 +385,7 @@ def _hopper_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n)
+    shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns)
     own = (out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
     fed = (a, a_desc, w_desc)
     if WGS == 1:

@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -22,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_tile
+from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
@@ -45,34 +46,60 @@ class FewConfig(NamedTuple):
 
 
 @gluon.jit
+def _bring_weight(step, w_desc, scales, tiles, w_row, first, PARTS: gl.constexpr, W_STAGES: gl.constexpr):
+    """A step's tile of the weight and the scales of its parts."""
+    w_tiles, w_scale_tiles, w_full = tiles
+    stage = step % W_STAGES
+    bar = w_full.index(stage)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.expect(bar, PARTS * ROWS * BLOCK)
+    for i in gl.static_range(PARTS):
+        tile = w_tiles.index(stage * PARTS + i)
+        copy_tile(w_desc, [w_row + i * ROWS, (first + step) * BLOCK], bar, tile)
+        pointer = scales[i] + first + step + gl.arange(0, 1, one)
+        copy_rows(w_scale_tiles.index(stage * PARTS + i), pointer)
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+
+
+@gluon.jit
 def _feed(
-    a_desc, w_desc, tiles, m, w_row, first, groups, TOKENS: gl.constexpr, PARTS: gl.constexpr,
-    W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, PDL: gl.constexpr,
+    a_desc, w_desc, a_scales, w_scales, tiles, m, n, first, groups, num_rows, N, K, row_stride, group_stride,
+    TOKENS: gl.constexpr, PARTS: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The producer. A step that was multiplied frees a tile of x and, further ahead, one of the weight."""
-    a_tiles, w_tiles, a_full, w_full, empty = tiles
+    """The producer. A step that was multiplied frees a tile of x and, further ahead, one of the weight.
+
+    Scales travel with the tiles: they were the longest wait of a step when the consumer loaded them, a step ahead.
+    """
+    a_tiles, a_scale_tiles, a_full, w_tiles, w_scale_tiles, w_full, empty = tiles
+    w_ring = (w_tiles, w_scale_tiles, w_full)
     AHEAD: gl.constexpr = W_STAGES - A_STAGES
+    w_row = n * (PARTS * ROWS)
+    scales = ()
+    for i in gl.static_range(PARTS):
+        block = gl.minimum(w_row + i * ROWS, N - 1) // BLOCK
+        source = (w_scales + block * ((K + BLOCK - 1) // BLOCK),)
+        scales = scales + source  # type: ignore[assignment]
     for step in range(gl.minimum(groups, W_STAGES)):
-        mbarrier.expect(w_full.index(step), PARTS * ROWS * BLOCK)
-        for i in gl.static_range(PARTS):
-            tile = w_tiles.index(step * PARTS + i)
-            copy_tile(w_desc, [w_row + i * ROWS, (first + step) * BLOCK], w_full.index(step), tile)
+        _bring_weight(step, w_desc, scales, w_ring, w_row, first, PARTS, W_STAGES)
     if PDL:
         gdc_wait()
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for step in range(groups):
         stage = step % A_STAGES
+        bar = a_full.index(stage)
         mbarrier.wait(empty.index(stage), ((step // A_STAGES) & 1) ^ 1)
-        mbarrier.expect(a_full.index(stage), TOKENS * ROWS * BLOCK)
+        mbarrier.expect(bar, TOKENS * ROWS * BLOCK)
         for i in gl.static_range(TOKENS):
-            tile = a_tiles.index(stage * TOKENS + i)
-            copy_tile(a_desc, [(m * TOKENS + i) * ROWS, (first + step) * BLOCK], a_full.index(stage), tile)
+            row = (m * TOKENS + i) * ROWS
+            copy_tile(a_desc, [row, (first + step) * BLOCK], bar, a_tiles.index(stage * TOKENS + i))
+            rows = gl.minimum(row + gl.arange(0, ROWS, line), num_rows - 1)
+            copy_rows(
+                a_scale_tiles.index(stage * TOKENS + i), a_scales + rows * row_stride + (first + step) * group_stride
+            )
+        async_copy.mbarrier_arrive(bar, increment_count=False)
         ahead = step + AHEAD
-        stage = ahead % W_STAGES
-        more = (step >= A_STAGES) & (ahead < groups)
-        mbarrier.expect(w_full.index(stage), PARTS * ROWS * BLOCK, pred=more)
-        for i in gl.static_range(PARTS):
-            tile = w_tiles.index(stage * PARTS + i)
-            copy_tile(w_desc, [w_row + i * ROWS, (first + ahead) * BLOCK], w_full.index(stage), tile, pred=more)
+        if (step >= A_STAGES) & (ahead < groups):
+            _bring_weight(ahead, w_desc, scales, w_ring, w_row, first, PARTS, W_STAGES)
 
 
 @gluon.jit
@@ -85,15 +112,23 @@ def _product(i: gl.constexpr, a_tiles, w_tiles, a_stage, w_stage, TOKENS: gl.con
 
 
 @gluon.jit
-def _load_scales(a_ptrs0, a_ptrs1, w_ptrs, group, group_stride, TOKENS: gl.constexpr, PARTS: gl.constexpr):
-    """Of a group of K: those of the rows and of each part of the weight."""
-    a0 = gl.load(a_ptrs0 + group * group_stride)
-    a1 = gl.load(a_ptrs1 + group * group_stride) if TOKENS == 2 else a0
-    w0 = gl.load(w_ptrs[0] + group)
-    w1 = gl.load(w_ptrs[1] + group) if PARTS > 1 else w0
-    w2 = gl.load(w_ptrs[2] + group) if PARTS > 2 else w0
-    w3 = gl.load(w_ptrs[3] + group) if PARTS > 3 else w0
-    return a0, a1, w0, w1, w2, w3
+def _add(acc, token, scale, running: gl.constexpr):
+    """Waits for a product, behind which `running` more were issued, and adds it.
+
+    The second wait has nothing to wait for: it keeps the sum in its place, for registers hold no more products.
+    """
+    product = warpgroup_mma_wait(running, deps=[token])
+    return warpgroup_mma_wait(running, deps=[acc + product * scale[:, None]])
+
+
+@gluon.jit
+def _scale(
+    i: gl.constexpr, a_scale_tiles, w_scale_tiles, a, w, TOKENS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Of product i of a step: the rows' scales times that of its part of the weight."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    part = gl.max(w_scale_tiles.index(w * PARTS + i // TOKENS).load(one), 0)
+    return a_scale_tiles.index(a * TOKENS + i % TOKENS).load(gl.SliceLayout(1, LAYOUT)) * part
 
 
 @gluon.jit
@@ -142,29 +177,17 @@ def _add_splits(
 
 @gluon.jit
 def _multiply(
-    own, tiles, m, n, split, first, groups, TOKENS: gl.constexpr, PARTS: gl.constexpr,
+    own, tiles, m, n, split, groups, TOKENS: gl.constexpr, PARTS: gl.constexpr,
     SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The consumer. A product is scaled and added while the next one runs."""
-    out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride = own
-    a_tiles, w_tiles, a_full, w_full, empty = tiles
+    out, partial, counters, num_rows, N = own
+    a_tiles, a_scale_tiles, a_full, w_tiles, w_scale_tiles, w_full, empty = tiles
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     NUM: gl.constexpr = TOKENS * PARTS
     column, row0 = n * (PARTS * ROWS), m * (TOKENS * ROWS)
-    num_groups = (K + BLOCK - 1) // BLOCK
-    last = num_groups - 1
-    w_ptrs = ()
-    for i in gl.static_range(4):
-        block = gl.minimum(column + i * ROWS, N - 1) // BLOCK
-        w_ptrs = w_ptrs + (w_scales + block * num_groups,)  # type: ignore[assignment]
-    row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    a_ptrs0 = a_scales + gl.minimum(row, num_rows - 1) * row_stride
-    a_ptrs1 = a_scales + gl.minimum(row + ROWS, num_rows - 1) * row_stride
     if PDL:
         gdc_wait()
-    a0, a1, w0, w1, w2, w3 = _load_scales(
-        a_ptrs0, a_ptrs1, w_ptrs, gl.minimum(first, last), group_stride, TOKENS, PARTS
-    )
     acc0 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
     acc1 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
     acc2 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
@@ -174,37 +197,25 @@ def _multiply(
         mbarrier.wait(w_full.index(w), (step // W_STAGES) & 1)
         mbarrier.wait(a_full.index(a), (step // A_STAGES) & 1)
         even = _product(gl.constexpr(0), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-        s0 = a0 * w0
-        s1 = a1 * w0 if TOKENS == 2 else a0 * w1
-        s2 = a0 * w1 if TOKENS == 2 else a0 * w2
-        s3 = a1 * w1 if TOKENS == 2 else a0 * w3
-        # Loaded while the products run, for the next step.
-        ahead = gl.minimum(first + step + 1, last)
-        a0, a1, w0, w1, w2, w3 = _load_scales(a_ptrs0, a_ptrs1, w_ptrs, ahead, group_stride, TOKENS, PARTS)
-        if NUM > 1:
+        s0 = _scale(gl.constexpr(0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+        s1 = _scale(gl.constexpr(1 if NUM > 1 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+        s2 = _scale(gl.constexpr(2 if NUM > 2 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+        s3 = _scale(gl.constexpr(3 if NUM > 3 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+        if NUM == 2 or NUM == 3:
             odd = _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-            product = warpgroup_mma_wait(1, deps=[even])
-            # Waits with nothing to wait for keep the sums in their place: registers hold two products.
-            acc0 = warpgroup_mma_wait(1, deps=[acc0 + product * s0[:, None]])
-            if NUM > 2:
+            acc0 = _add(acc0, even, s0, 1)
+            if NUM == 3:
                 even = _product(gl.constexpr(2), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-                product = warpgroup_mma_wait(1, deps=[odd])
-                acc1 = warpgroup_mma_wait(1, deps=[acc1 + product * s1[:, None]])
-                if NUM > 3:
-                    odd = _product(gl.constexpr(3), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-                    product = warpgroup_mma_wait(1, deps=[even])
-                    acc2 = warpgroup_mma_wait(1, deps=[acc2 + product * s2[:, None]])
-                    product = warpgroup_mma_wait(0, deps=[odd])
-                    acc3 += product * s3[:, None]
-                else:
-                    product = warpgroup_mma_wait(0, deps=[even])
-                    acc2 += product * s2[:, None]
+                acc1 = _add(acc1, odd, s1, 1)
+                acc2 = _add(acc2, even, s2, 0)
             else:
-                product = warpgroup_mma_wait(0, deps=[odd])
-                acc1 += product * s1[:, None]
-        else:
-            product = warpgroup_mma_wait(0, deps=[even])
-            acc0 += product * s0[:, None]
+                acc1 = _add(acc1, odd, s1, 0)
+        else:  # four sums leave no room for a second product
+            acc0 = _add(acc0, even, s0, 0)
+            if NUM == 4:
+                acc1 = _add(acc1, _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS), s1, 0)
+                acc2 = _add(acc2, _product(gl.constexpr(2), a_tiles, w_tiles, a, w, TOKENS, PARTS), s2, 0)
+                acc3 = _add(acc3, _product(gl.constexpr(3), a_tiles, w_tiles, a, w, TOKENS, PARTS), s3, 0)
         mbarrier.arrive(empty.index(a), count=1)
     unit = m * (gl.num_programs(0) // SPLIT_K) + n
     partial += (unit * SPLIT_K + split).to(gl.int64) * (NUM * ROWS * ROWS)
@@ -229,37 +240,44 @@ def _few_kernel(
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = w_desc.dtype
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     a_tiles = gl.allocate_shared_memory(dtype, [A_STAGES * TOKENS, ROWS, BLOCK], a_desc.layout)
     w_tiles = gl.allocate_shared_memory(dtype, [W_STAGES * PARTS, ROWS, BLOCK], w_desc.layout)
+    a_scale_tiles = gl.allocate_shared_memory(gl.float32, [A_STAGES * TOKENS, ROWS], plain)
+    w_scale_tiles = gl.allocate_shared_memory(gl.float32, [W_STAGES * PARTS, 1], plain)
     a_full = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(A_STAGES):
-        mbarrier.init(a_full.index(i), count=1)
+        mbarrier.init(a_full.index(i), count=33)  # 32 lanes, when what they copied has landed
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(W_STAGES):
-        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_full.index(i), count=33)
     fence_async_shared()
     split, n, m = gl.program_id(0) % SPLIT_K, gl.program_id(0) // SPLIT_K, gl.program_id(1)
     span = ((K + BLOCK - 1) // BLOCK + SPLIT_K - 1) // SPLIT_K
     first = split * span
     groups = gl.minimum(span, gl.maximum((K + BLOCK - 1) // BLOCK - first, 0))
-    tiles = (a_tiles, w_tiles, a_full, w_full, empty)
-    own = (out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride)
-    w_row = n * (PARTS * ROWS)
+    tiles = (a_tiles, a_scale_tiles, a_full, w_tiles, w_scale_tiles, w_full, empty)
+    own = (out, partial, counters, num_rows, N)
     gl.warp_specialize([
-        (_multiply, (own, tiles, m, n, split, first, groups, TOKENS, PARTS, SPLIT_K, W_STAGES, A_STAGES, PDL)),
-        (_feed, (a_desc, w_desc, tiles, m, w_row, first, groups, TOKENS, PARTS, W_STAGES, A_STAGES, PDL)),
+        (_multiply, (own, tiles, m, n, split, groups, TOKENS, PARTS, SPLIT_K, W_STAGES, A_STAGES, PDL)),
+        (_feed, (
+            a_desc, w_desc, a_scales, w_scales, tiles, m, n, first, groups, num_rows, N, K, row_stride, group_stride,
+            TOKENS, PARTS, W_STAGES, A_STAGES, PDL,
+        )),
     ], [1], [40])  # fmt: skip
 
 
 def product(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    config: FewConfig, counters: torch.Tensor, strides: tuple[int, int],
+    config: FewConfig, counters: torch.Tensor, strides: tuple[int, int], multiprocessors: int,
 ) -> None:  # fmt: skip
     """`triton._product` of dense operands with scales of blocks, to 16 bits and without bias; N a multiple of 8."""
     (num_rows, k), n, split_k = a.shape, w.shape[0], config.split_k
     tiles, blocks = triton.cdiv(n, 64 * config.parts), triton.cdiv(num_rows, config.block_m)
+    while split_k > 1 and tiles * split_k * blocks > 2 * multiprocessors:  # programs that wait for each other all run
+        split_k //= 2
     bytes_ = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)

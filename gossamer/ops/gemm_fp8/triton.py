@@ -15,8 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.gemm_fp8 import hopper, triton_few
+from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
+from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 from gossamer.ops.moe.triton import combine, sort_by_expert
 from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
 from gossamer.ops.quantize_fp8 import Quantized
@@ -277,7 +278,7 @@ def _multiprocessors(index: int | None) -> int:
 
 def _product(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    config: Config | HopperConfig, *, num_rows: int, most_blocks: int, n: int,
+    config: Config | HopperConfig | FewConfig, *, num_rows: int, most_blocks: int, n: int,
     order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
     out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
     promote: bool = True, exact: bool = False,
@@ -289,6 +290,10 @@ def _product(
             top_k=top_k, gated=gated, out_scales=out_scales, bias=bias, kind=kind, strides=_strides(a_scales),
             multiprocessors=_multiprocessors(a.device.index),
         )  # fmt: skip
+        return
+    if isinstance(config, FewConfig):
+        counters, multiprocessors = _counters(a.device), _multiprocessors(a.device.index)
+        hopper_few.product(a, a_scales, w, w_scales, out, config, counters, _strides(a_scales), multiprocessors)
         return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
@@ -312,8 +317,8 @@ def _product(
 
 def fp8_linear(
     q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
-    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str, config: Config | HopperConfig | None = None,
-    promote: bool = True,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str,
+    config: Config | HopperConfig | FewConfig | None = None, promote: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """`promote=False` leaves sums over all of K to the tensor cores, for the test that shows what that costs."""
     (num_rows, width), num_out = q.shape, weight.shape[0]
