@@ -58,10 +58,7 @@ def _line_layout(width):
     Results get there from the accumulator's layout by shuffles, and are stored in lines of 64 bytes.
     """
     bits = width.bit_length() - 1
-    near, high = (
-        [[0, 1 << bit] for bit in range(bits)],
-        [[0, 1 << bit] for bit in range(bits + 2, columns.bit_length() - 1)],
-    )
+    near, high = [[0, 1 << bit] for bit in range(bits)], [[0, 1 << bit] for bit in range(bits + 2, 7)]
     return gl.DistributedLinearLayout(
         reg_bases=[*near, [8, 0], *high], lane_bases=[[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 128],
