@@ -71,7 +71,7 @@ REAL = [
     for m in (1, 2, 3, 17, 64, 128, 129, 500, 4096)
 ] + [
     pytest.param(m, n, k, config, marks=gpu)
-    for config in (HopperConfig(), HopperConfig(2, 2), HopperConfig(1, 2))
+    for config in (HopperConfig(), HopperConfig(2, 2))
     for m, n, k in ((1, 128, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
 ]
 
@@ -104,7 +104,7 @@ def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None
         assert rel_rms(y, expected + bias.double()) < 1e-5
 
 
-FEW = [(1, 1, 1, 9, 4), (1, 1, 4, 9, 4), (1, 2, 8), (1, 3, 1, 4, 2), (1, 3, 2, 4, 2), (2, 1, 2, 7, 3), (2, 2, 4, 4, 2)]
+FEW = [(1, 1, 1, 9, 4), (1, 1, 4, 9, 4), (1, 2, 8, 5, 3), (1, 2, 1, 5, 3), (2, 1, 1, 7, 3), (2, 1, 4, 7, 3)]
 
 
 @gpu

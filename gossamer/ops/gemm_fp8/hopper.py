@@ -273,7 +273,7 @@ def _multiply(
     groups = (K + BLOCK - 1) // BLOCK
     if TOP_K:
         num_m = gl.load(num_m_ptr)
-    TURNS: gl.constexpr = TOP_K > 0 and WGS > 1
+    TURNS: gl.constexpr = TOP_K > 0
     step = 0
     turn = 0
     looked = _look(gl.program_id(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES)
@@ -286,8 +286,6 @@ def _multiply(
             tile + gl.num_programs(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES
         )
         if first < num_rows:
-            if TOP_K and not GATED:
-                row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
             acc0 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             acc1 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             for group in range(groups):
@@ -327,6 +325,7 @@ def _multiply(
             else:
                 column = n * (PARTS * BLOCK)
                 if TOP_K:
+                    row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
                     _store_rows(acc0, out, row, num_rows, column, N)
                     if PARTS == 2:
                         _store_rows(acc1, out, row, num_rows, column + BLOCK, N)
@@ -385,34 +384,17 @@ def _hopper_kernel(
     shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns)
     own = (out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
     fed = (a, a_desc, w_desc)
-    if WGS == 1:
+    if WGS == 2:
         gl.warp_specialize([
-            (_multiply, (
-                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
-            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
-        ], [FEEDERS], [FEED_REGS])  # fmt: skip
-    elif WGS == 2:
-        gl.warp_specialize([
-            (_multiply, (
-                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
-            (_multiply, (
-                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
+            (_multiply, (gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
+            (_multiply, (gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
             (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
         ], [4, FEEDERS], [REGS, FEED_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_multiply, (
-                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
-            (_multiply, (
-                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
-            (_multiply, (
-                gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-            )),
+            (_multiply, (gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
+            (_multiply, (gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
+            (_multiply, (gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
             (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
         ], [4, 4, FEEDERS], [REGS, REGS, FEED_REGS])  # fmt: skip
 
@@ -438,5 +420,5 @@ def product(
         WGS=config.warpgroups, PARTS=config.parts, TOP_K=top_k, GATED=gated, BIAS=bias is not None,
         CHANNEL_STEP={"block": -1, "channel": 1, "tensor": 0}[kind], GROUP_M=config.group_m,
         STAGES=config.num_stages, FEEDERS=feeders, REGS=regs, FEED_REGS=80 if gated else 32,
-        num_warps=4, **({"maxnreg": 152} if config.warpgroups == 1 else {}), **overlap_options(a),
+        num_warps=4, **overlap_options(a),
     )  # fmt: skip

@@ -29,16 +29,16 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 class FewConfig(NamedTuple):
-    """Cut of a product: `tokens` times 64 rows of x by `parts` times 64 of the weight a program, 4 of these at most.
+    """Cut of a product: a program has 64 rows of x by 64 of the weight, or twice as many of either.
 
-    `split_k` programs, all resident at once, share a tile's K.
+    `split_k` programs, all resident at once, share a tile's K; the stages fit a multiprocessor twice.
     """
 
     tokens: int = 1
-    parts: int = 2
+    parts: int = 1
     split_k: int = 1
-    w_stages: int = 5
-    a_stages: int = 3
+    w_stages: int = 9
+    a_stages: int = 4
 
     @property
     def block_m(self) -> int:
@@ -190,41 +190,28 @@ def _multiply(
         gdc_wait()
     acc0 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
     acc1 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
-    acc2 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
-    acc3 = gl.zeros([ROWS, ROWS], gl.float32, ACC)
     for step in range(groups):
         w, a = step % W_STAGES, step % A_STAGES
         mbarrier.wait(w_full.index(w), (step // W_STAGES) & 1)
         mbarrier.wait(a_full.index(a), (step // A_STAGES) & 1)
-        even = _product(gl.constexpr(0), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-        s0 = _scale(gl.constexpr(0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
-        s1 = _scale(gl.constexpr(1 if NUM > 1 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
-        s2 = _scale(gl.constexpr(2 if NUM > 2 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
-        s3 = _scale(gl.constexpr(3 if NUM > 3 else 0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
-        if NUM == 2 or NUM == 3:
-            odd = _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-            acc0 = _add(acc0, even, s0, 1)
-            if NUM == 3:
-                even = _product(gl.constexpr(2), a_tiles, w_tiles, a, w, TOKENS, PARTS)
-                acc1 = _add(acc1, odd, s1, 1)
-                acc2 = _add(acc2, even, s2, 0)
-            else:
-                acc1 = _add(acc1, odd, s1, 0)
-        else:  # four sums leave no room for a second product
-            acc0 = _add(acc0, even, s0, 0)
-            if NUM == 4:
-                acc1 = _add(acc1, _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS), s1, 0)
-                acc2 = _add(acc2, _product(gl.constexpr(2), a_tiles, w_tiles, a, w, TOKENS, PARTS), s2, 0)
-                acc3 = _add(acc3, _product(gl.constexpr(3), a_tiles, w_tiles, a, w, TOKENS, PARTS), s3, 0)
+        token0 = _product(gl.constexpr(0), a_tiles, w_tiles, a, w, TOKENS, PARTS)
+        scale0 = _scale(gl.constexpr(0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+        if NUM == 2:
+            token1 = _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS)
+            scale1 = _scale(gl.constexpr(1), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+            acc0 = _add(acc0, token0, scale0, 1)
+            acc1 = _add(acc1, token1, scale1, 0)
+        else:
+            acc0 = _add(acc0, token0, scale0, 0)
         mbarrier.arrive(empty.index(a), count=1)
     unit = m * (gl.num_programs(0) // SPLIT_K) + n
     partial += (unit * SPLIT_K + split).to(gl.int64) * (NUM * ROWS * ROWS)
     for i in gl.static_range(NUM):
-        acc = acc0 if i == 0 else (acc1 if i == 1 else (acc2 if i == 2 else acc3))
+        acc = acc1 if i else acc0
         if SPLIT_K == 1:
             _store(acc, out, row0 + i % TOKENS * ROWS, column + i // TOKENS * ROWS, num_rows, N)
         else:
-            _store_partial(acc, partial + ((i // TOKENS) * TOKENS + i % TOKENS) * (ROWS * ROWS))
+            _store_partial(acc, partial + i * (ROWS * ROWS))
     if SPLIT_K > 1:
         partial -= split * (NUM * ROWS * ROWS)
         _add_splits(partial, counters + unit, split, out, row0, column, num_rows, N, TOKENS, PARTS, SPLIT_K)
