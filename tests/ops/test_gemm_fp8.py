@@ -134,6 +134,22 @@ def test_few_rows_on_hopper(m: int, n: int, k: int, cut: tuple[int, ...]) -> Non
         assert all(torch.equal(result, y) for result in results)
 
 
+def test_programs_that_share_k_are_resident_together() -> None:
+    """They wait for each other: two fit each of 132 multiprocessors, and each has groups of its own."""
+    chosen = {
+        (m, n, k): config
+        for m in (32, 63, 64, 65, 128)
+        for n in range(8, 20000, 136)
+        for k in (16, 512, 1536, 2048, 4096, 7168, 16384)
+        if (config := kernels.choose_few(m, n, k))
+    }
+    assert {config.split_k for config in chosen.values()} == {1, 2, 4, 8}
+    for (m, n, k), config in chosen.items():
+        programs = -(-m // config.block_m) * -(-n // (64 * config.parts)) * config.split_k
+        assert config.split_k == 1 or (programs <= 264 and k >= 128 * config.split_k)
+    assert not any(kernels.choose_few(m, 2048, 2048) for m in (31, 129))
+
+
 def test_the_library_multiplies_whole_groups_of_four_blocks() -> None:
     """torch's product refuses a weight's scales that are not padded to four blocks of K, and ours are not."""
     assert kernels.library_is_faster(256, 1536, 4096)

@@ -172,7 +172,6 @@ def _quantize(y, dtype: gl.constexpr):
     """
     peak = gl.max(gl.abs(y), 1)
     odd = (peak > 0) & ((peak < 2.0**-100) | (peak == float("inf")))
-    # A tensor for the rows' layout, in either branch.
     if gl.max(odd.to(gl.int32), 0) == 0:
         scale = gl.where(peak > 0, gl.div_rn(peak, 448.0 if dtype == gl.float8e4nv else 57344.0), 1.0)
         inverse = gl.div_rn(1.0, scale)
