@@ -197,8 +197,8 @@ def _multiply(
         token0 = _product(gl.constexpr(0), a_tiles, w_tiles, a, w, TOKENS, PARTS)
         scale0 = _scale(gl.constexpr(0), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
         if NUM == 2:
-            token1 = _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS)
             scale1 = _scale(gl.constexpr(1), a_scale_tiles, w_scale_tiles, a, w, TOKENS, PARTS, ACC)
+            token1 = _product(gl.constexpr(1), a_tiles, w_tiles, a, w, TOKENS, PARTS)
             acc0 = _add(acc0, token0, scale0, 1)
             acc1 = _add(acc1, token1, scale1, 0)
         else:
