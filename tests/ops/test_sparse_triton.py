@@ -300,7 +300,9 @@ def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
 
 @on_cpu
 @pytest.mark.parametrize(("splits", "block"), [(1, 1024), (3, 4)])
-def test_a_row_of_decode_chooses_by_compressed_entries(splits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_decode_chooses_by_compressed_entries(
+    splits: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v, table, slots, positions = nsa_case()
     rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
     monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)

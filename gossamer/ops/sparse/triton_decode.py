@@ -1,4 +1,4 @@
-"""Decode: one launch scores and selects, whose last program to arrive chooses a row's pages, and one attends to them."""
+"""Decode: one launch scores, its last program of a row to arrive selects, and another attends to what was selected."""
 
 import torch
 import triton
@@ -28,9 +28,7 @@ _LOGITS_BYTES = 128 << 20
 
 
 @triton.jit
-def _probabilities(
-    logits, whole, low, end, GROUP: tl.constexpr, GROUP_T: tl.constexpr, BLOCK: tl.constexpr
-):
+def _probabilities(logits, whole, low, end, GROUP: tl.constexpr, GROUP_T: tl.constexpr, BLOCK: tl.constexpr):
     """Of entries low .. low + BLOCK - 1, summed over the group; zeros from `end` on."""
     n, g = low + tl.arange(0, BLOCK), tl.arange(0, GROUP_T)
     known = (n < end)[:, None] & (g < GROUP)[None, :]
