@@ -49,7 +49,7 @@ CUTS = (
         "entry_cut",
         ((128, 64, 4, 3), (128, 128, 4, 2), (128, 128, 8, 3), (256, 64, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3)),
     ),
-    (sparse_kernels, "select_cut", ((1, 2), (1, 1), (2, 2), (1, 4), (2, 4), (3, 2), (3, 4), (4, 4))),
+    (sparse_kernels, "select_warps", (1, 2, 4, 8)),
 )
 """What the kernels' cuts were chosen from."""
 Report = dict[str, dict[str, object]]

@@ -212,48 +212,52 @@ def to_keys(scores, inside):
 
 
 @triton.jit
-def _load_keys(scores, block, end):
+def load_keys(scores, block, end):
     return to_keys(tl.load(scores + block, mask=block < end, other=0.0), block < end)
 
 
 @triton.jit
-def _num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr):
-    """How many keys are at least each of `bound`: of the first BLOCK, which are `held`, and of the others."""
-    many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
+def _num_at_least(bound, step, held, scores, begin, end, BLOCK: tl.constexpr):
+    """How many keys are at least bound + step, + 2 step and + 3 step: of the first BLOCK, which are `held`, and of the
+    others. One sum counts all three, 21 bits each."""
+    packed = tl.zeros([BLOCK], tl.int64)
+    for i in tl.static_range(3):
+        packed += (held >= bound + (i + 1) * step).to(tl.int64) << (21 * i)
     for low in range(begin + BLOCK, end, BLOCK):
-        key = _load_keys(scores, low + tl.arange(0, BLOCK), end)
-        many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
-    return many
+        key = load_keys(scores, low + tl.arange(0, BLOCK), end)
+        for i in tl.static_range(3):
+            packed += (key >= bound + (i + 1) * step).to(tl.int64) << (21 * i)
+    many = tl.sum(packed, 0)
+    return (many & 0x1FFFFF).to(tl.int32), ((many >> 21) & 0x1FFFFF).to(tl.int32), (many >> 42).to(tl.int32)
 
 
 @triton.jit
 def select_row(
     held, scores, table, pages, last, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr,
-    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The TOP best blocks in rising order to `pages`, as pages; equal ones from the earliest on, -1 behind them.
 
-    A search for the bits of the least of them, which ends early where a bound leaves TOP. `held`: the keys of the first
-    BLOCK blocks that are scored. FORCED: the first ones stand before them, the local ones behind.
+    A search for the bits of the least of them, two at a time, which ends early where a bound leaves TOP. `held`: the
+    keys of the first BLOCK blocks that are scored. FORCED: the first ones stand before them, the local ones behind.
     """
-    STEPS: tl.constexpr = (31 + BITS - 1) // BITS
     i = tl.arange(0, LIST_P)
     end = tl.maximum(last - LOCAL + 1, FIRST)
     num = tl.minimum(end - FIRST, TOP)
-    digit = tl.arange(0, 1 << BITS)
     least = 0
     many = end - FIRST
-    shift = STEPS * BITS
+    shift = 31
     while (shift > 0) & (many > TOP):
-        shift -= BITS
-        bound = least + (digit << shift)
-        found = _num_at_least(bound, held, scores, FIRST, end, BLOCK)
-        enough = (found >= TOP) & (bound >= 0)
-        many = tl.min(tl.where(enough, found, 2147483647), 0)
-        least += tl.max(tl.where(enough, digit, 0), 0) << shift
+        # The last step looks at a bit again, and finds it as it is.
+        shift = tl.maximum(shift - 2, 0)
+        one, two, three = _num_at_least(least, 1 << shift, held, scores, FIRST, end, BLOCK)
+        digit = (one >= TOP).to(tl.int32) + (two >= TOP).to(tl.int32) + (three >= TOP).to(tl.int32)
+        many = tl.where(three >= TOP, three, tl.where(two >= TOP, two, tl.where(one >= TOP, one, many)))
+        least += digit << shift
     equals = 2147483647
     if many > TOP:
-        equals = TOP - tl.sum(_num_at_least(least + 1 + tl.arange(0, 1), held, scores, FIRST, end, BLOCK), 0)
+        above, _, _ = _num_at_least(least, 1, held, scores, FIRST, end, BLOCK)
+        equals = TOP - above
     before = 0
     if FORCED:
         before = FIRST
@@ -261,7 +265,7 @@ def select_row(
     for low in range(FIRST, end, BLOCK):
         block = low + tl.arange(0, BLOCK)
         if low > FIRST:
-            key = _load_keys(scores, block, end)
+            key = load_keys(scores, block, end)
         taken = key >= least
         if many > TOP:
             equal = key == least
@@ -282,8 +286,8 @@ def select_row(
 def _select_kernel(
     scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. What attends to everything has no list: -1."""
     row = tl.program_id(0)
@@ -300,9 +304,9 @@ def _select_kernel(
         return
     found = scores + row.to(tl.int64) * score_stride
     last = position // PAGE
-    held = _load_keys(found, FIRST + tl.arange(0, BLOCK), tl.maximum(last - LOCAL + 1, FIRST))
+    held = load_keys(found, FIRST + tl.arange(0, BLOCK), tl.maximum(last - LOCAL + 1, FIRST))
     table = page_table + slot.to(tl.int64) * table_stride
-    select_row(held, found, table, out, last, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BITS, BLOCK)
+    select_row(held, found, table, out, last, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK)
 
 
 def entry_pass(
@@ -352,15 +356,14 @@ def select(
     ones, by their place."""
     num_tokens, num_kv_heads, num_listed = pages.shape
     block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2])))
-    bits, warps = select_cut(block)
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,
-        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, BITS=bits, BLOCK=block,
-        num_warps=warps, **overlap_options(scores),
+        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, BLOCK=block,
+        num_warps=select_warps(block), **overlap_options(scores),
     )  # fmt: skip
 
 
-def select_cut(block: int) -> tuple[int, int]:
-    """Bits found at a time and warps, to select among `block` scores."""
-    return 2, max(1, min(8, block // 512))
+def select_warps(block: int) -> int:
+    """To select among `block` scores."""
+    return max(1, min(8, block // 512))

@@ -12,6 +12,7 @@ from gossamer.ops.sparse.selection import Entries, Selection
 from gossamer.ops.sparse.triton import (
     entry_rows,
     entry_state,
+    load_keys,
     logits_of,
     select_row,
     summarise,
@@ -21,8 +22,8 @@ from gossamer.ops.sparse.triton import (
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
-# Scores that the choosing program holds; it reads others again for every few bits.
-_SELECT_BLOCK = 1024
+# Scores that the choosing program holds of a short row and of a long one; it reads others again for every two bits.
+_SHORT, _LONG = 1024, 16384
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
 
@@ -37,12 +38,18 @@ def _probabilities(logits, whole, low, end, GROUP: tl.constexpr, GROUP_T: tl.con
 
 
 @triton.jit
-def _blocks_of(scores, low, end, PER: tl.constexpr, BLOCK: tl.constexpr):
-    """Scores of blocks low .. low + BLOCK - 1 from the probabilities of their entries, of which there are `end`."""
-    at = (low + tl.arange(0, BLOCK)) * PER
-    total = tl.load(scores + at + PER, mask=at + PER < end, other=0.0)
-    for i in tl.static_range(PER):
-        total += tl.load(scores + at + i, mask=at + i < end, other=0.0) * (1.0 if i == 0 else 2.0)
+def _score_blocks(
+    logits, probabilities, whole, low, end, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of blocks low .. low + BLOCK - 1, which are entries or, of NSA, made of the probabilities of their entries."""
+    if PER == 1:
+        total = _probabilities(logits, whole, low, end, GROUP, GROUP_T, BLOCK)
+    else:
+        at = (low + tl.arange(0, BLOCK)) * PER
+        total = tl.load(probabilities + at + PER, mask=at + PER < end, other=0.0)
+        for i in tl.static_range(PER):
+            total += tl.load(probabilities + at + i, mask=at + i < end, other=0.0) * (1.0 if i == 0 else 2.0)
     return total
 
 
@@ -51,7 +58,7 @@ def _choose(
     logits, peaks, sums, scores, table, pages, position, end, active,
     BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
     SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    LIST_P: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be."""
     g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
@@ -63,29 +70,27 @@ def _choose(
     whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
     last = position // PAGE
     stop = tl.maximum(last - LOCAL + 1, FIRST)
-    blocks = tl.arange(0, BLOCK)
-    if PER == 1:
-        # An entry is a block, the first one that is scored the first.
-        found = _probabilities(logits, whole, FIRST, end, GROUP, GROUP_T, BLOCK)
-        for low in range(FIRST + BLOCK, stop, BLOCK):
-            following = _probabilities(logits, whole, low, end, GROUP, GROUP_T, BLOCK)
-            tl.store(scores + low + blocks, following, mask=low + blocks < stop)
-    else:
+    if PER > 1:
         START: tl.constexpr = BEGIN // PER * PER
-        STEP: tl.constexpr = BLOCK // PER
-        for low in range(START, end, STEP):
-            n = low + tl.arange(0, STEP)
-            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, STEP), mask=n < end)
+        for low in range(START, end, SHORT):
+            n = low + tl.arange(0, SHORT)
+            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, SHORT), mask=n < end)
         tl.debug_barrier()
-        found = _blocks_of(scores, FIRST, end, PER, BLOCK)
-        probabilities = scores
+    probabilities = scores
+    if PER > 1:
         scores += tl.cdiv(end, PER) * PER + PER
-        for low in range(FIRST + BLOCK, stop, BLOCK):
-            following = _blocks_of(probabilities, low, end, PER, BLOCK)
-            tl.store(scores + low + blocks, following, mask=low + blocks < stop)
-    tl.debug_barrier()
-    held = to_keys(found, FIRST + blocks < stop)
-    select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BITS, BLOCK)
+    if stop - FIRST <= SHORT:
+        found = _score_blocks(logits, probabilities, whole, FIRST, end, PER, GROUP, GROUP_T, SHORT)
+        held = to_keys(found, FIRST + tl.arange(0, SHORT) < stop)
+        select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT)
+    elif LONG > SHORT:
+        for low in range(FIRST, stop, SHORT):
+            block = low + tl.arange(0, SHORT)
+            found = _score_blocks(logits, probabilities, whole, low, end, PER, GROUP, GROUP_T, SHORT)
+            tl.store(scores + block, found, mask=block < stop)
+        tl.debug_barrier()
+        held = load_keys(scores, FIRST + tl.arange(0, LONG), stop)
+        select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, LONG)
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
@@ -95,7 +100,7 @@ def _score_kernel(
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
     TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BOUNDS: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, BOUNDS: tl.constexpr,
     ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a row's query heads of a KV head against a part of the entries that it sees.
@@ -178,13 +183,8 @@ def _score_kernel(
             _choose(
                 logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
                 position, end, active, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P,
-                PAGE, BITS, BLOCK,
+                PAGE, SHORT, LONG,
             )  # fmt: skip
-
-
-def score_cut(q: torch.Tensor) -> tuple[int, int]:
-    """Warps, and bits that a selection finds at a time."""
-    return 4, 3
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
@@ -213,7 +213,7 @@ def choose_pages(
     # With several entries a block, their probabilities stand before the blocks' scores.
     before = 0 if entries.per_block == 1 else num_entries + entries.per_block
     scores = q.new_empty(num_rows, num_kv_heads, before + num_pages, dtype=torch.float32)
-    warps, bits = score_cut(q)
+    longest = max(_SHORT, min(_LONG, triton.next_power_of_2(num_pages)))
     _score_kernel[(num_rows * splits, num_kv_heads)](
         q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages,
         where[0].stride(0), logits.stride(1), scores.stride(1), scale * LOG2E, rule.dense_below,
@@ -221,9 +221,9 @@ def choose_pages(
         TOP=rule.num_scored, LIST=pages.shape[2], LIST_P=triton.next_power_of_2(pages.shape[2]),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_P=group_p, GROUP_T=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page_size, BLOCK_N=_BLOCK_N, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits),
-        BITS=bits, BLOCK=_SELECT_BLOCK, BOUNDS=len(planes) > 1, ATTEND=values is not None,
-        EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None, num_warps=warps,
-        **overlap_options(q),
+        SHORT=_SHORT, LONG=longest, BOUNDS=len(planes) > 1, ATTEND=values is not None,
+        EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
+        num_warps=8 if longest > 4 * _SHORT else 4, **overlap_options(q),
     )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
