@@ -304,7 +304,7 @@ def test_a_row_of_decode_chooses_by_compressed_entries(
     rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
     monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)
     monkeypatch.setattr(triton_decode, "_SHORT", block)
-    monkeypatch.setattr(triton_decode, "_LONG", 8)
+    monkeypatch.setattr(triton_decode, "_LONG", 8 * block)
     monkeypatch.setattr(triton_decode, "_BLOCK_N", 16)
     pages = torch.full((5, kv_heads, rule.num_blocks), -7, dtype=torch.int32)
     compressed, arrivals = torch.full_like(q, torch.nan), torch.zeros(10, dtype=torch.int32)
@@ -356,7 +356,7 @@ def test_decode_summarises_the_pages_that_it_completes(local: int, max_seq_len: 
 
 
 @on_cpu
-@pytest.mark.parametrize("longest", [16, 16384])
+@pytest.mark.parametrize("longest", [32, 16384])
 def test_long_rows_and_many_take_several_launches(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores beyond what the choosing program holds, and fewer rows in a launch than there are."""
     monkeypatch.setattr(triton_decode, "_SHORT", 8)

@@ -14,7 +14,7 @@ from gossamer.ops.sparse.selection import Entries, Selection
 
 _BLOCK_N = 64
 # Scores that a selecting program holds; it reads others again for every few bits.
-_SELECT_MOST = 16384
+_SELECT_MOST = 8192
 
 
 @triton.jit
@@ -217,17 +217,20 @@ def load_keys(scores, block, end):
 
 
 @triton.jit
+def _count(key, bound, step):
+    """How many keys are at least bound + step, + 2 step and + 3 step, in 21 bits each of one sum."""
+    packed = (key >= bound + step).to(tl.int64)
+    packed += (key >= bound + 2 * step).to(tl.int64) << 21
+    packed += (key >= bound + 3 * step).to(tl.int64) << 42
+    return tl.sum(packed, 0)
+
+
+@triton.jit
 def _num_at_least(bound, step, held, scores, begin, end, BLOCK: tl.constexpr):
-    """How many keys are at least bound + step, + 2 step and + 3 step: of the first BLOCK, which are `held`, and of the
-    others. One sum counts all three, 21 bits each."""
-    packed = tl.zeros([BLOCK], tl.int64)
-    for i in tl.static_range(3):
-        packed += (held >= bound + (i + 1) * step).to(tl.int64) << (21 * i)
+    """`_count` of the first BLOCK keys, which are `held`, and the others, as three numbers."""
+    many = _count(held, bound, step)
     for low in range(begin + BLOCK, end, BLOCK):
-        key = load_keys(scores, low + tl.arange(0, BLOCK), end)
-        for i in tl.static_range(3):
-            packed += (key >= bound + (i + 1) * step).to(tl.int64) << (21 * i)
-    many = tl.sum(packed, 0)
+        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), end), bound, step)
     return (many & 0x1FFFFF).to(tl.int32), ((many >> 21) & 0x1FFFFF).to(tl.int32), (many >> 42).to(tl.int32)
 
 

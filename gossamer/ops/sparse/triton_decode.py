@@ -22,7 +22,8 @@ from gossamer.ops.sparse.triton import (
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
-# Scores that the choosing program holds of a short row and of a long one; it reads others again for every two bits.
+# Scores that a choosing program holds, of a short row and of a long one, which has a launch of its own; it reads others
+# again for every two bits.
 _SHORT, _LONG = 1024, 16384
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
@@ -58,9 +59,12 @@ def _choose(
     logits, peaks, sums, scores, table, pages, position, end, active,
     BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
     SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, PAGE: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
+    LIST_P: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be."""
+    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be.
+
+    A BLOCK of CHUNK scores or fewer is all that there may be.
+    """
     g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = s[:, None] * GROUP_P + g[None, :]
@@ -72,25 +76,41 @@ def _choose(
     stop = tl.maximum(last - LOCAL + 1, FIRST)
     if PER > 1:
         START: tl.constexpr = BEGIN // PER * PER
-        for low in range(START, end, SHORT):
-            n = low + tl.arange(0, SHORT)
-            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, SHORT), mask=n < end)
+        for low in range(START, end, CHUNK):
+            n = low + tl.arange(0, CHUNK)
+            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, CHUNK), mask=n < end)
         tl.debug_barrier()
     probabilities = scores
     if PER > 1:
         scores += tl.cdiv(end, PER) * PER + PER
-    if stop - FIRST <= SHORT:
-        found = _score_blocks(logits, probabilities, whole, FIRST, end, PER, GROUP, GROUP_T, SHORT)
-        held = to_keys(found, FIRST + tl.arange(0, SHORT) < stop)
-        select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT)
-    elif LONG > SHORT:
-        for low in range(FIRST, stop, SHORT):
-            block = low + tl.arange(0, SHORT)
-            found = _score_blocks(logits, probabilities, whole, low, end, PER, GROUP, GROUP_T, SHORT)
+    if BLOCK <= CHUNK:
+        found = _score_blocks(logits, probabilities, whole, FIRST, end, PER, GROUP, GROUP_T, BLOCK)
+        held = to_keys(found, FIRST + tl.arange(0, BLOCK) < stop)
+    else:
+        for low in range(FIRST, stop, CHUNK):
+            block = low + tl.arange(0, CHUNK)
+            found = _score_blocks(logits, probabilities, whole, low, end, PER, GROUP, GROUP_T, CHUNK)
             tl.store(scores + block, found, mask=block < stop)
         tl.debug_barrier()
-        held = load_keys(scores, FIRST + tl.arange(0, LONG), stop)
-        select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, LONG)
+        held = load_keys(scores, FIRST + tl.arange(0, BLOCK), stop)
+    select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK)
+
+
+@triton.jit
+def _row(
+    slots, seq_lens, row, dense_below, BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Slot and position of a row, whether it is scored, the end of the entries it sees, and their cut: how many of them
+    a program takes, and how many programs take some."""
+    START: tl.constexpr = BEGIN // PER * PER
+    STRIDE: tl.constexpr = PAGE // PER
+    slot = tl.load(slots + row)
+    position = tl.load(seq_lens + row) - 1
+    todo = (slot >= 0) & (position >= tl.maximum(dense_below, 0))
+    end = tl.where(todo, tl.maximum(position + 1 - TAIL, 0) // STRIDE, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(end - START, SPLITS), BLOCK_N), 1) * BLOCK_N
+    return slot, position, todo, end, share, tl.maximum(tl.cdiv(end - START, share), 1)
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
@@ -100,7 +120,7 @@ def _score_kernel(
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
     TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, BOUNDS: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, BOUNDS: tl.constexpr,
     ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a row's query heads of a KV head against a part of the entries that it sees.
@@ -109,16 +129,12 @@ def _score_kernel(
     last of a row to arrive chooses the row's pages. SUMMARISE: and of a page's last token, the page's summary.
     EARLY: no kernel ahead in this step wrote an entry that a row sees; the first ones are read before the wait.
     """
-    STRIDE: tl.constexpr = PAGE // PER
     START: tl.constexpr = BEGIN // PER * PER
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     head = tl.program_id(1)
-    slot = tl.load(slots + row)
-    position = tl.load(seq_lens + row) - 1
-    todo = (slot >= 0) & (position >= tl.maximum(dense_below, 0))
-    end = tl.where(todo, tl.maximum(position + 1 - TAIL, 0) // STRIDE, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(end - START, SPLITS), BLOCK_N), 1) * BLOCK_N
-    active = tl.maximum(tl.cdiv(end - START, share), 1)
+    slot, position, todo, end, share, active = _row(
+        slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
+    )
     table = page_table + slot.to(tl.int64) * table_stride
     begin = START + split * share
     stop = tl.minimum(end, begin + share)
@@ -179,12 +195,40 @@ def _score_kernel(
             arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == active - 1:
             tl.store(counter, 0)
+        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST <= SHORT):
             state = row_head * SPLITS * GROUP_P
             _choose(
                 logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
                 position, end, active, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P,
-                PAGE, SHORT, LONG,
+                PAGE, SHORT, SHORT,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
+def _choose_kernel(
+    page_table, slots, seq_lens, peaks, sums, logits, scores, pages, table_stride, logit_stride, score_stride,
+    dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
+    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: a row and KV head of more than SHORT blocks to score. It holds more than those that score could."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    slot, position, todo, end, _, active = _row(
+        slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
+    )
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if todo & (position // PAGE - LOCAL + 1 - FIRST > SHORT):
+        row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
+        state = row_head * SPLITS * GROUP_P
+        _choose(
+            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride,
+            page_table + slot.to(tl.int64) * table_stride, pages + row_head * LIST, position, end, active,
+            BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P, PAGE, CHUNK, BLOCK,
+        )  # fmt: skip
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
@@ -213,18 +257,26 @@ def choose_pages(
     # With several entries a block, their probabilities stand before the blocks' scores.
     before = 0 if entries.per_block == 1 else num_entries + entries.per_block
     scores = q.new_empty(num_rows, num_kv_heads, before + num_pages, dtype=torch.float32)
-    longest = max(_SHORT, min(_LONG, triton.next_power_of_2(num_pages)))
+    strides = where[0].stride(0), logits.stride(1), scores.stride(1)
+    shape = {
+        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
+        "LOCAL": rule.local, "TOP": rule.num_scored, "LIST": pages.shape[2],
+        "LIST_P": triton.next_power_of_2(pages.shape[2]), "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
+        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": _BLOCK_N,
+        "SPLITS": splits, "SPLITS_P": triton.next_power_of_2(splits), "SHORT": _SHORT,
+    }  # fmt: skip
+    options = overlap_options(q)
     _score_kernel[(num_rows * splits, num_kv_heads)](
-        q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages,
-        where[0].stride(0), logits.stride(1), scores.stride(1), scale * LOG2E, rule.dense_below,
-        BEGIN=entries.begin, TAIL=entries.tail, PER=entries.per_block, FIRST=rule.first, LOCAL=rule.local,
-        TOP=rule.num_scored, LIST=pages.shape[2], LIST_P=triton.next_power_of_2(pages.shape[2]),
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_P=group_p, GROUP_T=triton.next_power_of_2(group),
-        HEAD_DIM=head_dim, PAGE=page_size, BLOCK_N=_BLOCK_N, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits),
-        SHORT=_SHORT, LONG=longest, BOUNDS=len(planes) > 1, ATTEND=values is not None,
-        EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
-        num_warps=8 if longest > 4 * _SHORT else 4, **overlap_options(q),
+        q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages, *strides,
+        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1,
+        ATTEND=values is not None, EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
+        num_warps=4, **options,
     )  # fmt: skip
+    if num_pages - rule.first - rule.local + 1 > _SHORT:
+        _choose_kernel[(num_rows, num_kv_heads)](
+            *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
+            BLOCK=min(_LONG, triton.next_power_of_2(num_pages)), num_warps=16, **options,
+        )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
 
