@@ -23,6 +23,7 @@ import common
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
 from gossamer.ops.sparse import (
     Selection,
+    nsa_entries,
     page_entries,
     sparse_attention,
     sparse_decode,
@@ -36,6 +37,7 @@ SCALE = DIM**-0.5
 RULE = Selection(num_blocks=32, first=1, local=8, dense_below=8192)
 SHORT_RULE = RULE._replace(dense_below=RULE.num_blocks * PAGE)
 ENTRIES = page_entries(RULE, PAGE)
+NSA_RULE = Selection(num_blocks=16, first=1, local=2, dense_below=0)
 CHUNK = 8192
 """Tokens of a prefill step."""
 PREFILL = {"4k": 1 << 12, "16k": 1 << 14, "64k": 1 << 16, "256k": 1 << 18}
@@ -49,7 +51,7 @@ CUTS = (
         "entry_cut",
         ((128, 64, 4, 3), (128, 128, 4, 2), (128, 128, 8, 3), (256, 64, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3)),
     ),
-    (sparse_kernels, "select_cut", ((1, 2), (1, 1), (2, 2), (1, 4), (2, 4))),
+    (sparse_kernels, "select_warps", (1, 2, 4, 8)),
 )
 """What the kernels' cuts were chosen from."""
 Report = dict[str, dict[str, object]]
@@ -82,7 +84,7 @@ class Cache:
 
 
 def decode_cases(length: int, num_rows: int, kv: str) -> dict[str, Callable[[int], None]]:
-    """Dense and sparse, the latter also launched as a graph for 1M tokens would be."""
+    """Dense and sparse, the latter also launched as a graph for 1M tokens would be; NSA without its window branch."""
     cache = Cache(length, num_rows, kv)
     q = torch.randn(num_rows, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(q)
@@ -99,11 +101,23 @@ def decode_cases(length: int, num_rows: int, kv: str) -> dict[str, Callable[[int
             **cache.scales,
         )  # fmt: skip
 
+    keys_of, values_of = (
+        torch.randn(*cache.summaries[0].shape[:2], 4, DIM, dtype=q.dtype, device="cuda") for _ in "kv"
+    )
+    compressed = torch.empty_like(q)
+
+    def nsa(_: int) -> None:
+        sparse_decode(
+            *keys, (keys_of,), *rows, NSA_RULE, nsa_entries(), SCALE, out, workspace=workspace, max_seq_len=length,
+            values=values_of, compressed=compressed, **cache.scales,
+        )  # fmt: skip
+
     return {
         "dense": dense,
         "sparse": sparse,
         "sparse, sized for 1M": lambda i: sparse(i, 1 << 20),
         "sparse from 8k": lambda i: sparse(i, length, RULE),
+        "NSA, two branches": nsa,
     }
 
 
@@ -114,10 +128,9 @@ def run_decode(results: dict[str, dict[str, float | str]], details: Report, kv: 
             for case, call in decode_cases(length, num_rows, kv).items()
         }
         medians = {case: statistics.median(values) for case, values in times.items()}
+        per_row = {"dense": length * 4, "NSA, two branches": NSA_RULE.num_blocks * PAGE * 4 + length // PAGE * 16}
         attended = min(length, RULE.num_blocks * PAGE) * 4 + length // PAGE * 2
-        floors = {
-            c: common.floor_us(num_rows * KV_HEADS * DIM * (attended if "sparse" in c else length * 4)) for c in times
-        }
+        floors = {c: common.floor_us(num_rows * KV_HEADS * DIM * per_row.get(c, attended)) for c in times}
         results[f"decode {name}"] = {
             **medians, "of floor": floors["sparse"] / medians["sparse"], "faster": medians["dense"] / medians["sparse"],
         }  # fmt: skip

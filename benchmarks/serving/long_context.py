@@ -1,8 +1,10 @@
 """Decode and prefill after long contexts: `python benchmarks/serving/long_context.py [--kind sparse] [--lens 65000]`.
 
 Qwen3-30B-A3B's shapes with random weights in FP8 and an FP8 KV cache, its context limit raised. A prompt is computed
-once, which is the prefill's time; then it lies in the prefix cache, and decode is the difference of a long and a short
-output after it. Results go to benchmarks/results/<device>/long_<kind>.json; of 65,000 tokens to summary.json too.
+once, which is the prefill's time (of REPEATED tokens or fewer, the median of several prompts, after one that compiles);
+then it lies in the prefix cache, and decode is the difference of a long and a short output after it. Results go to
+benchmarks/results/<device>/long_<kind>.json; of 65,000 tokens to summary.json too. `--layers` keeps that many of the
+model's layers, for contexts whose prefill takes too long with all of them; such results are of their own.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import standard
 
 OUTPUTS = (1, 65)
+REPEATED = 1 << 17
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {"attention": "block_topk"}}
 
 
-def model_with_room(model: str, longest: int, folder: str) -> str:
+def model_with_room(model: str, longest: int, folder: str, layers: int | None) -> str:
     """A copy of the model's config that allows prompts of this length."""
-    config = json.loads((pathlib.Path(model) / "config.json").read_text())
-    (pathlib.Path(folder) / "config.json").write_text(json.dumps(config | {"max_position_embeddings": longest}))
+    config = json.loads((pathlib.Path(model) / "config.json").read_text()) | {"max_position_embeddings": longest}
+    config |= {} if layers is None else {"num_hidden_layers": layers}
+    (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -49,10 +53,13 @@ class Contexts:
             sys.exit("a request ended early")
         return time.perf_counter() - start
 
-    def measure(self, length: int, batch: int) -> tuple[float, list[float]]:
+    def measure(self, length: int, batch: int) -> tuple[list[float], list[float]]:
         """Seconds to compute `batch` prompts, and tokens a second after them."""
-        prompts = self.prompts(length, batch)
-        prefill = self.seconds(prompts, 1)
+        repeats = self.repeats if batch == 1 and length <= REPEATED else 1
+        prefill = []
+        for _ in range(repeats):
+            prompts = self.prompts(length, batch)
+            prefill.append(self.seconds(prompts, 1))
         self.seconds(prompts, OUTPUTS[1])  # captures the step's graph
         rates = []
         for _ in range(self.repeats):
@@ -68,8 +75,10 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="sparse")
     parser.add_argument("--lens", type=int, nargs="+", default=[65000], help="tokens of a prompt, one request")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="requests, of the first length")
+    parser.add_argument("--layers", type=int, help="of the model's, the first so many")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engine", action="append", default=[], metavar="OPTION=VALUE", help="e.g. sparse_budget=4096")
+    parser.add_argument("--name", help="of the result's file, which is then none of the summary's")
     parser.add_argument("--out", help="folder for the results (default: benchmarks/results/<device>)")
     args = parser.parse_args()
     from gossamer import LLM
@@ -82,17 +91,17 @@ def main() -> None:
     options |= {k: int(v) if v.isdigit() else v for k, v in (option.split("=", 1) for option in args.engine)}
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = model_with_room(args.model, longest, folder)
+        path = model_with_room(args.model, longest, folder, args.layers)
         shared = {"load_format": "dummy", "seed": 0, "skip_tokenizer_init": True, "disable_progress": True}
         with LLM(path, device=args.device, **shared, **options) as llm:
             contexts = Contexts(llm, args.repeats)
-            contexts.measure(min(20000, args.lens[0]), 1)  # compiles
+            contexts.seconds(contexts.prompts(args.lens[0], 1), OUTPUTS[0])  # compiles
             cases = [(args.lens[0], batch) for batch in args.batches] + [(length, 1) for length in args.lens[1:]]
             for length, batch in cases:
                 prefill, rates = contexts.measure(length, batch)
-                found |= {f"decode.{length}.b{batch}": rates, f"prefill_s.{length}.b{batch}": [prefill]}
-                step = 1e3 * batch / statistics.median(rates)
-                print(f"{length:>8} tokens x {batch}: prefill {prefill:.2f} s, decode {step:.2f} ms a step", flush=True)
+                found |= {f"decode.{length}.b{batch}": rates, f"prefill_s.{length}.b{batch}": prefill}
+                step, seconds = 1e3 * batch / statistics.median(rates), statistics.median(prefill)
+                print(f"{length:>8} tokens x {batch}: prefill {seconds:.2f} s, decode {step:.3f} ms a step", flush=True)
             best = ceilings.measure(detect(llm.info.config.device))
             report = {"device": llm.info.device_name, "all": found, "ceilings": best}
             report["floor"] = {
@@ -108,15 +117,18 @@ def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     device = report.pop("device")
     folder = pathlib.Path(args.out or standard.ROOT / "results" / standard.slug(device))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"long_{args.kind}.json"
+    path = folder / (args.name or f"long_{args.kind}.json")
     median = {name: statistics.median(values) for name, values in report["all"].items()}
     shapes = {"model": pathlib.Path(args.model).name, "load_format": "dummy", "outputs": list(OUTPUTS)}
     shapes |= {"engine": args.engine, "lens": args.lens}
+    shapes |= {} if args.layers is None else {"layers": args.layers}
     facts = environment(device, "python benchmarks/serving/long_context.py")
     whole = {**facts, "unit": "tokens per second; seconds", "shapes": shapes, "repeats": args.repeats}
     path.write_text(json.dumps({**whole, "median": median, **report}, indent=1) + "\n")
     decode = {f"long.{args.kind}.decode.b{b}": median.get(f"decode.65000.b{b}") for b in args.batches}
-    standard.update_summary(folder, path, decode | {f"long.{args.kind}.prefill_s": median.get("prefill_s.65000.b1")})
+    if args.layers is None and args.name is None:
+        prefill = {f"long.{args.kind}.prefill_s": median.get("prefill_s.65000.b1")}
+        standard.update_summary(folder, path, decode | prefill)
     for name, value in median.items():
         floor = report["floor"].get(name)
         print(f"{name:<24}{value:>12,.4g}" + (f"   floor {floor:,.4g} ({value / floor:.0%})" if floor else ""))

@@ -15,6 +15,7 @@ from gossamer.ops.sparse import (
     reference,
     sparse_attention,
     sparse_decode,
+    triton_decode,
     triton_prefill,
     write_summaries,
 )
@@ -94,7 +95,6 @@ def test_prefill(rule: Selection, heads: tuple[int, int, int], planes: int, monk
     spans = [(0, 60, 110), (1, 40, 61), (2, 88, 90)]
     expected = double(cache).run(spans, rule)
     monkeypatch.setattr(triton_prefill, "_UNIT", 4)
-    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (8, 1))  # fewer steps to interpret
     for workspace_bytes in (1 << 30, 1):
         monkeypatch.setattr(triton_prefill, "_WORKSPACE_BYTES", workspace_bytes)
         found = cache.run(spans, rule, "triton")
@@ -179,7 +179,6 @@ def test_fp8_pages_count_as_what_they_stand_for(monkeypatch: pytest.MonkeyPatch)
     expected = test_sparse.decode(exact, lens, slots, rule)
     found = test_sparse.decode(cache, lens, slots, rule, "triton", workspace=workspace(cache, 4, 5), **scales)
     check(found, expected, torch.float32)
-    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (8, 1))
     spans = [(0, 80, 110), (1, 45, 61)]
     q, token_slots, positions = cache.tokens(spans)
     out = torch.full_like(q, torch.nan)
@@ -193,14 +192,12 @@ def test_fp8_pages_count_as_what_they_stand_for(monkeypatch: pytest.MonkeyPatch)
 
 
 @on_cpu
-@pytest.mark.parametrize(("bits", "whole"), [(1, True), (2, False), (4, True), (4, False)])
-def test_the_kernel_selects_what_the_reference_does(bits: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [16384, 64, 32])
+def test_the_kernel_selects_what_the_reference_does(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very same blocks, with many ties, zeros and subnormal scores among them."""
-    monkeypatch.setattr(sparse_kernels, "select_cut", lambda block, decode: (bits, 1))
-    monkeypatch.setattr(sparse_kernels, "_SELECT_BLOCK", 32)
-    monkeypatch.setattr(sparse_kernels, "_SELECT_WHOLE", 4096 if whole else 0)
-    rule, num_pages = Selection(9, 1, 2, 0), 75
-    positions = torch.tensor([num_pages * PAGE - 1, 700, 145, 130, 40, 3], dtype=torch.int32)
+    monkeypatch.setattr(sparse_kernels, "_SELECT_MOST", most)
+    rule, num_pages = Selection(9, 1, 2, 0), 175
+    positions = torch.tensor([num_pages * PAGE - 1, 2700, 145, 130, 40, 3], dtype=torch.int32)
     scores = torch.rand(6, 2, num_pages).mul(8).round() / 4
     scores[0] *= 1e-42
     scores[1, 0] = torch.rand(num_pages)
@@ -259,43 +256,115 @@ def test_a_million_positions() -> None:
     check(out, expected, torch.float32)
 
 
-@on_cpu
-@pytest.mark.parametrize(("decode", "splits"), [(True, 1), (True, 3), (False, 1)])
-def test_compressed_entries_are_scored_and_attended_to_as_nsa_says(decode: bool, splits: int) -> None:
+def nsa_case() -> tuple[torch.Tensor, ...]:
     """Four entries a page of 64, with overlap; what is not visible yet is NaN."""
-    q_heads, kv_heads, dim, num_pages = 6, 2, 16, 12
+    kv_heads, dim, num_pages = 2, 16, 12
     slots = torch.tensor([0, 0, 1, 1, -1], dtype=torch.int32)
     positions = torch.tensor([num_pages * 64 - 1, 500, 255, 30, 9], dtype=torch.int32)
-    rule, entries = Selection(6, 1, 2, 0), nsa_entries()
     table = torch.randperm(2 * num_pages, dtype=torch.int32).view(2, num_pages)
     k, v = (torch.randn(2 * num_pages, kv_heads, 4, dim) for _ in range(2))
     k[table[0, 0], :, 0] = v[table[0, 0], :, 0] = torch.nan  # entry 0 would begin before the sequence
     k[table[1, 4:].long()] = v[table[1, 4:].long()] = torch.nan
-    q = torch.randn(5, q_heads, dim)
-    group_p = 16 if decode else 4
-    peaks, sums = torch.full((2, 5, kv_heads, splits, group_p), torch.nan)
-    parts = torch.full((5, kv_heads, splits, group_p, dim), torch.nan)
-    scores = torch.full((5, kv_heads, num_pages), torch.nan)
-    at = positions + 1 if decode else positions
+    return torch.randn(5, 6, dim), k, v, table, slots, positions
+
+
+@on_cpu
+def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
+    q, k, v, table, slots, positions = nsa_case()
+    rule, entries, (kv_heads, dim) = Selection(6, 1, 2, 0), nsa_entries(), (2, 16)
+    peaks, sums = torch.full((2, 5, kv_heads, 1, 4), torch.nan)
+    parts = torch.full((5, kv_heads, 1, 4, dim), torch.nan)
+    scores = torch.full((5, kv_heads, 12), torch.nan)
     for kept in (None, scores):
         sparse_kernels.entry_pass(
-            q, (k,), v if kept is None else None, table, slots, at, rule, entries, 0.25, 64, (peaks, sums, parts),
-            kept, decode=decode,
+            q, (k,), v if kept is None else None, table, slots, positions, rule, entries, 0.25, 64,
+            (peaks, sums, parts), kept,
         )  # fmt: skip
     heads = q.view(5, kv_heads, -1, dim).double()
     for row in range(3):
         slot, position = slots[row : row + 1], positions[row : row + 1]
-        logits = reference.entry_logits(heads[row : row + 1], (k.double(),), table, slot, num_pages, 0.25)
+        logits = reference.entry_logits(heads[row : row + 1], (k.double(),), table, slot, 12, 0.25)
         expected = reference.block_scores(logits, position, entries, 64)
         last = int(position) // 64 - rule.local  # later blocks are forced
         torch.testing.assert_close(
             scores[row, :, : last + 1].double(), expected[0, :, : last + 1], rtol=1e-5, atol=1e-7
         )
-        seen = reference.visible_entries(position, 4 * num_pages, entries, 64)[0]
-        weights = torch.softmax(logits[0][..., seen], -1)
+        seen = reference.visible_entries(position, 48, entries, 64)[0]
         values = v[table[slot[0]].long()].double().transpose(0, 1).flatten(1, 2)[:, seen]
-        share = torch.softmax(
-            peaks[row, :, :, :3].double() * 0.6931471805599453 + sums[row, :, :, :3].double().log(), 1
-        )
-        found = (parts[row, :, :, :3].double() * share[..., None]).sum(1)
-        torch.testing.assert_close(found, weights @ values, rtol=1e-5, atol=1e-6)
+        found = parts[row, :, 0, :3].double()
+        torch.testing.assert_close(found, torch.softmax(logits[0][..., seen], -1) @ values, rtol=1e-5, atol=1e-6)
+
+
+@on_cpu
+@pytest.mark.parametrize(("splits", "block"), [(1, 1024), (3, 4)])
+def test_a_row_of_decode_chooses_by_compressed_entries(
+    splits: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, table, slots, positions = nsa_case()
+    rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
+    monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_decode, "_SHORT", block)
+    monkeypatch.setattr(triton_decode, "_LONG", 8 * block)
+    monkeypatch.setattr(triton_decode, "_BLOCK_N", 16)
+    pages = torch.full((5, kv_heads, rule.num_blocks), -7, dtype=torch.int32)
+    compressed, arrivals = torch.full_like(q, torch.nan), torch.zeros(10, dtype=torch.int32)
+    keys = torch.empty(1, kv_heads, 64, q.shape[2])
+    triton_decode.choose_pages(
+        q, (keys, None), (k,), v, (table, slots, positions + 1), rule, entries, 0.25, compressed, arrivals, pages, 768,
+        False,
+    )  # fmt: skip
+    assert not arrivals.any()
+    for row in range(4):
+        slot, position = slots[row : row + 1], positions[row : row + 1]
+        heads = q[row].view(1, kv_heads, -1, q.shape[2]).double()
+        logits = reference.entry_logits(heads, (k.double(),), table, slot, 12, 0.25)
+        chosen = reference.select(reference.block_scores(logits, position, entries, 64), position, rule, 64)[0]
+        for ids, found in zip(chosen, pages[row], strict=True):
+            ids = ids[ids >= 0]
+            assert found[: len(ids)].tolist() == table[slot[0], ids].tolist()
+        seen = reference.visible_entries(position, 48, entries, 64)
+        expected = reference.attend_entries(logits, v.double(), table, slot, seen).view(q[row].shape)
+        torch.testing.assert_close(compressed[row].double(), expected, rtol=1e-5, atol=1e-6)
+    assert (pages[4] == -7).all()
+    assert not compressed[4].any()
+
+
+@on_cpu
+@pytest.mark.parametrize(("local", "max_seq_len"), [(1, 200), (2, 200), (2, 64)])
+def test_decode_summarises_the_pages_that_it_completes(local: int, max_seq_len: int) -> None:
+    """Within the launch that scores, or where a row could see them, or no row is scored, ahead of it."""
+    cache = Cache([200, 64], 2, PAGE, (4, 2, 16), torch.float32)
+    lens, slots = [16 * 12, 64, 50, 0], [0, 1, 0, 1]
+    lens = [min(n, max_seq_len) for n in lens]
+    found = tuple(torch.full_like(s, torch.nan) for s in cache.summaries)
+    expected = tuple(s.clone() for s in found)
+    where = torch.tensor(slots, dtype=torch.int32), torch.tensor([n - 1 for n in lens], dtype=torch.int32)
+    kept = where[1] >= 0
+    write_summaries(cache.k_pages, expected, cache.page_table, *(x[kept] for x in where), backend="reference")
+    q = torch.randn(4, 4, 16)
+    rule = Selection(6, 1, local, 100)
+    for backend in ("triton", "reference"):
+        planes = tuple(s.clone() for s in found)
+        sparse_decode(
+            q, cache.k_pages, cache.v_pages, planes, cache.page_table, where[0], where[1] + 1, rule,
+            page_entries(rule, PAGE), 0.25, torch.empty_like(q), workspace=workspace(cache, 4, 3),
+            max_seq_len=max_seq_len, summarise=True, backend=backend,
+        )  # fmt: skip
+        for plane, wanted in zip(planes, expected, strict=True):
+            torch.testing.assert_close(plane, wanted, equal_nan=True, rtol=1e-6, atol=1e-6)
+        assert not planes[0].isnan().all()
+
+
+@on_cpu
+@pytest.mark.parametrize("longest", [32, 16384])
+def test_long_rows_and_many_take_several_launches(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores beyond what the choosing program holds, and fewer rows in a launch than there are."""
+    monkeypatch.setattr(triton_decode, "_SHORT", 8)
+    monkeypatch.setattr(triton_decode, "_LONG", longest)
+    monkeypatch.setattr(triton_decode, "_LOGITS_BYTES", 2 * 4 * 4 * 38)
+    cache = Cache([600, 330], 1, PAGE, (4, 2, 16), torch.float32)
+    cache.summarise("triton")
+    rule, lens, slots = Selection(9, 1, 2, 100), [600, 330, 90, 599, 0], [0, 1, 0, 0, -1]
+    expected = test_sparse.decode(double(cache), lens, slots, rule)
+    found = test_sparse.decode(cache, lens, slots, rule, "triton", workspace=workspace(cache, 5, 5))
+    check(found, expected, torch.float32)

@@ -146,7 +146,7 @@ class BlockTopKLayer(gqa.GQALayer):
         planes: Sequence[torch.Tensor], q: torch.Tensor,
     ) -> None:  # fmt: skip
         super().project(stream, norm, cos, sin, plan, planes, q)
-        if self._window is None:
+        if self._window is None and plan.num_decode < len(q):  # else `attend` does it
             k_pages, _, scales = gqa.split_planes(planes)
             write_summaries(
                 k_pages, self._summaries(planes), plan.page_table, plan.token_slots, plan.positions,
@@ -170,7 +170,7 @@ class BlockTopKLayer(gqa.GQALayer):
             sparse_decode(
                 q[:n], k_pages, v_pages, summaries, plan.page_table, plan.slots[:n], plan.seq_lens[:n], rule,
                 self._entries, self._scale, dense[:n], out_scales=out_scales, workspace=plan.workspace,
-                **scales, max_seq_len=plan.max_seq_len, backend=backend,
+                **scales, max_seq_len=plan.max_seq_len, summarise=n == len(q), backend=backend,
             )  # fmt: skip
         if len(plan.slots) > n:
             self.attend_chunks(q[n:], plan, planes, dense[n:], below=rule.dense_below)

@@ -197,7 +197,7 @@ class NSALayer(gqa.GQALayer):
             sparse_decode(
                 queries[:n], k_pages, v_pages, keys, plan.page_table, plan.slots[:n], plan.seq_lens[:n], rule, entries,
                 self._scale, selected[:n], **scales, values=values, compressed=compressed[:n],
-                workspace=plan.workspace, max_seq_len=plan.max_seq_len, backend=self._backend,
+                workspace=plan.workspace, max_seq_len=plan.max_seq_len, summarise=False, backend=self._backend,
             )  # fmt: skip
         if len(plan.slots) > n:
             sparse_attention(

@@ -77,19 +77,20 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None = None, k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None = None, max_seq_len: int, backend: str = "auto",
+    workspace: DecodeWorkspace | None = None, max_seq_len: int, summarise: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """As `ops.attention.paged_decode`, each row to the blocks that `rule` gives it, a short one to all."""
+    """As `ops.attention.paged_decode`, each row to the blocks that `rule` gives it, a short one to all.
+
+    summarise: does the work of `write_summaries` for these tokens too.
+    """
     require_scales(k_pages, v_pages, k_scales, v_scales)
     run = reference.sparse_decode
     if use_kernel(q, backend):
-        from gossamer.ops.sparse import triton
-
-        run = triton.sparse_decode
+        from gossamer.ops.sparse.triton_decode import sparse_decode as run
     run(
         q, k_pages, v_pages, summaries, page_table, slots, seq_lens, rule, entries, scale, out,
         out_scales=out_scales, k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed,
-        workspace=workspace, max_seq_len=max_seq_len,
+        workspace=workspace, max_seq_len=max_seq_len, summarise=summarise,
     )  # fmt: skip
 
 

@@ -228,8 +228,11 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None, max_seq_len: int,
+    workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
 ) -> None:  # fmt: skip
+    present = torch.where(seq_lens > 0, slots, -1)
+    if summarise:
+        write_summaries(k_pages, summaries, page_table, present, seq_lens - 1, k_scales)
     dense = out if out_scales is None else torch.empty_like(q)
     pages = q, k_pages, v_pages
     short = torch.where(seq_lens <= rule.dense_below, seq_lens, 0)
@@ -237,7 +240,6 @@ def sparse_decode(
         *pages, page_table, slots, short, scale, dense, out_scales=None, window=None, sinks=None, workspace=None,
         max_seq_len=max_seq_len, k_scales=k_scales, v_scales=v_scales,
     )  # fmt: skip
-    present = torch.where(seq_lens > 0, slots, -1)
     sparse_attention(
         *pages, summaries, page_table, present, seq_lens - 1, rule, entries, scale, dense, max_seq_len=max_seq_len,
         k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed,

@@ -297,10 +297,7 @@ def sparse_attention(
         if compressed is not None and begin:
             state[1].zero_()
         for kept, mixed in ((None, values), (scores, None)):
-            entry_pass(
-                part, summaries, mixed, page_table, slots, at, rule, entries, scale, page_size, state, kept,
-                decode=False,
-            )  # fmt: skip
+            entry_pass(part, summaries, mixed, page_table, slots, at, rule, entries, scale, page_size, state, kept)
         if compressed is not None:
             merge_splits(state, compressed[begin:end])
         select(scores, page_table, slots, at, rule, page_size, listed, decode=False)

@@ -1,0 +1,315 @@
+"""Decode: one launch scores, its last program of a row to arrive selects, and another attends to what was selected."""
+
+import torch
+import triton
+import triton.language as tl
+
+from gossamer.ops.attention import triton_decode
+from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
+from gossamer.ops.attention.workspace import DecodeWorkspace
+from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.sparse.selection import Entries, Selection
+from gossamer.ops.sparse.triton import (
+    entry_rows,
+    entry_state,
+    load_keys,
+    logits_of,
+    select_row,
+    summarise,
+    to_keys,
+    write_summaries,
+)
+from gossamer.ops.sparse.triton_nsa import merge_splits
+
+_BLOCK_N = 64
+# Scores that a choosing program holds, of a short row and of a long one, which has a launch of its own; it reads others
+# again for every two bits.
+_SHORT, _LONG = 1024, 16384
+# Bytes of logits at a time: what rows of a step exceed it follow in another launch.
+_LOGITS_BYTES = 128 << 20
+
+
+@triton.jit
+def _probabilities(logits, whole, low, end, GROUP: tl.constexpr, GROUP_T: tl.constexpr, BLOCK: tl.constexpr):
+    """Of entries low .. low + BLOCK - 1, summed over the group; zeros from `end` on."""
+    n, g = low + tl.arange(0, BLOCK), tl.arange(0, GROUP_T)
+    known = (n < end)[:, None] & (g < GROUP)[None, :]
+    at = logits + n[:, None] * GROUP + g[None, :]
+    return tl.sum(tl.exp2(tl.load(at, mask=known, other=float("-inf"), cache_modifier=".cg") - whole[None, :]), 1)
+
+
+@triton.jit
+def _score_blocks(
+    logits, probabilities, whole, low, end, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of blocks low .. low + BLOCK - 1, which are entries or, of NSA, made of the probabilities of their entries."""
+    if PER == 1:
+        total = _probabilities(logits, whole, low, end, GROUP, GROUP_T, BLOCK)
+    else:
+        at = (low + tl.arange(0, BLOCK)) * PER
+        total = tl.load(probabilities + at + PER, mask=at + PER < end, other=0.0)
+        for i in tl.static_range(PER):
+            total += tl.load(probabilities + at + i, mask=at + i < end, other=0.0) * (1.0 if i == 0 else 2.0)
+    return total
+
+
+@triton.jit
+def _choose(
+    logits, peaks, sums, scores, table, pages, position, end, active,
+    BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
+    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
+    LIST_P: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be.
+
+    A BLOCK of CHUNK scores or fewer is all that there may be.
+    """
+    g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
+    known = (s < active)[:, None] & (g < GROUP)[None, :]
+    part = s[:, None] * GROUP_P + g[None, :]
+    highest = tl.load(peaks + part, mask=known, other=LOW, cache_modifier=".cg")
+    peak = tl.max(highest, 0)
+    total = tl.load(sums + part, mask=known, other=0.0, cache_modifier=".cg") * tl.exp2(highest - peak[None, :])
+    whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
+    last = position // PAGE
+    stop = tl.maximum(last - LOCAL + 1, FIRST)
+    if PER > 1:
+        START: tl.constexpr = BEGIN // PER * PER
+        for low in range(START, end, CHUNK):
+            n = low + tl.arange(0, CHUNK)
+            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, CHUNK), mask=n < end)
+        tl.debug_barrier()
+    probabilities = scores
+    if PER > 1:
+        scores += tl.cdiv(end, PER) * PER + PER
+    if BLOCK <= CHUNK:
+        found = _score_blocks(logits, probabilities, whole, FIRST, end, PER, GROUP, GROUP_T, BLOCK)
+        held = to_keys(found, FIRST + tl.arange(0, BLOCK) < stop)
+    else:
+        for low in range(FIRST, stop, CHUNK):
+            block = low + tl.arange(0, CHUNK)
+            found = _score_blocks(logits, probabilities, whole, low, end, PER, GROUP, GROUP_T, CHUNK)
+            tl.store(scores + block, found, mask=block < stop)
+        tl.debug_barrier()
+        held = load_keys(scores, FIRST + tl.arange(0, BLOCK), stop)
+    select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK)
+
+
+@triton.jit
+def _row(
+    slots, seq_lens, row, dense_below, BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Slot and position of a row, whether it is scored, the end of the entries it sees, and their cut: how many of them
+    a program takes, and how many programs take some."""
+    START: tl.constexpr = BEGIN // PER * PER
+    STRIDE: tl.constexpr = PAGE // PER
+    slot = tl.load(slots + row)
+    position = tl.load(seq_lens + row) - 1
+    todo = (slot >= 0) & (position >= tl.maximum(dense_below, 0))
+    end = tl.where(todo, tl.maximum(position + 1 - TAIL, 0) // STRIDE, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(end - START, SPLITS), BLOCK_N), 1) * BLOCK_N
+    return slot, position, todo, end, share, tl.maximum(tl.cdiv(end - START, share), 1)
+
+
+@triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
+def _score_kernel(
+    q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits, scores,
+    arrivals, pages, table_stride, logit_stride, score_stride, scale_log2, dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
+    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, BOUNDS: tl.constexpr,
+    ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: a row's query heads of a KV head against a part of the entries that it sees.
+
+    It leaves their logits, each head's maximum and sum of exponentials (ATTEND: and its attention to `values`); the
+    last of a row to arrive chooses the row's pages. SUMMARISE: and of a page's last token, the page's summary.
+    EARLY: no kernel ahead in this step wrote an entry that a row sees; the first ones are read before the wait.
+    """
+    START: tl.constexpr = BEGIN // PER * PER
+    row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    head = tl.program_id(1)
+    slot, position, todo, end, share, active = _row(
+        slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
+    )
+    table = page_table + slot.to(tl.int64) * table_stride
+    begin = START + split * share
+    stop = tl.minimum(end, begin + share)
+    n = tl.arange(0, BLOCK_N)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_wait()
+    low_rows = entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    if BOUNDS:
+        high_rows = entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_wait()
+    if SUMMARISE:  # noqa: SIM102 - known when compiling
+        if (split == 0) & (slot >= 0) & (position > 0) & (position % PAGE == PAGE - 1):
+            page = tl.load(table + position // PAGE)
+            summarise(k_pages, k_scales, first, second, page, head, NUM_KV_HEADS, PAGE, HEAD_DIM, BOUNDS, SCALED)
+    if todo & (split < active):
+        row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
+        g = tl.arange(0, GROUP_P)
+        d = tl.arange(0, HEAD_DIM)
+        real = g < GROUP
+        q_rows = q + ((row_head * GROUP + g) * HEAD_DIM)[:, None] + d[None, :]
+        queries = tl.load(q_rows, mask=real[:, None], other=0.0)
+        logits += row_head * logit_stride
+        peak = tl.full([GROUP_P], LOW, tl.float32)
+        total = tl.zeros([GROUP_P], tl.float32)
+        mixed = tl.zeros([GROUP_P, HEAD_DIM if ATTEND else 16], tl.float32)
+        for low in range(begin, stop, BLOCK_N):
+            index = low + n
+            x = logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
+            following = index + BLOCK_N
+            low_rows = entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+            if BOUNDS:
+                high_rows = entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+            x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
+            tl.store(logits + index[None, :] * GROUP + g[:, None], x, mask=real[:, None] & (index < stop)[None, :])
+            highest = tl.maximum(peak, tl.max(x, 1))
+            fade = tl.exp2(peak - highest)
+            p = tl.exp2(x - highest[:, None])
+            total = total * fade + tl.sum(p, 1)
+            peak = highest
+            if ATTEND:
+                v = tl.trans(entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
+                v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
+                p = p.to(queries.dtype)
+                mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
+        at = (row_head * SPLITS + split) * GROUP_P + g
+        tl.store(peaks + at, peak, mask=real)
+        tl.store(sums + at, total, mask=real)
+        if ATTEND:
+            mixed = mixed / tl.maximum(total, 1e-30)[:, None]
+            tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=real[:, None])
+        tl.debug_barrier()
+        counter = arrivals + row * NUM_KV_HEADS + head
+        arrived = 0
+        if active > 1:
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if arrived == active - 1:
+            tl.store(counter, 0)
+        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST <= SHORT):
+            state = row_head * SPLITS * GROUP_P
+            _choose(
+                logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
+                position, end, active, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P,
+                PAGE, SHORT, SHORT,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
+def _choose_kernel(
+    page_table, slots, seq_lens, peaks, sums, logits, scores, pages, table_stride, logit_stride, score_stride,
+    dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
+    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: a row and KV head of more than SHORT blocks to score. It holds more than those that score could."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    slot, position, todo, end, _, active = _row(
+        slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
+    )
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if todo & (position // PAGE - LOCAL + 1 - FIRST > SHORT):
+        row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
+        state = row_head * SPLITS * GROUP_P
+        _choose(
+            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride,
+            page_table + slot.to(tl.int64) * table_stride, pages + row_head * LIST, position, end, active,
+            BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P, PAGE, CHUNK, BLOCK,
+        )  # fmt: skip
+
+
+def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
+    """Programs that share a row's entries: enough to fill the device, each with a block at least."""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    wanted = triton.cdiv(4 * num_sms, num_rows * num_kv_heads)
+    return max(1, min(wanted, triton.cdiv(num_entries, _BLOCK_N), 64))
+
+
+def choose_pages(
+    q: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor | None], planes: tuple[torch.Tensor, ...],
+    values: torch.Tensor | None, where: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rule: Selection,
+    entries: Entries, scale: float, compressed: torch.Tensor | None, arrivals: torch.Tensor, pages: torch.Tensor,
+    max_seq_len: int, summarise: bool,
+) -> None:  # fmt: skip
+    """Fills pages [num_rows, num_kv_heads, list] of the rows longer than `rule.dense_below`, the last page last."""
+    num_rows, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = keys[0].shape[1:3]
+    group = num_q_heads // num_kv_heads
+    group_p = max(16, triton.next_power_of_2(group))
+    num_pages = triton.cdiv(max_seq_len, page_size)
+    num_entries = num_pages * entries.per_block
+    splits = num_splits(num_rows, num_kv_heads, num_entries, q.device)
+    state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
+    logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
+    # With several entries a block, their probabilities stand before the blocks' scores.
+    before = 0 if entries.per_block == 1 else num_entries + entries.per_block
+    scores = q.new_empty(num_rows, num_kv_heads, before + num_pages, dtype=torch.float32)
+    strides = where[0].stride(0), logits.stride(1), scores.stride(1)
+    shape = {
+        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
+        "LOCAL": rule.local, "TOP": rule.num_scored, "LIST": pages.shape[2],
+        "LIST_P": triton.next_power_of_2(pages.shape[2]), "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
+        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": _BLOCK_N,
+        "SPLITS": splits, "SPLITS_P": triton.next_power_of_2(splits), "SHORT": _SHORT,
+    }  # fmt: skip
+    options = overlap_options(q)
+    _score_kernel[(num_rows * splits, num_kv_heads)](
+        q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages, *strides,
+        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1,
+        ATTEND=values is not None, EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
+        num_warps=4, **options,
+    )  # fmt: skip
+    if num_pages - rule.first - rule.local + 1 > _SHORT:
+        _choose_kernel[(num_rows, num_kv_heads)](
+            *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
+            BLOCK=min(_LONG, triton.next_power_of_2(num_pages)), num_warps=16, **options,
+        )  # fmt: skip
+    if compressed is not None:
+        merge_splits(state, compressed)
+
+
+def sparse_decode(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
+    page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
+    scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
+) -> None:  # fmt: skip
+    num_rows, num_q_heads, _ = q.shape
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    scored = num_rows > 0 and max_seq_len > rule.dense_below
+    # A row of a step may see what another of the same step completes, unless that is a page away.
+    within = summarise and scored and entries.tail > page_size
+    if summarise and not within:
+        write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
+    selected = None
+    if scored:
+        if workspace is None or workspace.arrivals.numel() < num_rows * num_kv_heads:
+            raise ValueError(f"sparse_decode needs a DecodeWorkspace of {num_rows} rows")
+        pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks)
+        selected = pages, rule.dense_below
+        per_row = 4 * triton.cdiv(max_seq_len, page_size) * entries.per_block * num_q_heads
+        step = max(1, _LOGITS_BYTES // per_row)
+        for rows in (slice(low, low + step) for low in range(0, num_rows, step)):
+            choose_pages(
+                q[rows], (k_pages, k_scales), summaries, values, (page_table, slots[rows], seq_lens[rows]), rule,
+                entries, scale, None if compressed is None else compressed[rows], workspace.arrivals, pages[rows],
+                max_seq_len, within,
+            )  # fmt: skip
+    triton_decode.paged_decode(
+        q, k_pages, v_pages, page_table, slots, seq_lens, scale, out, out_scales=out_scales, window=None, sinks=None,
+        k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len, selected=selected,
+    )  # fmt: skip
