@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gossamer.config import DeviceCeilings, Hardware
+from gossamer.ops.cpu import wide_linear, wide_products
 from gossamer.runtime.hardware import has_fp8
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,9 @@ def _matmul_rate(n: int, dtype: str, device: torch.device) -> float:
     one = torch.ones((), device=device)
 
     def product() -> torch.Tensor:
-        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16) if dtype == FP8 else a @ b
+        if dtype == FP8:
+            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+        return wide_linear(a, b) if wide_products(a) else a @ b  # as the layers multiply
 
     return 2 * n**3 / _best_seconds(product, device)
 
