@@ -174,6 +174,17 @@ def native_sparse_attention(config: ConfigReader, traits: Mapping[str, Any]) -> 
     }
 
 
+def partial_rotary(config: dict[str, Any], default: float) -> tuple[dict[str, Any], float]:
+    """The config without its `partial_rotary_factor`, which families that rotate a part of each head read here."""
+    rope = config.get("rope_parameters")
+    inner = dict(rope) if isinstance(rope, dict) else {}
+    given = inner.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), default
+    factor = next(each for each in given if each is not None)
+    if not isinstance(factor, float | int) or not 0 < factor <= 1:
+        raise StartupError(f"partial_rotary_factor must be a number above 0 and up to 1; got {str(factor)[:80]!r}.")
+    return config | {"partial_rotary_factor": None, "rope_parameters": inner}, factor
+
+
 def merge_token_ids(vocab_size: int, *groups: tuple[int, ...]) -> tuple[int, ...]:
     """The distinct ids in order of appearance. Ids outside the vocabulary can never be sampled and are dropped."""
     return tuple(dict.fromkeys(token for group in groups for token in group if 0 <= token < vocab_size))

@@ -33,7 +33,7 @@ _Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def index_config(config: ModelConfig) -> IndexConfig:
     if config.index is None:
-        raise ValueError(f"{config.family}: attention 'dsa' without its indexer")
+        raise ValueError(f"{config.family}: attention {config.attention!r} without its indexer")
     return config.index
 
 
