@@ -81,6 +81,9 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     dense_mlps = _layers(reader, "mlp_layer_types", ("sparse", "dense"), config.get("moe_layer_freq"), default=1)
     freq = raw_sparse.get("sparse_attention_freq")
     full = _layers(reader, "layer_types", ("minimax_m3_sparse", "full_attention"), freq, default=0)
+    values_left_out = raw_sparse.get("sparse_disable_index_value") or []
+    if not all(flag for layer, flag in enumerate(values_left_out) if layer not in full):
+        raise StartupError("sparse_attention_config.sparse_disable_index_value must be set for every sparse layer.")
     swiglu = reader.number("swiglu_alpha", 1.702), reader.number("swiglu_limit", 7.0)
     width, shared = reader.integer("intermediate_size"), reader.integer("shared_intermediate_size")
     shares: dict[str, Any] = {"shared_width": shared} if shared % width else {"num_shared": shared // width}

@@ -181,6 +181,11 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def page_options(name: str) -> dict[str, int]:
+    """Of an engine: MiniMax-M3's blocks are of 16 tokens here, fewer than a page has by default."""
+    return {"page_size": 16} if name.startswith("minimax_m3") else {}
+
+
 def make_model(name: str, **overrides: Any) -> Any:
     """A random model whose every parameter matters: norms are not all ones, biases not zero, attention not flat."""
     prefix, extra = CHECKPOINTS[name]
@@ -189,10 +194,11 @@ def make_model(name: str, **overrides: Any) -> Any:
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    norm = 0.0 if prefix == "MiniMaxM3VL" else 1.0  # its norms multiply by 1 + w
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
-                parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
+                parameter.copy_(norm + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.2)
         for buffer_name, buffer in model.named_buffers():

@@ -11,6 +11,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.mla.triton import check_pages, decode_cut
+from gossamer.ops.sparse.triton import num_at_least, ordered_keys
 
 _SCORE_BYTES = 1 << 28  # of scores at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
@@ -150,28 +151,6 @@ def _score_kernel(
         current = tl.max(tl.where(todo, slot, -1), 0)
 
 
-@triton.jit
-def _keys(scores, low, end, BLOCK: tl.constexpr):
-    """Scores low .. low + BLOCK - 1 as unsigned integers of the same order; from `end` on: 0, below all."""
-    i = low + tl.arange(0, BLOCK)
-    x = tl.load(scores + i, mask=i < end, other=0.0).to(tl.int32, bitcast=True)
-    ordered = tl.where(x < 0, ~x, x ^ -2147483648).to(tl.uint32, bitcast=True)
-    return i, tl.where(i < end, ordered, 0)
-
-
-@triton.jit
-def _num_at_least(bound, held, scores, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """How many keys are at least each of `bound`; all of them are `held` where they are WHOLE."""
-    if WHOLE:
-        many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
-    else:
-        many = tl.zeros_like(bound).to(tl.int32)
-        for low in range(0, end, BLOCK):
-            _, key = _keys(scores, low, end, BLOCK)
-            many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
-    return many
-
-
 @triton.jit(
     do_not_specialize=["score_stride"], do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"]
 )
@@ -191,19 +170,19 @@ def _choose_kernel(
     least = tl.zeros([1], tl.uint32)
     room = TOP
     if end > TOP:
-        _, held = _keys(found, 0, end, BLOCK)
+        _, held = ordered_keys(found, 0, end, BLOCK)
         digit = tl.arange(0, 1 << BITS)
         for step in range(32 // BITS):
             bound = least + (digit.to(tl.uint32) << (32 - BITS - step * BITS))
-            enough = _num_at_least(bound, held, found, end, BLOCK, WHOLE) >= TOP
+            enough = num_at_least(bound, held, found, 0, end, BLOCK, WHOLE) >= TOP
             best = tl.max(tl.where(enough, digit, 0), 0)
             least += best.to(tl.uint32) << (32 - BITS - step * BITS)
-        room = TOP - tl.sum(_num_at_least(least + 1, held, found, end, BLOCK, WHOLE), 0)
+        room = TOP - tl.sum(num_at_least(least + 1, held, found, 0, end, BLOCK, WHOLE), 0)
     before = 0
     equals = 0
     table = page_table + slot.to(tl.int64) * table_stride
     for low in range(0, end, BLOCK):
-        i, key = _keys(found, low, end, BLOCK)
+        i, key = ordered_keys(found, low, end, BLOCK)
         equal = (key == least) & (i < end)
         rank = equals + tl.cumsum(equal.to(tl.int32), 0)
         taken = (i < end) & ((key > least) | (equal & (rank <= room)))

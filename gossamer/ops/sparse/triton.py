@@ -13,6 +13,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
+from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
@@ -199,22 +200,24 @@ def _entries_kernel(
 
 
 @triton.jit
-def _keys(scores, low, end, BLOCK: tl.constexpr):
-    """Scores low .. low + BLOCK - 1 as integers of the same order: none is negative. From `end` on: -1."""
+def ordered_keys(scores, low, end, BLOCK: tl.constexpr):
+    """Scores low .. low + BLOCK - 1 as unsigned integers of the same order; from `end` on: 0, below all."""
     i = low + tl.arange(0, BLOCK)
-    x = tl.load(scores + i, mask=i < end, other=0.0).to(tl.int32, bitcast=True)
-    return i, tl.where(i < end, x, -1)
+    x = tl.load(scores + i, mask=i < end, other=0.0)
+    x = tl.where(x == x, x, float("inf")).to(tl.int32, bitcast=True)  # a NaN's successor could be 0
+    ordered = tl.where(x < 0, ~x, x ^ -2147483648).to(tl.uint32, bitcast=True)
+    return i, tl.where(i < end, ordered, 0)
 
 
 @triton.jit
-def _num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """How many keys are at least each of `bound`; all of them are `held` where they are WHOLE."""
     if WHOLE:
         many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
     else:
-        many = tl.zeros_like(bound)
+        many = tl.zeros_like(bound).to(tl.int32)
         for low in range(begin, end, BLOCK):
-            _, key = _keys(scores, low, end, BLOCK)
+            _, key = ordered_keys(scores, low, end, BLOCK)
             many += tl.sum((key[None, :] >= bound[:, None]).to(tl.int32), 1)
     return many
 
@@ -223,12 +226,12 @@ def _num_at_least(bound, held, scores, begin, end, BLOCK: tl.constexpr, WHOLE: t
 def _select_kernel(
     scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. The TOP best blocks in rising order, by a search for the bits of the least of
-    them; equal ones from the earliest on. FORCED: the first ones stand before them, the local ones behind."""
-    STEPS: tl.constexpr = (31 + BITS - 1) // BITS
+    them; equal ones from the earliest on. FORCED: the first ones stand before them, the local ones behind. A block is
+    PAGES pages; LIST counts pages."""
     row = tl.program_id(0)
     token = row // NUM_KV_HEADS
     slot = tl.load(token_slots + token)
@@ -243,41 +246,43 @@ def _select_kernel(
             tl.store(pages + out + i, tl.full([LIST_P], -1, tl.int32), mask=i < LIST)
         return
     table = page_table + slot.to(tl.int64) * table_stride
-    last = position // PAGE
+    last = position // (PAGE * PAGES)
     end = tl.maximum(last - LOCAL + 1, FIRST)
     count = end - FIRST
     num = tl.minimum(count, TOP)
     found = scores + row.to(tl.int64) * score_stride
-    least = tl.where(count > TOP, 0, -1)
-    above = 0
+    least = tl.zeros([1], tl.uint32)
+    room = TOP
     if count > TOP:
-        _, held = _keys(found, FIRST, end, BLOCK)
+        _, held = ordered_keys(found, FIRST, end, BLOCK)
         digit = tl.arange(0, 1 << BITS)
-        for step in range(STEPS):
-            shift = (STEPS - 1 - step) * BITS
-            bound = least + (digit << shift)
-            many = _num_at_least(bound, held, found, FIRST, end, BLOCK, WHOLE)
-            least += tl.max(tl.where((many >= TOP) & (bound >= 0), digit, 0), 0) << shift
-        above = tl.sum(_num_at_least(least + 1 + tl.arange(0, 1), held, found, FIRST, end, BLOCK, WHOLE), 0)
+        for step in range(32 // BITS):
+            shift = 32 - BITS - step * BITS
+            many = num_at_least(least + (digit.to(tl.uint32) << shift), held, found, FIRST, end, BLOCK, WHOLE)
+            least += tl.max(tl.where(many >= TOP, digit, 0), 0).to(tl.uint32) << shift
+        room = TOP - tl.sum(num_at_least(least + 1, held, found, FIRST, end, BLOCK, WHOLE), 0)
     before = 0
     equals = 0
     if FORCED:
         before = FIRST
     for low in range(FIRST, end, BLOCK):
-        block, key = _keys(found, low, end, BLOCK)
-        equal = (key == least) & (key >= 0)
+        block, key = ordered_keys(found, low, end, BLOCK)
+        equal = (key == least) & (block < end)
         rank = equals + tl.cumsum(equal.to(tl.int32), 0)
-        taken = (key > least) | (equal & (rank <= TOP - above))
+        taken = (key > least) | (equal & (rank <= room))
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(pages + out + at, tl.load(table + block, mask=taken, other=0), mask=taken)
+        for j in tl.static_range(PAGES):
+            page = tl.load(table + block * PAGES + j, mask=taken, other=0)
+            tl.store(pages + out + at * PAGES + j, page, mask=taken)
         equals += tl.sum(equal.to(tl.int32), 0)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
-        block = tl.where(i < FIRST, i, end + i - FIRST - num)
-        forced = ((i < FIRST) | (i >= FIRST + num)) & (i < LIST) & (block <= last)
-        tl.store(pages + out + i, tl.load(table + block, mask=forced, other=0), mask=forced)
+        place = i // PAGES
+        page = tl.where(place < FIRST, place, end + place - FIRST - num) * PAGES + i % PAGES
+        forced = ((place < FIRST) | (place >= FIRST + num)) & (i < LIST) & (page <= position // PAGE)
+        tl.store(pages + out + i, tl.load(table + page, mask=forced, other=0), mask=forced)
     else:
-        tl.store(pages + out + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num) & (i < LIST))
+        tl.store(pages + out + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num * PAGES) & (i < LIST))
 
 
 def entry_pass(
@@ -327,7 +332,7 @@ def select(
     scores: torch.Tensor, page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor,
     rule: Selection, page_size: int, pages: torch.Tensor, *, decode: bool,
 ) -> None:  # fmt: skip
-    """pages [tokens, kv heads, list]: those chosen by score; in decode with the forced ones, by their place."""
+    """pages [tokens, kv heads, list]: of those chosen by score; in decode with the forced ones, by their place."""
     num_tokens, num_kv_heads, num_listed = pages.shape
     num_blocks = triton.next_power_of_2(scores.shape[2])
     whole = num_blocks <= _SELECT_WHOLE
@@ -337,7 +342,7 @@ def select(
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1),
         rule.dense_below, OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode,
         LIST=num_listed, LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size,
-        BITS=bits, BLOCK=block, WHOLE=whole, num_warps=warps, **overlap_options(scores),
+        PAGES=rule.pages, BITS=bits, BLOCK=block, WHOLE=whole, num_warps=warps, **overlap_options(scores),
     )  # fmt: skip
 
 
@@ -358,25 +363,28 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None, max_seq_len: int,
+    index_q: torch.Tensor | None = None, workspace: DecodeWorkspace | None, max_seq_len: int,
 ) -> None:  # fmt: skip
     selected = None
     if len(q) and max_seq_len > rule.dense_below:
         num_rows, num_q_heads, _ = q.shape
         num_kv_heads, page_size = k_pages.shape[1:3]
-        num_pages = triton.cdiv(max_seq_len, page_size)
-        group_p = max(16, triton.next_power_of_2(num_q_heads // num_kv_heads))
-        splits = num_splits(num_rows, num_kv_heads, num_pages * entries.per_block, q.device)
+        num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
         where = page_table, slots, seq_lens
-        state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
-        scores = q.new_empty(num_rows, num_kv_heads, num_pages, dtype=torch.float32)
-        pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks)
-        for kept, mixed in ((None, values), (scores, None)):
-            entry_pass(q, summaries, mixed, *where, rule, entries, scale, page_size, state, kept, decode=True)
-        if compressed is not None:
-            merge_splits(state, compressed)
+        scores = q.new_empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32)
+        pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks * rule.pages)
+        if index_q is not None:
+            index_scores(index_q, summaries[0], *where, rule, scores, decode=True)
+        else:
+            group_p = max(16, triton.next_power_of_2(num_q_heads // num_kv_heads))
+            splits = num_splits(num_rows, num_kv_heads, num_blocks * entries.per_block, q.device)
+            state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
+            for kept, mixed in ((None, values), (scores, None)):
+                entry_pass(q, summaries, mixed, *where, rule, entries, scale, page_size, state, kept, decode=True)
+            if compressed is not None:
+                merge_splits(state, compressed)
         select(scores, *where, rule, page_size, pages, decode=True)
-        selected = pages, rule.dense_below
+        selected = pages, rule.dense_below, rule.pages
     triton_decode.paged_decode(
         q, k_pages, v_pages, page_table, slots, seq_lens, scale, out, out_scales=out_scales, window=None, sinks=None,
         k_scales=k_scales, v_scales=v_scales, workspace=workspace, max_seq_len=max_seq_len, selected=selected,
