@@ -3,7 +3,7 @@
 import functools
 import logging
 import re
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -101,29 +101,18 @@ class StackedExperts:
 
     def add_rms_norm(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
-        residual: torch.Tensor, norm: torch.Tensor, eps: float,
-    ) -> torch.Tensor:  # fmt: skip
-        """The norm of residual + what the experts make of x; the residual becomes the sum."""
+        residual: torch.Tensor, norm: torch.Tensor, eps: float, *, quantize: bool = False,
+    ) -> Any:  # fmt: skip
+        """The norm of residual + what the experts make of x; the residual becomes the sum.
+
+        quantize: of FP8 experts, as 1 x 128 groups.
+        """
         w_gate_up, w_down, scales = self._weights()
         inputs, after = (x, topk_weights, topk_ids, w_gate_up), (residual, norm, eps)
         if scales is None:
             return moe_mlp_add_rms_norm(*inputs, w_down, *after, **self._options)
-        experts = scales[0], w_down, scales[1]
-        normed = fp8_moe_mlp_add_rms_norm(*inputs, *experts, *after, quantized=quantized, **self._options)
-        return cast("torch.Tensor", normed)
-
-    def add_rms_norm_fp8(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
-        residual: torch.Tensor, norm: torch.Tensor, eps: float,
-    ) -> Quantized:  # fmt: skip
-        """`add_rms_norm` of FP8 experts, its result as 1 x 128 groups."""
-        w_gate_up, w_down, scales = self._weights()
-        if scales is None:
-            raise RuntimeError(f"{self.names[0]} is not FP8")
-        experts = w_gate_up, scales[0], w_down, scales[1]
-        options = {"quantized": quantized, "quantize": True} | self._options
-        result = fp8_moe_mlp_add_rms_norm(x, topk_weights, topk_ids, *experts, residual, norm, eps, **options)
-        return cast("Quantized", result)
+        options = self._options | {"quantized": quantized, "quantize": quantize}
+        return fp8_moe_mlp_add_rms_norm(*inputs, scales[0], w_down, scales[1], *after, **options)
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         if self.w_gate_up is None or self.w_down is None:

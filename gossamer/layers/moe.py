@@ -78,7 +78,7 @@ class MoELayer:
         inputs = (x, weights, ids, quantized)
         if self.shared is not None:
             return stacked(*inputs).add_(self.shared(x))
-        fused = partial(stacked.add_rms_norm_fp8, *inputs) if fp8 else None
+        fused = partial(stacked.add_rms_norm, *inputs, quantize=True) if fp8 else None
         return Pending(partial(stacked, *inputs), partial(stacked.add_rms_norm, *inputs), fused)
 
     def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
@@ -104,12 +104,7 @@ class MoELayer:
     def _options(self, device: torch.device) -> dict[str, Any]:
         if self._arrivals is None:
             self._arrivals = torch.zeros(16, dtype=torch.int32, device=device)
-        config = self._config
-        options: dict[str, Any] = {
-            "renormalize": config.renormalize,
-            "score_func": config.score_func,
-            "arrivals": self._arrivals,
-        }
-        options |= {"bias": self.bias, "num_groups": config.num_groups, "topk_groups": config.topk_groups}
-        num_shared = 0 if self.stacked is None else config.num_shared
-        return options | {"group_top": config.group_top, "scale": config.routed_scale, "num_shared": num_shared}
+        config, names = self._config, ("renormalize", "score_func", "num_groups", "topk_groups", "group_top")
+        options = {"bias": self.bias, "arrivals": self._arrivals, "scale": config.routed_scale}
+        options["num_shared"] = 0 if self.stacked is None else config.num_shared
+        return options | {name: getattr(config, name) for name in names}

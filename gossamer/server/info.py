@@ -55,20 +55,14 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
     weights = estimate_weight_bytes(model, fmt)
     total, active = count_parameters(model)
     report: dict[str, Any] = {
-        "model": config.load.model,
-        "family": model.family,
-        "parameters": total,
-        "active_parameters": active,
-        "layers": model.num_layers,
-        "hidden_size": model.hidden_size,
+        "model": config.load.model, "family": model.family, "parameters": total, "active_parameters": active,
+        "layers": model.num_layers, "hidden_size": model.hidden_size,
         "heads": {"query": model.num_q_heads, "kv": model.num_kv_heads, "dim": model.head_dim},
         "experts": {"num": model.moe.num_experts, "per_token": model.moe.top_k} if model.moe else None,
-        "vocab_size": model.vocab_size,
-        "context": model.max_position_embeddings,
-        "dtype": config.load.dtype,
+        "vocab_size": model.vocab_size, "context": model.max_position_embeddings, "dtype": config.load.dtype,
         "quantization": fmt.quantization,
         "kv_bytes_per_token": layout.page_bytes(config.cache.page_size) * model.num_kv_layers // config.cache.page_size,
-    }
+    }  # fmt: skip
     try:
         plan = plan_memory(config, hardware, model, layout, weights)
     except StartupError as error:

@@ -83,9 +83,10 @@ def test_the_published_config() -> None:
     size = sum(math.prod(shape) for shape in expected_shapes(config).values())
     assert size / 1e9 == pytest.approx(427, abs=1)  # 428B with its vision tower
     assert config_of(PUBLISHED | {"architectures": ["MiniMaxM3SparseForCausalLM"]}) == config
-    absent = {key: value for key, value in PUBLISHED.items() if "freq" in key or key == "sparse_attention_config"}
-    absent |= {"partial_rotary_factor": 0.5, "max_position_embeddings": 1048576}
-    assert config_of(absent | {"architectures": ["MiniMaxM3VLForCausalLM"]}) == config  # the others are the defaults
+    defaults = ("swiglu_alpha", "swiglu_limit", "routed_scaling_factor", "rope_theta", "num_experts_per_tok")
+    absent = {key: value for key, value in PUBLISHED.items() if key not in defaults}
+    absent["sparse_attention_config"] = {"sparse_attention_freq": FREQ}
+    assert config_of(absent | {"architectures": ["MiniMaxM3VLForCausalLM"]}) == config
 
 
 @pytest.mark.parametrize(

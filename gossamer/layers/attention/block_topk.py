@@ -130,11 +130,14 @@ class BlockTopKLayer(gqa.GQALayer):
     def _blocks(self, planes: Sequence[torch.Tensor]) -> Selection:
         return self._rule._replace(pages=self._block_size // planes[0].shape[2])
 
+    def _carve(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries of the step's buffer, and those of an indexer that scores blocks instead of summaries (`msa`)."""
+        return q, None
+
     def attend_planned(
         self, q: torch.Tensor, plan: gqa.GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor,
         index_q: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """index_q: scores the blocks instead of summaries (`msa`)."""
         if self._window is not None or not isinstance(plan, SparsePlan):
             super().attend_planned(q, plan, planes, out)
             return
@@ -173,10 +176,8 @@ class BlockTopKLayer(gqa.GQALayer):
         decodes = self._window is not None or plan.num_decode == num_tokens
         return decodes and super().gives_fp8(plan, planes, num_tokens)
 
-    def attend(
-        self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended,
-        index_q: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
+        q, index_q = self._carve(q)
         if self._window is not None:
             super().attend(q, plan, planes, out)
             return

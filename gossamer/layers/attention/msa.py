@@ -12,14 +12,13 @@ import torch
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
-from gossamer.layers.attention.block_topk import BlockTopKLayer, count_pairs, plan, sparse_config
+from gossamer.layers.attention.base import AttentionBatch, PagedPlan, carve
+from gossamer.layers.attention.block_topk import BlockTopKLayer, SparsePlan, count_pairs, plan, sparse_config
 from gossamer.layers.attention.dsa import index_config
 from gossamer.layers.attention.gqa import workspace
 from gossamer.layers.linear import Linear
 from gossamer.layers.residual import ResidualStream
-from gossamer.ops.norm import rms_norm
-from gossamer.ops.rope import apply_rope, rope_write_kv
+from gossamer.ops.rope import rope_write_kv
 
 __all__ = ["build", "cost", "kv_layout", "plan", "workspace"]
 
@@ -61,40 +60,37 @@ class MSALayer(BlockTopKLayer):
             self.linears[0] = self.qkv
             self.norms |= dict.fromkeys(self._index_norms)
 
-    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, and the indexer's queries and key."""
-        width = (self._config.num_q_heads + 2 * self._config.num_kv_heads) * self._config.head_dim
-        return projected[:, :width], projected[:, width:]
+        index_width = (self._index.num_heads + 1) * self._index.head_dim
+        return projected.tensor_split((projected.shape[1] - index_width,), 1)
+
+    def _write_index(
+        self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: SparsePlan | PagedPlan,
+        planes: Sequence[torch.Tensor], q_out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        q_norm, k_norm = map(self.held, self._index_norms)
+        rope_write_kv(
+            projected, self._index.num_heads, 1, self._index.head_dim, cos, sin, plan.positions, plan.token_slots,
+            plan.page_table, planes[-1], None, q_out, q_norm=q_norm, k_norm=k_norm, eps=self._config.rms_norm_eps,
+            backend=self._backend,
+        )  # fmt: skip
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: gqa.GQAPlan, planes: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        if not self._has_index:
+        if not self._has_index or not isinstance(plan, SparsePlan):
             return super().__call__(x, cos, sin, plan, planes)
         qkv, projected = self._split(self.qkv(x))
         q = self.store_planned(qkv, self._config.num_q_heads, cos, sin, plan, planes)
-        *queries, key = projected.split(self._index.head_dim, 1)
-        parts = zip((torch.stack(queries, 1), key[:, None]), self._index_norms, strict=True)
-        eps, backend, pages = self._config.rms_norm_eps, self._backend, planes[-1]
-        normed = [rms_norm(part, self._held(name), eps, backend=backend) for part, name in parts]
-        turned = apply_rope(torch.cat(normed, 1), cos, sin, backend=backend)
-        page, offset = plan.slots // pages.shape[2], plan.slots % pages.shape[2]
-        pages[page, 0, offset] = turned[:, -1].to(pages.dtype)
-        out = q.new_empty(q.shape)
-        self.attend_planned(q, plan, planes, out, turned[:, :-1])
+        index_q, out = q.new_empty(len(q), self._index.num_heads, self._index.head_dim), q.new_empty(q.shape)
+        self._write_index(projected, cos, sin, plan, planes, index_q)
+        self.attend_planned(q, plan, planes, out, index_q)
         return self.o(out.flatten(1))
 
-    def _held(self, name: str) -> torch.Tensor:
-        if (weight := self.norms[name]) is None:
-            raise RuntimeError(f"{name} used before it was loaded")
-        return weight
-
     def _carve(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and index queries of the step's buffer, each contiguous."""
-        (heads, dim), index = self.out_shape, self._index
-        sizes = [len(q) * heads * dim, len(q) * index.num_heads * index.head_dim]
-        queries, index_q = q.view(-1)[: sum(sizes)].split(sizes)
-        return queries.view(len(q), heads, dim), index_q.view(len(q), index.num_heads, index.head_dim)
+        queries, index_q = carve(q, self.out_shape, (self._index.num_heads, self._index.head_dim))
+        return queries, index_q
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,
@@ -106,19 +102,7 @@ class MSALayer(BlockTopKLayer):
             return
         qkv, projected = self._split(stream.product(norm, self.qkv))
         self.store(qkv, cos, sin, plan, planes, queries)
-        q_norm, k_norm = map(self._held, self._index_norms)
-        rope_write_kv(
-            projected, self._index.num_heads, 1, self._index.head_dim, cos, sin, plan.positions, plan.token_slots,
-            plan.page_table, planes[-1], None, index_q, q_norm=q_norm, k_norm=k_norm, eps=self._config.rms_norm_eps,
-            backend=self._backend,
-        )  # fmt: skip
-
-    def attend(
-        self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended,
-        index_q: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        queries, index_q = self._carve(q)
-        super().attend(queries, plan, planes, out, index_q)
+        self._write_index(projected, cos, sin, plan, planes, index_q)
 
 
 def build(config: ModelConfig, layer: int, backend: str) -> MSALayer:

@@ -100,17 +100,15 @@ def _listed(table, pages, index, seq_len, dense_below, LIST: tl.constexpr):
 def _decode_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, out_scales, partials, lse,
     arrivals, pages, num_rows, table_stride, row_stride, head_stride, scale_log2, window, dense_below,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, LIST: tl.constexpr, UNIT: tl.constexpr,
-    PDL: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
+    UNIT: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
     SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values. LIST: rows longer
-    than `dense_below` have that many pages at most, UNIT neighbours each, which each KV head lists; all but the last
-    are seen whole.
+    than `dense_below` have that many pages at most, UNIT by UNIT, which each KV head lists; all but the last are whole.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS

@@ -22,16 +22,9 @@ from gossamer.ops.quantize_fp8 import (
 )
 
 __all__ = [
-    "E4M3_MAX",
-    "FP8_BLOCK",
-    "Fp8Kind",
-    "Quantized",
-    "fp8_linear",
-    "fp8_moe_mlp",
-    "fp8_moe_mlp_add_rms_norm",
-    "quantize_activation",
-    "quantize_weight",
-]
+    "E4M3_MAX", "FP8_BLOCK", "Fp8Kind", "Quantized", "fp8_linear", "fp8_moe_mlp", "fp8_moe_mlp_add_rms_norm",
+    "quantize_activation", "quantize_weight",
+]  # fmt: skip
 
 
 def fp8_linear(

@@ -30,8 +30,8 @@ def rope_write_kv(
 
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], queries || keys || values: each row contiguous.
-        cos, sin: tables [max_position, rotary_dim] or [max_position, 1, rotary_dim] in `apply_rope`'s layout;
-            dimensions from rotary_dim on pass unrotated.
+        cos, sin: tables [max_position, rotary_dim] in `apply_rope`'s layout, for the reference also the tokens' own
+            [num_tokens, 1, rotary_dim]; dimensions from rotary_dim on pass unrotated.
         positions, token_slots: int [num_tokens]. A token of slot -1 is padding: no page changes, its queries are zero.
         page_table: int [num_slots, max_pages].
         k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place. Without `v_pages` there are

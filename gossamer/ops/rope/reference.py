@@ -31,7 +31,7 @@ def rope_write_kv(
     if clip is not None:
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
     slots, at = token_slots[live].long(), positions[live].long()
-    cos, sin = (table.view(-1, 1, table.shape[-1])[at].to(qkv.dtype) for table in (cos, sin))
+    cos, sin = (table[live] if table.ndim == 3 else table[at, None].to(qkv.dtype) for table in (cos, sin))
     q, k = (apply_rope(x, cos, sin) for x in (q, k))
     page_size = k_pages.shape[2]
     page = page_table[slots, at // page_size].long()

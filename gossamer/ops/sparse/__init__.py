@@ -13,17 +13,9 @@ from gossamer.ops.sparse import reference
 from gossamer.ops.sparse.selection import Entries, Selection, nsa_entries, page_entries
 
 __all__ = [
-    "Entries",
-    "Selection",
-    "entry_spans",
-    "mix_branches",
-    "nsa_entries",
-    "page_entries",
-    "sparse_attention",
-    "sparse_decode",
-    "write_entries",
-    "write_summaries",
-]
+    "Entries", "Selection", "entry_spans", "mix_branches", "nsa_entries", "page_entries", "sparse_attention",
+    "sparse_decode", "write_entries", "write_summaries",
+]  # fmt: skip
 
 
 def write_summaries(
