@@ -11,7 +11,7 @@ from gossamer.ops.sparse import triton as sparse_kernels
 from gossamer.ops.sparse.triton_index import index_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = pytest.mark.gpu
+GPU, BF16 = pytest.mark.gpu, torch.bfloat16
 NAN = float("nan")
 # rel-RMS against float64. Half precisions round the softmax weights before their product.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -238,8 +238,7 @@ def test_a_million_positions() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("page", "pages"), [(64, 2), (128, 1)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "page", "pages"), [(BF16, 64, 2), (BF16, 128, 1), (torch.float32, 64, 2)])
 def test_published_sizes_on_the_device(dtype: torch.dtype, page: int, pages: int) -> None:
     """64 query and 4 KV heads of 128, 16 blocks of 128: chunks, decode, and decode in a graph whose lengths change."""
     rule = Selection(16, 0, 1, 2048, pages)
