@@ -16,13 +16,16 @@ from test_logits_vs_transformers import Sequence, prompt
 from tiny_checkpoints import BASE, M3, make_model, save_checkpoint
 
 from gossamer.config import LoadConfig, SparseConfig, make_engine_config
-from gossamer.core import StartupError
+from gossamer.core import AdmittedSequence, SamplingParams, ScheduledBatch, ScheduledRow, StartupError
 from gossamer.engine.build import build_engine
+from gossamer.kv_cache.pool import KVPool
+from gossamer.layers.attention import msa
 from gossamer.layers.linear import WeightFormat
 from gossamer.models.decoder import Decoder
 from gossamer.models.loader import inspect_model, iter_weights
 from gossamer.models.registry import family_of_hf
 from gossamer.models.shapes import expected_shapes
+from gossamer.runtime.cuda_runner import CudaRunner
 
 FREQ = [0, 0, 0, *[1] * 57]
 PUBLISHED: dict[str, Any] = {
@@ -98,7 +101,7 @@ def test_the_published_config() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rotary_dim": 128}, "rotary_dim must be 64"),
         ({"partial_rotary_factor": 2}, "partial_rotary_factor"),
-        ({"moe_layer_freq": [1]}, "mlp_layer_types must be 60 of sparse and dense"),
+        ({"moe_layer_freq": [1]}, "mlp_layer_types must be 60 names, each sparse or dense"),
         ({"layer_types": ["sliding_attention"] * 60}, "layer_types must be 60"),
         ({"sparse": {"sparse_local_block": 0}}, "index_local_blocks"),
         ({"sparse": {"sparse_topk_blocks": 1}}, "index_topk_blocks"),
@@ -195,3 +198,32 @@ def test_pages_must_fit_into_blocks(tmp_path: Path) -> None:
         build_engine(make_engine_config(model=str(folder)))
     with pytest.raises(StartupError, match="is for grouped-query attention; this is msa"):
         build_engine(make_engine_config(model=str(folder), attention="block_topk", page_size=16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["float32", "fp8"])
+def test_all_of_a_steps_kernels_interpreted(kv: str, tmp_path: Path) -> None:
+    """Chunks and decode beside padding, past what is dense: the references' tokens."""
+    if torch.cuda.is_available():
+        pytest.skip("tests of the paged executor do this, compiled")
+    small = {"num_hidden_layers": 2, "layer_types": M3["layer_types"][:2], "mlp_layer_types": ["dense", "sparse"]}
+    make_model("minimax_m3", **small, index_topk_blocks=2).save_pretrained(tmp_path)
+    load = LoadConfig(model=str(tmp_path))
+    source = inspect_model(load)
+    cpu, found, pages = torch.device("cpu"), [], [3, 2, 4, 1]
+    for backend in ("reference", "triton"):
+        fmt = WeightFormat(torch.float32, cpu, kernels=backend == "triton")
+        decoder = Decoder(source.config, fmt, 64, backend, True)
+        decoder.load(iter_weights(source, load))
+        runner = CudaRunner(decoder, max_num_seqs=3, max_num_tokens=40, max_model_len=64, page_size=16)
+        runner.attach(KVPool(2, msa.kv_layout(source.config, kv), 5, 16, cpu))
+        ids, params = prompt(40), SamplingParams(temperature=0.0)
+        admitted = [AdmittedSequence(1, "0", ids, [], params, 0, frozenset())]
+        rows = [
+            ScheduledRow(1, 0, 36, ids[:36], pages, False),
+            ScheduledRow(1, 36, 4, ids[36:], [], True),
+            *(ScheduledRow(1, at, 1, [], [], True) for at in (40, 41)),
+        ]
+        steps = [ScheduledBatch(i, [] if i else admitted, [row]) for i, row in enumerate(rows)]
+        found.append([runner.submit(step).result().token_ids for step in steps])
+    assert found[0] == found[1]
