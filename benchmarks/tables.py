@@ -102,6 +102,10 @@ def missing(name: str) -> str:
         command = f"python benchmarks/serving/breakdown.py {fp8}--out benchmarks/results/{name}.json"
     if stem == "attention_fp8":
         command = f"python benchmarks/ops/bench_attention.py --kv fp8 --out benchmarks/results/{name}.json"
+    if stem == "mla_fp8":
+        command = f"python benchmarks/ops/bench_mla.py --only decode --kv fp8 --out benchmarks/results/{name}.json"
+    if stem == "layers_dsv3":
+        command = f"python benchmarks/serving/layers.py --engine quantization=fp8 --out benchmarks/results/{name}.json"
     if not (ROOT / command.split()[1]).exists():
         raise ValueError(f"no benchmark writes benchmarks/results/{name}.json")
     device = {"h100": "an H100", "h200": "an H200", "cpu": "a CPU"}.get(name.partition("/")[0], name.partition("/")[0])

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from gossamer.config import make_engine_config
+from gossamer.core import RequestLimits
+from gossamer.engine.info import EngineInfo
+from gossamer.models.loader import inspect_model
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "serving" / "breakdown.py"
 LAYERS = {
     "decode": [
@@ -59,3 +64,22 @@ def test_times_of_overlapping_kernels_add_up_to_the_step(breakdown: dict[str, An
     assert sum(row["us a step"] for row in rows.values()) == 64.0
     assert rows["B=1: head"]["MB a layer"] == 6.0
     assert rows["B=1: head"]["TB/s"] == 2.0
+
+
+def test_layers_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one write of latents to the next; their floors add up to the step's, but for its ends."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    layers = runpy.run_path(str(SCRIPT.with_name("layers.py")))
+    names = ["_embed_kernel", "q", "_rope_write_kernel", "a", "b", "_rope_write_kernel", "a", "head"]
+    step = [{"name": name, "ts": 3.0 * i, "dur": 5.0} for i, name in enumerate(names)]
+    assert layers["layer_times"](step) == [9.0, 6.0]
+    rates = {"read_bytes_per_second": 1e6, "flops_per_second": {"float8_e4m3fn": 1e30}}
+    monkeypatch.setattr(layers["common"], "ceilings", lambda: rates)
+    config = make_engine_config(
+        model=str(layers["MODEL"]), load_format="dummy", quantization="fp8", dtype="bfloat16", kv_cache_dtype="bfloat16"
+    )
+    info = EngineInfo(config, inspect_model(config.load).config, RequestLimits(1, 1, 1, 1), 0)
+    floors = [layers["layer_floor"](info, layer, 2, 2) for layer in range(4)]
+    whole = layers["step_cost"](info)(2, [1024] * 2, [1] * 2, 0).bytes
+    assert floors[1] == pytest.approx(floors[3])
+    assert sum(floors) == pytest.approx(whole, rel=1e-4)

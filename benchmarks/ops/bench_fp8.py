@@ -24,6 +24,7 @@ import common
 from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
+from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 from gossamer.ops.moe import route_topk
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8
 
@@ -33,9 +34,15 @@ ROWS = (1, 16, 64, 128, 4096)
 TOKENS = (1, 2, 8, 32, 128, 256, 1024, 16384)
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 2048, 768, 128, 8, 3
 Config = kernels.Config
+AnyConfig = Config | HopperConfig | FewConfig
 FEW_ROWS = [
     Config(16, n, parts, warps, stages, True, split)
     for n, parts, warps, stages in ((64, 1, 4, 4), (64, 1, 4, 6), (64, 2, 4, 4), (128, 1, 4, 4), (128, 1, 8, 6))
+    for split in (1, 2, 4, 8)
+]
+FEW_HOPPER = [
+    FewConfig(tokens, parts, split, *stages)
+    for tokens, parts, *stages in ((1, 1, 9, 4), (1, 2, 5, 3), (2, 1, 7, 3))
     for split in (1, 2, 4, 8)
 ]
 MANY_ROWS = [
@@ -80,15 +87,15 @@ class Dense:
         self.calls = max(4, len(self.weights)) if num_rows <= 128 else 4
         self.column_scales = self.a[1].t().contiguous().t()
 
-    def product(self, config: Config | HopperConfig | None, i: int) -> torch.Tensor:
+    def product(self, config: AnyConfig | None, i: int) -> torch.Tensor:
         w = self.weights[i % len(self.weights)]
         return kernels.fp8_linear(*self.a, *w, out_dtype=torch.bfloat16, kind="block", config=config)
 
-    def own(self) -> Config | HopperConfig | None:
+    def own(self) -> AnyConfig | None:
         if self.x.shape[0] <= kernels.GEMV_ROWS:
             return None
         hopper = torch.cuda.get_device_capability() == (9, 0)
-        return kernels.choose(self.x.shape[0], self.num_out, self.x.shape[1], hopper)
+        return kernels.choose(self.x.shape[0], self.num_out, self.x.shape[1], hopper, hopper)
 
     def peer(self, i: int) -> torch.Tensor:
         q, scales = self.weights[i % len(self.weights)]
@@ -155,14 +162,14 @@ def make_layer() -> tuple[torch.Tensor, ...]:
     )  # fmt: skip
 
 
-def best(results: list[tuple[float, Config | HopperConfig]]) -> str:
+def best(results: list[tuple[float, AnyConfig]]) -> str:
     return "  ".join(f"{us:.1f} {tuple(config)}" for us, config in sorted(results)[:6])
 
 
 def sweep_dense(data: Dense) -> str:
     num_rows = data.x.shape[0]
     block_m = max(16, 1 << (num_rows - 1).bit_length())
-    few: list[Config | HopperConfig] = [c._replace(block_m=block_m) for c in FEW_ROWS]
+    few: list[AnyConfig] = [*(c._replace(block_m=block_m) for c in FEW_ROWS), *(FEW_HOPPER if num_rows > 16 else ())]
     configs = few if num_rows <= 128 else MANY_ROWS
     times = ((tried(functools.partial(data.time, functools.partial(data.product, c))), c) for c in configs)
     return best([(statistics.median(us), config) for us, config in times if us])

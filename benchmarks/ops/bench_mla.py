@@ -1,6 +1,6 @@
 """Latent attention against its floors: absorbed decode for 16, 64 and 128 heads, expanded prefill, the write.
 
-python benchmarks/ops/bench_mla.py [--only decode|prefill|write] [--sweep] [--out FILE]
+python benchmarks/ops/bench_mla.py [--only decode|prefill|write] [--kv bf16|fp8] [--sweep] [--out FILE]
 
 Decode's floor reads every latent once (one block of heads shares what the other loads), or multiplies; bandwidth is
 measured in the same run. `--sweep` tries the cuts of decode programs from which `decode_cut` was made.
@@ -62,7 +62,7 @@ def decode_case(seq_lens: list[int], heads: int, kv: str) -> tuple[Callable[[int
     q = torch.randn(len(seq_lens), heads, RANK, dtype=torch.bfloat16, device="cuda")
     q_rope = torch.randn(len(seq_lens), heads, NOPE + ROPE, dtype=torch.bfloat16, device="cuda")[..., NOPE:]
     out, blocks = torch.empty_like(q), max(1, heads // 64)
-    programs = torch.cuda.get_device_properties(0).multi_processor_count // blocks
+    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count // blocks
     workspace = DecodeWorkspace.allocate(len(seq_lens), heads, blocks, RANK, "cuda", programs)
 
     def call(i: int) -> None:
@@ -83,7 +83,7 @@ def run_decode(
         times = common.measure_us(call, calls=max(8, min(32, num_sets)))
         median, flops = statistics.median(times), 2.0 * tokens * heads * (WIDTH + RANK)
         num_bytes = tokens * WIDTH * (1 if kv == "fp8" else 2)
-        floor = max(num_bytes / read, flops / common.BF16_FLOPS_PER_US)
+        floor = common.floor_us(num_bytes, flops)
         key = f"decode h{heads} {kv} {name}{tag}"
         yield key, {
             "median": median, "floor": floor, "TB/s": num_bytes / median / 1e6, "of read": num_bytes / median / read,
@@ -114,7 +114,7 @@ def run_prefill(heads: int, kv: str) -> Iterator[tuple[str, dict[str, object]]]:
         times = common.measure_us(prefill_case(rows, heads, kv), calls=2, repeats=7)
         pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in rows)
         flops = 2.0 * heads * (pairs * (NOPE + ROPE + V) + sum(n for n, _ in rows) * RANK * (NOPE + V))
-        median, floor = statistics.median(times), flops / common.BF16_FLOPS_PER_US
+        median, floor = statistics.median(times), common.floor_us(flops=flops)
         key = f"prefill h{heads} {kv} {name}"
         yield key, {"median": median, "floor": floor, "TFLOP/s": flops / median / 1e6, "all": times}
 
@@ -140,48 +140,43 @@ def run_write(heads: int, kv: str) -> Iterator[tuple[str, dict[str, object]]]:
     for name, num_tokens in WRITE.items():
         times = common.measure_us(write_case(num_tokens, heads, kv), calls=32)
         num_bytes = num_tokens * (4 * heads * (NOPE + ROPE) + WIDTH * (3 if kv == "fp8" else 4))
-        floor = num_bytes / common.READ_BYTES_PER_US
+        floor = common.floor_us(num_bytes)
         yield f"{name} h{heads} {kv}", {"median": statistics.median(times), "floor": floor, "all": times}
 
 
 def sweep(read: float) -> Iterator[tuple[str, dict[str, object]]]:
     """Cuts of the plain kernel, for 16 heads: which ones it compiles for, and how fast they are."""
     chosen = kernels.decode_cut
-    for kv in ("bf16", "fp8"):
-        for cut in SWEEP:
-            kernels.decode_cut = lambda *_, cut=cut: kernels.DecodeCut(*cut)  # type: ignore[misc]
-            tag = " g{} w{} s{}".format(*cut)
-            try:
-                yield from run_decode({"b64 8k": DECODE["b64 8k"]}, 16, kv, read, tag)
-            except Exception as error:
-                print(f"{kv}{tag}: {type(error).__name__} {str(error)[:120]}", flush=True)
+    for cut in SWEEP:
+        kernels.decode_cut = lambda *_, cut=cut: kernels.DecodeCut(*cut)  # type: ignore[misc]
+        tag = " g{} w{} s{}".format(*cut)
+        try:
+            yield from run_decode({"b64 8k": DECODE["b64 8k"]}, 16, "bf16", read, tag)
+        except Exception as error:
+            print(f"bf16{tag}: {type(error).__name__} {str(error)[:120]}", flush=True)
     kernels.decode_cut = chosen
 
 
 def main() -> None:
-    from gossamer.runtime import ceilings
-    from gossamer.runtime.hardware import detect
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["decode", "prefill", "write"])
+    parser.add_argument("--kv", choices=["bf16", "fp8"], help="pages of this type alone")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.manual_seed(0)
-    best = ceilings.measure(detect("cuda"), 1)
-    read = best["read_bytes_per_second"] / 1e6
-    print("ceilings", best)
+    read = common.ceilings()["read_bytes_per_second"] / 1e6
+    print("ceilings", common.ceilings())
     cases: dict[str, object] = {}
     runs: list[Iterator[tuple[str, dict[str, object]]]] = []
     if options.sweep:
         runs.append(sweep(read))
     else:
-        for kv in ("bf16", "fp8"):
+        for kv in (options.kv,) if options.kv else ("bf16", "fp8"):
             if options.only in (None, "write"):
                 runs.append(run_write(16, kv))
             if options.only in (None, "decode"):
-                chosen = DECODE if kv == "bf16" else {name: DECODE[name] for name in ("b64 1k", "b64 8k", "b256 1k")}
-                runs += [run_decode(chosen, heads, kv, read) for heads in (16, 64, 128)]
+                runs += [run_decode(DECODE, heads, kv, read) for heads in (16, 64, 128)]
             if options.only in (None, "prefill") and kv == "bf16":
                 runs += [run_prefill(heads, kv) for heads in (16, 128)]
     for run in runs:
@@ -190,7 +185,7 @@ def main() -> None:
             shown = {k: f"{v:.4g}" for k, v in case.items() if isinstance(v, float)}
             print(f"{name:<44}", *(f"{k} {v}" for k, v in shown.items()), flush=True)
     shapes = {"kv_lora_rank": RANK, "qk_rope_head_dim": ROPE, "page_size": PAGE, "dtype": "bf16"}
-    common.write(options.out, unit="us", shapes=shapes, repeats=15, ceilings=best, cases=cases)
+    common.write(options.out, unit="us", shapes=shapes, repeats=15, cases=cases)
 
 
 if __name__ == "__main__":

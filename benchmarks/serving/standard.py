@@ -1,15 +1,17 @@
-"""The standard suite: start-up, decode, prefill, idle time, experts touched, each beside its floor. JSON out.
+r"""The standard suite: start-up, decode, prefill, idle time, experts touched, each beside its floor. JSON out.
 
     python benchmarks/serving/standard.py [--repeats 3]
     python benchmarks/serving/standard.py --prefix fp8 --engine quantization=fp8
     python benchmarks/serving/standard.py --prefix fp8kv --engine quantization=fp8 --engine kv_cache_dtype=fp8
     python benchmarks/serving/standard.py --prefix mla --model benchmarks/models/deepseek-v2-lite
+    python benchmarks/serving/standard.py --prefix dsv3 --model benchmarks/models/deepseek-v3-4l \
+        --engine quantization=fp8
 
 Weights are random (`--load-format dummy --seed 0`), prompts distinct and random, temperature 1. A decode rate is the
 difference of a long and a short output, so that neither prefill nor start-up is in it. Each engine is a process of its
 own: the first starts with an empty kernel cache (start.cold_s), the second with the first one's (start.warm_s) and
-measures, the third counts experts. Other suites than bf16 measure rates alone, in one process. Results go to
-benchmarks/results/<device>/<name>.json and summary.json beside it.
+measures, the third counts experts. Other suites than bf16 measure rates alone, in one process; those of DeepSeek's
+models count experts in a second. Results go to benchmarks/results/<device>/<name>.json and summary.json beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 READY, RESULT = "READY ", "RESULT "
 
 
-BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256], "mla": [1, 64, 256]}
+BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256], "mla": [1, 64, 256], "dsv3": [1, 32, 128]}
 """Of the suites that have batches of their own; with an FP8 KV cache prefill is not measured."""
 
 
@@ -241,7 +243,10 @@ def main() -> None:
     if args.small and not args.out:
         parser.error("--small needs --out: its figures are no results")
     if args.prefix != "bf16":
-        write(args, run_worker("measure")[1])
+        report = run_worker("measure")[1]
+        if args.prefix in ("mla", "dsv3"):
+            report["all"] |= run_worker("experts")[1]["all"]
+        write(args, report)
         return
     with tempfile.TemporaryDirectory() as kernel_cache:
         cold, _ = run_worker("start", kernel_cache)

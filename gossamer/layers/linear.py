@@ -6,12 +6,13 @@ Merged projections (q, k, v; gate, up) are loaded part by part from the unfused 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from gossamer.ops import gemm_weight_only as wo
+from gossamer.ops.cpu import wide_linear, wide_products
 from gossamer.ops.gemm import few_row_linear, use_few_row, use_fused_norm
 from gossamer.ops.gemm.packed import pack_weight, packed_linear, packing_supported
 from gossamer.ops.gemm_fp8 import FP8_BLOCK, Fp8Kind, fp8_linear, quantize_activation, quantize_weight
@@ -20,9 +21,13 @@ from gossamer.ops.weights import Fp8Tensor, QuantizedTensor
 Quantization = Literal["none", "int8", "int4", "fp8"]
 Part = torch.Tensor | QuantizedTensor | Fp8Tensor
 
-# From this many rows on, torch's packed int4 products on a CPU lose to a packed bf16 product: they take four rows at a
-# time, are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes).
+# From this many rows on, torch's packed int4 products on a CPU lose to a dense product: they take four rows at a time.
+# Beside packed bf16 they are about equal at 8, 1.1-1.6x slower at 16 and 2.5x at 512 (SmolLM2's shapes); beside fp32
+# with bf16 weights widened in every call, on a CPU without bf16 products, 0.6-1.3x at 32 and 1.0-1.5x at 64.
 DENSE_FROM_ROWS = 9
+WIDE_DENSE_FROM_ROWS = 64
+# On such a CPU bf16 products lose to widened ones from 8 (SmolLM2's shapes) to 24 rows (8192 x 2048) on.
+WIDE_FROM_ROWS = 12
 
 
 @dataclass(slots=True)
@@ -49,7 +54,8 @@ class DenseWeight(Weight):
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         if self.kernels and use_few_row(x.shape[0], *self.weight.shape):
             return few_row_linear(x, self.weight, self.bias, out_dtype=out_dtype)
-        y = F.linear(x, self.weight, self.bias)
+        linear = wide_linear if x.shape[0] >= WIDE_FROM_ROWS and wide_products(x) else F.linear
+        y = linear(x, self.weight, self.bias)
         return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -75,19 +81,21 @@ def dense_weight(
 
 @dataclass(slots=True)
 class IntegerWeight(Weight):
-    """Weights alone as integers, for few rows; `dense`, if kept, serves products of more than `most_rows`."""
+    """Weights alone as integers, for few rows; `dense`, if kept, serves the products of `dense_from(x)` rows."""
 
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None = None
     dense: Weight | None = None
-    most_rows: ClassVar[int] = DENSE_FROM_ROWS - 1
+
+    def dense_from(self, x: torch.Tensor) -> int:
+        return WIDE_DENSE_FROM_ROWS if wide_products(x) else DENSE_FROM_ROWS
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dense is not None and x.shape[0] > self.most_rows:
+        if self.dense is not None and x.shape[0] >= self.dense_from(x):
             return self.dense(x)
         y = self.product(x)
         return y if self.bias is None else y.add_(self.bias)
@@ -103,8 +111,8 @@ class Int8Weight(IntegerWeight):
 class Int8HeadWeight(IntegerWeight):
     """Per-channel int8 for few rows and many outputs, multiplied as integers; products are fp32."""
 
-    # Above, a dense product beats the two integer rows for each row of `int8_linear_exact`.
-    most_rows = 3
+    def dense_from(self, x: torch.Tensor) -> int:
+        return 4  # a dense product beats the two integer rows for each row of `int8_linear_exact`
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return wo.int8_linear_exact(x, self.weight, self.scale)

@@ -7,6 +7,8 @@ import torch
 
 from gossamer.layers.linear import (
     DENSE_FROM_ROWS,
+    WIDE_DENSE_FROM_ROWS,
+    WIDE_FROM_ROWS,
     DenseWeight,
     Int4Weight,
     Int8Weight,
@@ -76,6 +78,36 @@ def test_bf16_weights_are_packed_once(shape: tuple[int, int], bias: bool) -> Non
             expected = x.double() @ tensors["p.weight"].bfloat16().double().t() + (tensors["p.bias"] if bias else 0.0)
             torch.testing.assert_close(linear(x).double(), expected, rtol=0.01, atol=0.03)
     assert storage_bytes(linear.weight.tensors()) >= 2 * shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_products_on_a_cpu_without_them_are_made_in_fp32(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.ops.cpu.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("gossamer.ops.cpu._PIECE", 40 * 24)  # three pieces, the last one smaller
+    linear = Linear(["p"], bias=bias)
+    tensors = {"p.weight": torch.randn(100, 40)} | ({"p.bias": torch.randn(100)} if bias else {})
+    load(linear, tensors, WeightFormat(torch.bfloat16, CPU))
+    assert isinstance(linear.weight, DenseWeight)
+    for rows in (1, WIDE_FROM_ROWS - 1, WIDE_FROM_ROWS, 50):
+        x = torch.randn(rows, 40).bfloat16()
+        y = linear(x)
+        wide = [t.bfloat16().double() for t in tensors.values()]
+        expected = x.double() @ wide[0].t() + (wide[1] if bias else 0.0)
+        assert y.dtype == torch.bfloat16
+        # One rounding, of the sum alone.
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5 if rows >= WIDE_FROM_ROWS else 0.03)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_int4_goes_dense_where_that_is_faster(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = Linear(["p"])
+    load(linear, {"p.weight": torch.randn(64, 64)}, WeightFormat(torch.bfloat16, CPU, "int4", keep_dense=True))
+    monkeypatch.setattr("gossamer.ops.cpu.multiplies_bf16", lambda: native)
+    dense_rows: list[int] = []
+    monkeypatch.setattr(type(linear.weight.dense), "__call__", lambda self, x: dense_rows.append(len(x)) or x)
+    for rows in (1, DENSE_FROM_ROWS - 1, DENSE_FROM_ROWS, WIDE_DENSE_FROM_ROWS - 1, WIDE_DENSE_FROM_ROWS):
+        linear(torch.randn(rows, 64).bfloat16())
+    assert dense_rows == ([DENSE_FROM_ROWS, WIDE_DENSE_FROM_ROWS - 1] if native else []) + [WIDE_DENSE_FROM_ROWS]
 
 
 @pytest.mark.parametrize("keep_dense", [False, True])

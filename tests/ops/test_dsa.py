@@ -68,7 +68,7 @@ class Cache:
 
     def attend(self, chosen: torch.Tensor, backend: str, num_programs: int = 2, blocks: int = 1) -> torch.Tensor:
         out = torch.full_like(self.q_latent, NAN)
-        workspace = DecodeWorkspace.allocate(8, self.heads, blocks, self.rank, DEVICE, num_programs)
+        workspace = DecodeWorkspace.allocate(8, self.heads, blocks, self.rank, DEVICE, 2 * num_programs)
         workspace.partials.fill_(NAN)
         workspace.lse.fill_(NAN)
         attend_chosen(
@@ -140,14 +140,14 @@ def test_the_best_tokens_are_chosen(spans: list[tuple[int, int, int]], top_k: in
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("held", [128, 32])
 @pytest.mark.parametrize("weight", [1.0, -1.0])
-def test_ties_go_to_the_earliest(weight: float, whole: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also among zeros, whose sign is that of the weights, and where scores do not fit into one block."""
+def test_ties_go_to_the_earliest(weight: float, held: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among zeros, whose sign is that of the weights, and where more are equal than a program holds."""
     from gossamer.ops.dsa import triton
 
-    monkeypatch.setattr(triton, "_CHOOSE_WHOLE", 128 if whole else 1)
-    monkeypatch.setattr(triton, "_CHOOSE_BLOCK", 32)
+    monkeypatch.setattr(triton, "_HELD", held)
+    monkeypatch.setattr(triton, "_SAMPLE", 16)
     cache = Cache([100], torch.float32, index=(1, 16))
     cache.ask([(0, 90, 95)])
     cache.index_q.fill_(1.0)
@@ -164,6 +164,28 @@ def test_ties_go_to_the_earliest(weight: float, whole: bool, backend: str, monke
     for token, position in enumerate(range(90, 95)):
         best = range(position - 6, position + 1) if weight > 0 else range(7)
         assert chosen[token] == cache.rows(0, best).tolist()
+
+
+@pytest.mark.parametrize("sample", [4, 32])
+@pytest.mark.parametrize("order", ["random", "rising", "falling", "steps", "sampled low", "sampled high"])
+def test_candidates_hold_the_best(order: str, sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However scores are ordered along a row that a program does not hold: also where its sample misleads it."""
+    from gossamer.ops.dsa import triton
+
+    monkeypatch.setattr(triton, "_HELD", 64)
+    monkeypatch.setattr(triton, "_SAMPLE", sample)
+    num, top_k = 500, 20
+    cache = Cache([num], torch.float32, index=(1, 16))
+    cache.ask([(0, num - 3, num)])
+    cache.index_q.fill_(1.0)
+    cache.weights.fill_(1.0)
+    mixed, rising = torch.randperm(num) + 1.0, torch.arange(num) + 1.0
+    values = {"rising": rising, "falling": rising.flip(0), "steps": 1.0 + torch.arange(num) // 15}.get(order, mixed)
+    if order.startswith("sampled"):
+        values[:: -(-num // sample)] += num if order.endswith("high") else -num
+    cache.key_pages.view(-1, 16)[cache.rows(0, range(num))] = values[:, None].expand(-1, 16).to(DEVICE)
+    for token, listed in enumerate(cache.choose(top_k, "triton").tolist()):
+        assert listed == cache.best(token, top_k)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -303,7 +325,7 @@ def test_a_captured_graph_follows_its_inputs() -> None:
     """Contexts that grow, rows that come and go: sizes and launches are those of the longest context."""
     cache = Cache([9000, 3000, 100, 5000], torch.bfloat16, index=(64, 128), sizes=(128, 512, 64), page=64)
     cache.ask([(0, 10, 11), (1, 2999, 3000), (2, 50, 51), (-1, 0, 1)])
-    workspace = DecodeWorkspace.allocate(8, 128, 2, 512, DEVICE, 66)
+    workspace = DecodeWorkspace.allocate(8, 128, 2, 512, DEVICE, 132)
     chosen = torch.full((4, 2048), 2**30, dtype=torch.int32, device=DEVICE)
     out = torch.full_like(cache.q_latent, NAN)
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
+from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3 = torch.float8_e4m3fn
@@ -101,6 +102,52 @@ def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None
     for backend in ("triton", "reference"):
         y = fp8_linear(q, scales, w, w_scales, bias, out_dtype=torch.float32, kind=kind, backend=backend)
         assert rel_rms(y, expected + bias.double()) < 1e-5
+
+
+FEW = [(1, 1, 1, 9, 4), (1, 1, 4, 9, 4), (1, 2, 8, 5, 3), (1, 2, 1, 5, 3), (2, 1, 1, 7, 3), (2, 1, 4, 7, 3)]
+
+
+@gpu
+@pytest.mark.parametrize("cut", FEW)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 144), (77, 1000, 2064), (64, 2112, 7168), (128, 4096, 1536)])
+def test_few_rows_on_hopper(m: int, n: int, k: int, cut: tuple[int, ...]) -> None:
+    """Programs that share K, few steps and none, scales in both orders; alone and behind each other."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    q, scales, w, w_scales = operands(m, n, k, "block")
+    expected = activation64(q, scales) @ weight64(w, w_scales).T
+    config, beside = FewConfig(*cut), scales.t().contiguous().t()
+    for dtype in (torch.float16, torch.bfloat16):
+        y = kernels.fp8_linear(q, scales, w, w_scales, out_dtype=dtype, kind="block", config=config)
+        assert rel_rms(y, expected) < TOLERANCE[dtype]
+        assert torch.equal(y, kernels.fp8_linear(q, beside, w, w_scales, out_dtype=dtype, kind="block", config=config))
+    torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [
+            kernels.fp8_linear(q, scales, w, w_scales, out_dtype=dtype, kind="block", config=config) for _ in range(20)
+        ]
+    for _ in range(5):
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(result, y) for result in results)
+
+
+def test_programs_that_share_k_are_resident_together() -> None:
+    """They wait for each other: two fit each of 132 multiprocessors, and each has groups of its own."""
+    chosen = {
+        (m, n, k): config
+        for m in (32, 63, 64, 65, 128)
+        for n in range(8, 20000, 136)
+        for k in (16, 512, 1536, 2048, 4096, 7168, 16384)
+        if (config := kernels.choose_few(m, n, k))
+    }
+    assert {config.split_k for config in chosen.values()} == {1, 2, 4, 8}
+    for (m, n, k), config in chosen.items():
+        programs = -(-m // config.block_m) * -(-n // (64 * config.parts)) * config.split_k
+        assert config.split_k == 1 or (programs <= 264 and k >= 128 * config.split_k)
+    assert not any(kernels.choose_few(m, 2048, 2048) for m in (31, 129))
 
 
 def test_the_library_multiplies_whole_groups_of_four_blocks() -> None:

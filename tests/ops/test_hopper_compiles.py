@@ -30,6 +30,10 @@ if family == "attention":
     kinds = {"q": "*bf16", "out": "*fp8e4nv", "k_desc": tile, "v_desc": tile}
     constants = dict(sinks=None, NUM_KV_HEADS=4, GROUP=6, HEAD_DIM=128, PAGE=64, BLOCK_R=32, HAS_SINKS=False,
                      HAS_WINDOW=True, STAGES=2)
+elif family == "mla_fp8":
+    kinds = {"scales": "*fp32", "partials": "*i64", "lse": "*fp32", "desc": swizzled("i16", 64, 64)}
+    kinds["key_desc"] = f"tensordesc<i16[64, 32],{gl.NVMMASharedLayout(64, 16, 2)!r}>"
+    constants = dict(NUM_BLOCKS=4, GROUP=32, BLOCK_R=64, MIN_PAGES=2, STAGES=2)
 elif family == "mla":
     kinds = {"latent_q": "*bf16", "rope_q": "*bf16", "out": "*bf16", "desc": swizzled("bf16", 64, 64)}
     kinds |= {"partials": "*fp32", "lse": "*fp32", "head_stride": "i32"}
@@ -38,25 +42,37 @@ elif family == "moe":
     kinds = {"a": "*bf16", "out": "*bf16", "a_desc": swizzled("bf16", 64, 64), "w_desc": swizzled("bf16", 256, 64)}
     kinds["num_blocks"] = "*i32"
     constants = dict(ALPHA=1.702, LIMIT=7.0, TOP_K=8, GATED=True, FEEDERS=4, PDL=True)
+elif family == "few":
+    kinds = {"out": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128), "w_desc": swizzled("fp8e4nv", 64, 128)}
+    kinds["partial"] = "*fp32"
+    constants = dict(TOKENS=2, PARTS=1, SPLIT_K=4, W_STAGES=7, A_STAGES=3, PDL=True)
 else:
     kinds = {"a": "*fp8e4nv", "out": "*bf16", "bias": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128)}
     kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
     constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
                      REGS=160, FEED_REGS=32, ALPHA=1.0, LIMIT=0.0, PDL=True)
-module = importlib.import_module(f"gossamer.ops.{family}.hopper")
-names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel"}
+    if family == "experts":
+        kinds |= {"out_desc": kinds["a_desc"], "out": "*fp8e4nv"}
+        constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80,
+                          ALPHA=1.702, LIMIT=7.0)
+modules = {"mla_fp8": "mla.hopper_fp8", "experts": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few"}
+module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
+names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
+         "few": "_few_kernel"}
 kernel = getattr(module, names.get(family, "_hopper_kernel"))
 kinds = ints | floats | kinds
 types = {n: "constexpr" if n in constants else kinds.get(n, "*i32") for n in kernel.arg_names}
 constexprs = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*" or n in "NK"}
 source = GluonASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if family == "mla" else 4})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if "mla" in family else 4})
+if family == "few":
+    assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024, "two programs of a multiprocessor"
 assert compiled.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.parametrize("family", ["attention", "mla", "moe", "gemm_fp8"])
+@pytest.mark.parametrize("family", ["attention", "mla", "mla_fp8", "moe", "gemm_fp8", "experts", "few"])
 def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -76,7 +76,8 @@ class Batch:
         q, rope, pages = self.q_latent, self.q[: len(self.q_latent), :, self.nope :], self.pages
         if wide:
             q, rope, pages = q.double(), rope.double(), self.exact()
-        workspace = DecodeWorkspace.allocate(len(q), self.heads, blocks, self.rank, DEVICE, num_programs)
+        double = None if num_programs is None else 2 * num_programs  # for two that share a multiprocessor
+        workspace = DecodeWorkspace.allocate(len(q), self.heads, blocks, self.rank, DEVICE, double)
         workspace.partials.fill_(NAN)
         workspace.lse.fill_(NAN)
         out = torch.full_like(q, NAN)
@@ -216,6 +217,29 @@ def test_decode_at_full_size(heads: int, fp8: bool) -> None:
 
 
 @GPU
+@pytest.mark.parametrize("heads", [16, 64])
+def test_fp8_pages_of_numbers_far_apart(heads: int) -> None:
+    """Scales and queries of many magnitudes; a NaN shows in its own sequence alone, wherever in a token it lies."""
+    batch = Batch([1000, 64, 130], [1, 1, 1], (heads, *V3[1:]), torch.bfloat16, page=64, fp8=True)
+    assert batch.scales is not None
+    batch.scales *= torch.randint(-20, 1, batch.scales.shape, device=DEVICE).float().exp2()
+    for row, magnitude in enumerate((2.0**-40, 2.0**8, 2.0**30)):
+        batch.q_latent[row] *= magnitude
+        batch.q[row] *= magnitude
+    before, expected = batch.decode("triton", 132), batch.decode("reference")
+    for row in range(3):
+        assert rel_rms(before[row], expected[row]) < TOLERANCE[torch.bfloat16]
+    page = batch.page_table[batch.slots[0].long(), 3].long()
+    for column in (0, 1, 511, 575):
+        held = batch.pages.view(torch.uint8)[page, 0, 5].clone()
+        batch.pages.view(torch.uint8)[page, 0, 5, column] = 0x7F
+        after = batch.decode("triton", 132)
+        assert after[0].isnan().all()
+        assert after[1:].equal(before[1:])
+        batch.pages.view(torch.uint8)[page, 0, 5] = held
+
+
+@GPU
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
 def test_prefill_at_full_size(pieces: bool, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +256,7 @@ def test_prefill_at_full_size(pieces: bool, fp8: bool, monkeypatch: pytest.Monke
 @GPU
 def test_decode_in_a_graph_follows_its_inputs() -> None:
     batch = Batch([300, 64, 1], [1, 1, 1], V3, torch.bfloat16, page=64)
-    workspace = DecodeWorkspace.allocate(3, 16, 1, 512, DEVICE, 132)
+    workspace = DecodeWorkspace.allocate(3, 16, 1, 512, DEVICE, 264)
     out, rope = torch.empty_like(batch.q_latent), batch.q[:3, :, 128:]
 
     def step() -> None:

@@ -50,10 +50,10 @@ def latent_pages(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 
 
 def workspace(config: ModelConfig, max_rows: int, device: torch.device) -> DecodeWorkspace:
-    """Blocks of query heads take the place of KV heads; a program fills a multiprocessor's shared memory."""
+    """Blocks of query heads take the place of KV heads; two programs, at most, share a multiprocessor."""
     blocks = max(1, config.num_q_heads // _DECODE_HEADS)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    rank, programs = dims(config).kv_lora_rank, max(1, num_sms // blocks)
+    rank, programs = dims(config).kv_lora_rank, max(1, 2 * num_sms // blocks)
     return DecodeWorkspace.allocate(max_rows, config.num_q_heads, blocks, rank, device, programs)
 
 

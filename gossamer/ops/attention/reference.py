@@ -2,7 +2,8 @@
 
 The queries of a KV head are the rows of a product with its keys: [group, head_dim] times [head_dim, tokens]. A few
 decode rows run through flash attention, on views where their pages are consecutive; more rows, and prefill in blocks of
-queries, by products and a softmax: twice as fast on a CPU as torch's flash attention.
+queries, by products and a softmax: twice as fast on a CPU as torch's flash attention. A CPU without bf16 products
+makes those of prefill in fp32, and decodes any number of rows by flash attention, which has loops for bf16 of its own.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.ops.attention.workspace import DecodeWorkspace
+from gossamer.ops.cpu import wide_products
 from gossamer.ops.quantize_fp8.reference import quantize_activation
 
 _Plane = tuple[torch.Tensor, torch.Tensor | None]
@@ -171,7 +173,7 @@ def decode_attention(
 def _decode_one(q: torch.Tensor, planes: tuple[_Plane, _Plane], group: DecodeGroup, scale: float) -> torch.Tensor:
     k, v = (_tokens(plane, group.pages, q.dtype)[:, group.tokens] for plane in planes)
     heads = q.view(len(k), -1, q.shape[-1])
-    if k.shape[1] < _PRODUCTS_FROM_TOKENS:
+    if k.shape[1] < _PRODUCTS_FROM_TOKENS or wide_products(q):
         return F.scaled_dot_product_attention(heads[None], k[None], v[None], scale=scale).reshape(q.shape)
     scores = torch.bmm(heads * scale, k.transpose(1, 2))
     return torch.bmm(torch.softmax(scores, -1), v).view(q.shape)
@@ -187,7 +189,7 @@ def _decode_batch(
 ) -> torch.Tensor:
     k, v = (_tokens(plane, group.pages, q.dtype) for plane in planes)
     batch, num_kv_heads, head_dim = group.batch, len(k), q.shape[-1]
-    if q.is_cpu and batch <= _FLASH_ROWS:
+    if q.is_cpu and (batch <= _FLASH_ROWS or wide_products(q)):
         heads, k, v = q.view(batch, num_kv_heads, -1, head_dim), *(_by_row(x, batch) for x in (k, v))
         return F.scaled_dot_product_attention(heads, k, v, mask[:, None], scale=scale).reshape(q.shape)
     k, v = (x.reshape(num_kv_heads * batch, -1, head_dim) for x in (k, v))
@@ -203,11 +205,12 @@ def prefill_attention(
     out: torch.Tensor, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     num_kv_heads, head_dim = k_pages.shape[1], q.shape[-1]
-    q = (q * scale).view(len(q), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    compute = torch.float32 if wide_products(q) else q.dtype
+    q = (q * scale).to(compute).view(len(q), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     out = out.view(len(out), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     future = torch.full((_QUERY_BLOCK, _QUERY_BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     for seq in sequences:
-        k, v = (_tokens(plane, seq.pages, q.dtype) for plane in ((k_pages, k_scales), (v_pages, v_scales)))
+        k, v = (_tokens(plane, seq.pages, compute).to(compute) for plane in ((k_pages, k_scales), (v_pages, v_scales)))
         for first in range(0, seq.length, _QUERY_BLOCK):
             num = min(_QUERY_BLOCK, seq.length - first)
             rows = slice(seq.start + first, seq.start + first + num)

@@ -11,12 +11,11 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.mla.triton import check_pages, decode_cut
-from gossamer.ops.sparse.triton import num_at_least, ordered_keys
 
-_SCORE_BYTES = 1 << 28  # of scores at a time
+_SCORE_BYTES = 1 << 28  # of scores and candidates at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
-# Scores that a choosing program holds at once, and those that it then reads once only.
-_CHOOSE_BLOCK, _CHOOSE_WHOLE = 2048, 4096
+# Scores that a choosing program holds at once, at least, and how many of a longer row tell it which those are.
+_HELD, _SAMPLE = 8192, 4096
 _MAX_SPLITS = 32
 
 
@@ -140,61 +139,136 @@ def _score_kernel(
             index = low + tl.arange(0, BLOCK_N)
             page = tl.load(table + index // PAGE, mask=index < end, other=0).to(tl.int64)
             at = (page * PAGE + index % PAGE) * DIM
-            keys = tl.load(key_pages + at[None, :] + d[:, None], mask=(index < end)[None, :], other=0.0)
-            logits = tl.dot(queries, keys.to(queries.dtype), input_precision=PRECISION)
-            logits = tl.maximum(logits, 0.0) * weight[:, None]
-            score = tl.sum(tl.reshape(logits, [TOKENS, HEADS_P, BLOCK_N]), 1)
+            keys = tl.load(key_pages + at[:, None] + d[None, :], mask=(index < end)[:, None], other=0.0)
+            # Keys are the rows: the sum over heads stays within a warp.
+            logits = tl.dot(keys.to(queries.dtype), queries.T, input_precision=PRECISION)
+            logits = tl.maximum(logits, 0.0) * weight[None, :]
+            score = tl.sum(tl.reshape(logits, [BLOCK_N, TOKENS, HEADS_P]), 2)
             score = tl.where(score == 0.0, 0.0, score)  # no zero below zero
-            kept = mine[:, None] & (index[None, :] <= position[:, None]) & (index < end)[None, :]
-            tl.store(scores + t.to(tl.int64)[:, None] * score_stride + index[None, :], score, mask=kept)
+            kept = mine[None, :] & (index[:, None] <= position[None, :]) & (index < end)[:, None]
+            tl.store(scores + t.to(tl.int64)[None, :] * score_stride + index[:, None], score, mask=kept)
         todo = todo & (slot != current)
         current = tl.max(tl.where(todo, slot, -1), 0)
+
+
+@triton.jit
+def _keys(scores, i, present):
+    """Scores i as unsigned integers of the same order, and 0, below all, for those that are not there."""
+    x = tl.load(scores + i, mask=present, other=0.0).to(tl.int32, bitcast=True)
+    ordered = tl.where(x < 0, ~x, x ^ -2147483648).to(tl.uint32, bitcast=True)
+    return tl.where(present, ordered, 0)
+
+
+@triton.jit
+def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
+    """How many keys are at least each of `bound`: of those held, which are all if WHOLE, or of scores 0 .. end - 1."""
+    if WHOLE:
+        many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
+    else:
+        many = tl.zeros_like(bound).to(tl.int32)
+        for low in range(0, end, held.shape[0]):
+            i = low + tl.arange(0, held.shape[0])
+            many += tl.sum((_keys(scores, i, i < end)[None, :] >= bound[:, None]).to(tl.int32), 1)
+    return many
+
+
+@triton.jit
+def _bound(held, scores, end, wanted, BITS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr):
+    """The largest number that at least `wanted` keys reach, of which STEPS x BITS leading bits are looked for."""
+    digit = tl.arange(0, 1 << BITS)
+    least = tl.zeros([1], tl.uint32)
+    for step in range(STEPS):
+        shift = 32 - BITS - step * BITS
+        enough = _num_at_least(least + (digit.to(tl.uint32) << shift), held, scores, end, WHOLE) >= wanted
+        least += tl.max(tl.where(enough, digit, 0), 0).to(tl.uint32) << shift
+    return least
+
+
+@triton.jit
+def _list(i, key, present, least, room, before, equals, table, chosen, PAGE: tl.constexpr):
+    """Lists those above `least`, and the first `room` that equal it; returns how many are listed, and equals seen."""
+    equal = present & (key == least)
+    rank = equals + tl.cumsum(equal.to(tl.int32), 0)
+    taken = present & ((key > least) | (equal & (rank <= room)))
+    at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
+    page = tl.load(table + i // PAGE, mask=taken, other=0)
+    tl.store(chosen + at, page * PAGE + i % PAGE, mask=taken)
+    return before + tl.sum(taken.to(tl.int32), 0), equals + tl.sum(equal.to(tl.int32), 0)
+
+
+@triton.jit
+def _gather_candidates(scores, candidates, end, TOP: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr):
+    """Lists at least TOP and at most HELD of the best scores in order, if a sample tells where they begin.
+
+    Returns how many there are: others than those many after a few attempts.
+    """
+    j = tl.arange(0, HELD)
+    stride = tl.cdiv(end, SAMPLE)
+    at = tl.arange(0, SAMPLE) * stride
+    sample = _keys(scores, at, at < end)
+    wanted = tl.maximum(2 * TOP // stride, 1)
+    count, attempt = 0, 0
+    while (attempt < 4) & ((count < TOP) | (count > HELD)):
+        bound = _bound(sample, scores, end, wanted, 4, 5, True)
+        count = 0
+        for low in range(0, end, HELD):
+            hit = (low + j < end) & (_keys(scores, low + j, low + j < end) >= bound)
+            to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            tl.store(candidates + to, low + j, mask=hit & (to < HELD))
+            count += tl.sum(hit.to(tl.int32), 0)
+        wanted = tl.where(count < TOP, 2 * wanted, tl.maximum(wanted * 3 // 4, 1))
+        attempt += 1
+    tl.debug_barrier()  # threads read what others have listed
+    return count
 
 
 @triton.jit(
     do_not_specialize=["score_stride"], do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"]
 )
 def _choose_kernel(
-    scores, page_table, token_slots, positions, chosen, table_stride, score_stride,
-    TOP: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    scores, candidates, page_table, token_slots, positions, chosen, table_stride, score_stride,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, LONG: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a token. The least score that is chosen is found by its bits; equal ones from the earliest on."""
-    token = tl.program_id(0)
+    """One program: a token. The least score that is chosen is found by its bits; equal ones from the earliest on.
+
+    Of rows that are LONG it is looked for among candidates, or where those are too many among all.
+    """
+    token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slots + token)
     end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
-    found = scores + token.to(tl.int64) * score_stride
+    scores += token * score_stride
+    candidates += token * HELD
+    chosen += token * TOP
+    table = page_table + slot.to(tl.int64) * table_stride
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    j = tl.arange(0, HELD)
+    i, count = j, end
+    if LONG:  # noqa: SIM102 - a constant
+        if end > HELD:
+            count = _gather_candidates(scores, candidates, end, TOP, HELD, SAMPLE)
+            i = tl.load(candidates + j, mask=j < count, other=0)
     least = tl.zeros([1], tl.uint32)
     room = TOP
-    if end > TOP:
-        _, held = ordered_keys(found, 0, end, BLOCK)
-        digit = tl.arange(0, 1 << BITS)
-        for step in range(32 // BITS):
-            bound = least + (digit.to(tl.uint32) << (32 - BITS - step * BITS))
-            enough = num_at_least(bound, held, found, 0, end, BLOCK, WHOLE) >= TOP
-            best = tl.max(tl.where(enough, digit, 0), 0)
-            least += best.to(tl.uint32) << (32 - BITS - step * BITS)
-        room = TOP - tl.sum(num_at_least(least + 1, held, found, 0, end, BLOCK, WHOLE), 0)
-    before = 0
-    equals = 0
-    table = page_table + slot.to(tl.int64) * table_stride
-    for low in range(0, end, BLOCK):
-        i, key = ordered_keys(found, low, end, BLOCK)
-        equal = (key == least) & (i < end)
-        rank = equals + tl.cumsum(equal.to(tl.int32), 0)
-        taken = (i < end) & ((key > least) | (equal & (rank <= room)))
-        at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-        page = tl.load(table + i // PAGE, mask=taken, other=0)
-        tl.store(chosen + token.to(tl.int64) * TOP + at, page * PAGE + i % PAGE, mask=taken)
-        equals += tl.sum(equal.to(tl.int32), 0)
-        before += tl.sum(taken.to(tl.int32), 0)
-    for low in range(0, TOP, BLOCK):
-        i = low + tl.arange(0, BLOCK)
-        behind = (i >= before) & (i < TOP)
-        tl.store(chosen + token.to(tl.int64) * TOP + i, tl.full([BLOCK], -1, tl.int32), mask=behind)
+    before, equals = 0, 0
+    if (count <= HELD) & ((count >= TOP) | (end <= TOP)):
+        key = _keys(scores, i, j < count)
+        if end > TOP:
+            least = _bound(key, scores, end, TOP, 4, 8, True)
+            room = TOP - tl.sum((key > least).to(tl.int32), 0)
+        before, equals = _list(i, key, j < count, least, room, before, equals, table, chosen, PAGE)
+    else:
+        least = _bound(j, scores, end, TOP, 4, 8, False)
+        room = TOP - tl.sum(_num_at_least(least + 1, j, scores, end, False), 0)
+        for low in range(0, end, HELD):
+            key = _keys(scores, low + j, low + j < end)
+            before, equals = _list(
+                low + j, key, low + j < end, least, room, before, equals, table, chosen, PAGE
+            )  # fmt: skip
+    for low in range(0, TOP, HELD):
+        tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= before) & (low + j < TOP))
 
 
 def _num_sms(device: torch.device) -> int:
@@ -219,9 +293,11 @@ def choose_tokens(
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
-    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len))))
+    held = max(_HELD, triton.next_power_of_2(2 * top_k))
+    long = max_seq_len > held
+    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len + held * long))))
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    whole = max_seq_len <= _CHOOSE_WHOLE
+    candidates = chosen.new_empty(step * long, held)
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
         where, num = (token_slots[rows], positions[rows]), min(step, num_tokens - low)
@@ -233,8 +309,8 @@ def choose_tokens(
             PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **overlap_options(q),
         )  # fmt: skip
         _choose_kernel[(num,)](
-            scores, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, TOP=top_k, PAGE=page_size,
-            BITS=4, BLOCK=_CHOOSE_WHOLE if whole else _CHOOSE_BLOCK, WHOLE=whole, num_warps=8, **overlap_options(q),
+            scores, candidates, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, TOP=top_k,
+            PAGE=page_size, HELD=held, SAMPLE=_SAMPLE, LONG=long, num_warps=16, **overlap_options(q),
         )  # fmt: skip
 
 
@@ -340,7 +416,7 @@ def attend_chosen(
         num_blocks, group = num_heads // 16, 16
     cut = decode_cut(group, q_latent.element_size())
     block_n = 32 if q_latent.element_size() == 4 else _BLOCK_N
-    splits = max(1, min(2 * max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
+    splits = max(1, min(max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
     parts = workspace.partials, workspace.lse
     shape = {"TOP": top_k, "RANK": rank, "BLOCK_N": block_n}
     options = overlap_options(q_latent)

@@ -5,13 +5,15 @@ F.linear lays the weight out anew in every call: up to some 32 rows it takes 1.5
 
 import torch
 
+from gossamer.ops import cpu
+
 # oneDNN may choose the layout by the number of rows; it is the same from 1 to 512 on the CPUs we measured.
 _ROWS_HINT = 16
 
 
 def packing_supported(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of `dtype` gain by packing here: bf16 on a CPU whose oneDNN computes in it."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.bfloat16 and device.type == "cpu" and cpu.multiplies_bf16()
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

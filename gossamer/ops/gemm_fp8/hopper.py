@@ -82,7 +82,7 @@ def _feed(
 ):  # fmt: skip
     """The producer: brings the operands, as far ahead as there are stages."""
     a, a_desc, w_desc = fed
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n = shared
+    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, _turns = shared
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
     if TOP_K:
@@ -130,6 +130,17 @@ def _product(a_tile, w_tile):
 
 
 @gluon.jit
+def _in_turn(a_tile, w_tile, turns, turn, WG: gl.constexpr, WGS: gl.constexpr, TURNS: gl.constexpr):
+    """`_product`, issued behind that of the warpgroup before, so that this one multiplies while that one adds."""
+    if TURNS:
+        mbarrier.wait(turns.index(WG), turn & 1)
+    token = _product(a_tile, w_tile)
+    if TURNS:
+        mbarrier.arrive(turns.index((WG + 1) % WGS), count=1)
+    return token
+
+
+@gluon.jit
 def _store_dense(
     acc, out_desc, out_tile, bias, w_scales, row, column, N, BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr
 ):
@@ -155,17 +166,99 @@ def _store_rows(acc, out, row, num_rows, column, N):
 
 
 @gluon.jit
-def _store_quantized(
-    gate, up, out, out_scales, rows, row0, n, num_rows, N, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr
-):
-    """The activation in FP8, with one scale a row."""
-    q, scale = quantize_rows(gated_activation(gate, up, ALPHA, LIMIT), False, out.dtype.element_ty)
+def _quantize(y, dtype: gl.constexpr):
+    """`quantize_rows`, at half the price where every row is zeros or holds no infinity and no tiny maximum.
+
+    NaN is in no maximum and stays NaN.
+    """
+    peak = gl.max(gl.abs(y), 1)
+    odd = (peak > 0) & ((peak < 2.0**-100) | (peak == float("inf")))
+    if gl.max(odd.to(gl.int32), 0) == 0:
+        scale = gl.where(peak > 0, gl.div_rn(peak, 448.0 if dtype == gl.float8e4nv else 57344.0), 1.0)
+        inverse = gl.div_rn(1.0, scale)
+        near = y * inverse[:, None]
+        q = gl.fma(gl.fma(-near, gl.broadcast(scale[:, None], y)[0], y), gl.broadcast(inverse[:, None], y)[0], near)
+        code = q.to(dtype)
+    else:
+        code, scale = quantize_rows(y, False, dtype)
+    return code, scale
+
+
+@gluon.jit
+def _silu(x):
+    """x / (1 + exp(-x)), to some units in the last place."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 e, e;
+        mul.f32 $0, $1, e;
+        }""",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _store_quantized(gate, up, out, out_scales, row0, n, N, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr):
+    """The activation in FP8, with one scale a row. Rows of padding have places too, and get zeros."""
+    if LIMIT > 0.0:
+        y = gated_activation(gate, up, ALPHA, LIMIT)
+    else:
+        y = _silu(gate) * up
+    q, scale = _quantize(y, out.dtype.element_ty)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
-    gl.store(out_scales + n * scale_stride + row, scale, mask=gl.load(rows + row) < num_rows)
+    gl.store(out_scales + n * scale_stride + row, scale)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(16)))
     place = n * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, _line_layout(16)))
-    pointers = out + row[:, None].to(gl.int64) * N + place[None, :]
-    gl.store(pointers, gl.convert_layout(q, _line_layout(16)), mask=(gl.load(rows + row) < num_rows)[:, None])
+    gl.store(out + row[:, None].to(gl.int64) * N + place[None, :], gl.convert_layout(q, _line_layout(16)))
+
+
+@gluon.jit
+def _look(
+    tile, num_m, num_n, rows, block_expert, WG: gl.constexpr, WGS: gl.constexpr, TOP_K: gl.constexpr,
+    GATED: gl.constexpr, GROUP_M: gl.constexpr, LINES: gl.constexpr,
+):  # fmt: skip
+    """Loads what a warpgroup must know of a tile: its first row, its expert and the assignments of its rows.
+
+    Behind the last tile all of these are 0.
+    """
+    m, n = _locate(tile, num_m, num_n, GROUP_M)
+    inside = tile < num_m * num_n
+    row0 = (m * WGS + WG) * ROWS
+    places = row0 + gl.arange(0, ROWS, LINES)
+    first = gl.load(rows + row0, inside, 0) if TOP_K else row0
+    expert = gl.load(block_expert + m, inside, 0) if TOP_K else 0
+    assignments = gl.load(rows + places, inside & (places >= 0), 0) if GATED else places
+    return row0, n, first, expert, assignments
+
+
+@gluon.jit
+def _scales(
+    looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS: gl.constexpr, TOP_K: gl.constexpr,
+    GATED: gl.constexpr, CHANNEL_STEP: gl.constexpr,
+):  # fmt: skip
+    """Where the scales of a tile begin, of rows and of both parts of the weight, and the first of each."""
+    _row0, n, _first, expert, assignments = looked
+    groups, n_blocks = (K + BLOCK - 1) // BLOCK, (N + BLOCK - 1) // BLOCK
+    a_row = assignments
+    block = n if GATED else n * PARTS
+    following = gl.minimum(block + 1, n_blocks - 1)
+    if GATED:
+        a_row = gl.minimum(assignments, num_rows - 1) // TOP_K
+        block += expert * 2 * n_blocks
+        following = block + n_blocks
+    elif TOP_K:
+        block += expert * n_blocks
+        following += expert * n_blocks
+    else:
+        a_row = gl.minimum(assignments, num_rows - 1)
+    places = a_scales + a_row * row_stride
+    place0, place1 = w_scales + block * groups, w_scales + following * groups
+    first0 = gl.load(place0) if CHANNEL_STEP < 0 else 1.0
+    first1 = gl.load(place1) if CHANNEL_STEP < 0 and PARTS == 2 else 1.0
+    return places, place0, place1, gl.load(places), first0, first1
 
 
 @gluon.jit
@@ -174,44 +267,32 @@ def _multiply(
     BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 rows of every tile of its program. CHANNEL_STEP -1: weights have scales of blocks."""
+    """One warpgroup: 64 rows of every tile of its program. CHANNEL_STEP -1: weights have scales of blocks.
+
+    What it must know of the next tile is loaded while it multiplies, the first scales of that while it stores.
+    """
     out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride = own
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n = shared
+    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns = shared
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    LINES: gl.constexpr = gl.SliceLayout(1, ACC)
     groups = (K + BLOCK - 1) // BLOCK
-    n_blocks = (N + BLOCK - 1) // BLOCK
     if TOP_K:
         num_m = gl.load(num_m_ptr)
-    lines = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+    TURNS: gl.constexpr = TOP_K > 0
     step = 0
+    turn = 0
+    looked = _look(gl.program_id(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES)
+    row0, n, first = looked[0], looked[1], looked[2]
+    a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
+        looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
+    )
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        m, n = _locate(tile, num_m, num_n, GROUP_M)
-        row0 = (m * WGS + WG) * ROWS
-        a_row = row0 + lines
-        block = n if GATED else n * PARTS
-        following = gl.minimum(block + 1, n_blocks - 1)
-        used = row0 < num_rows
-        if TOP_K:
-            used = gl.load(rows + row0) < num_rows
-            expert = gl.load(block_expert + m)
-            if GATED:
-                a_row = gl.minimum(gl.load(rows + a_row), num_rows - 1) // TOP_K
-                block += expert * 2 * n_blocks
-                following = block + n_blocks
-            else:
-                block += expert * n_blocks
-                following += expert * n_blocks
-        else:
-            a_row = gl.minimum(a_row, num_rows - 1)
-        if used:
-            a_scale_ptrs = a_scales + a_row * row_stride
-            w_scale_ptr0 = w_scales + block * groups
-            w_scale_ptr1 = w_scales + following * groups
+        looked = _look(
+            tile + gl.num_programs(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES
+        )
+        if first < num_rows:
             acc0 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             acc1 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
-            a_scale = gl.load(a_scale_ptrs)
-            w_scale0 = gl.load(w_scale_ptr0) if CHANNEL_STEP < 0 else 1.0
-            w_scale1 = gl.load(w_scale_ptr1) if CHANNEL_STEP < 0 and PARTS == 2 else 1.0
             for group in range(groups):
                 stage = step % STAGES
                 ahead = gl.minimum(group + 1, groups - 1)
@@ -219,15 +300,15 @@ def _multiply(
                 if GATED:
                     fence_async_shared()  # rows were copied by threads, and wgmma reads through the async proxy
                 a_tile = a_tiles.index(stage * WGS + WG)
-                token = _product(a_tile, w_tiles.index(stage * PARTS))
+                token = _in_turn(a_tile, w_tiles.index(stage * PARTS), turns, turn, WG, WGS, TURNS)
                 scale0 = a_scale * w_scale0
                 scale1 = a_scale * w_scale1
                 # Loaded while the products run, for the next step.
-                a_scale = gl.load(a_scale_ptrs + ahead * group_stride)
+                a_scale = gl.load(a_ptrs + ahead * group_stride)
                 if CHANNEL_STEP < 0:
-                    w_scale0 = gl.load(w_scale_ptr0 + ahead)
+                    w_scale0 = gl.load(w_ptr0 + ahead)
                 if CHANNEL_STEP < 0 and PARTS == 2:
-                    w_scale1 = gl.load(w_scale_ptr1 + ahead)
+                    w_scale1 = gl.load(w_ptr1 + ahead)
                 product = warpgroup_mma_wait(0, deps=[token])
                 if PARTS == 1:
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -235,13 +316,17 @@ def _multiply(
                 else:
                     # Waits with nothing to wait for keep the sums in their place: registers hold but one product.
                     acc0 = warpgroup_mma_wait(0, deps=[acc0 + product * scale0[:, None]])
-                    token = _product(a_tile, w_tiles.index(stage * PARTS + 1))
+                    token = _in_turn(a_tile, w_tiles.index(stage * PARTS + 1), turns, turn + 1, WG, WGS, TURNS)
                     product = warpgroup_mma_wait(0, deps=[token])
                     mbarrier.arrive(empty.index(stage), count=1)
                     acc1 = warpgroup_mma_wait(0, deps=[acc1 + product * scale1[:, None]])
                 step += 1
+                turn += PARTS
+            a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
+                looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
+            )
             if GATED:
-                _store_quantized(acc0, acc1, out, out_scales, rows, row0, n, num_rows, N, scale_stride, ALPHA, LIMIT)
+                _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride, ALPHA, LIMIT)
             else:
                 column = n * (PARTS * BLOCK)
                 if TOP_K:
@@ -257,9 +342,17 @@ def _multiply(
                         _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
         else:  # rows of padding alone
             for _ in range(groups):
+                for part in gl.static_range(PARTS if TURNS else 0):
+                    mbarrier.wait(turns.index(WG), (turn + part) & 1)
+                    mbarrier.arrive(turns.index((WG + 1) % WGS), count=1)
+                turn += PARTS
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
+            a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
+                looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
+            )
+        row0, n, first = looked[0], looked[1], looked[2]
     if TOP_K == 0:
         tma.store_wait(0)
 
@@ -281,6 +374,10 @@ def _hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + FEEDERS * 32 if GATED else 1)
         mbarrier.init(empty.index(i), count=WGS)
+    turns = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WGS):
+        mbarrier.init(turns.index(i), count=1)
+    mbarrier.arrive(turns.index(0))
     fence_async_shared()
     if TOP_K:
         out_tiles = a_tiles
@@ -289,7 +386,7 @@ def _hopper_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n)
+    shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns)
     own = (out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
     fed = (a, a_desc, w_desc)
     if WGS == 2:

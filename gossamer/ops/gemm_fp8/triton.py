@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.gemm_fp8 import hopper, triton_few
+from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
+from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 from gossamer.ops.moe.triton import combine, sort_by_expert
 from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
 from gossamer.ops.quantize_fp8 import Quantized
@@ -208,11 +209,36 @@ class Config(NamedTuple):
     persistent: bool = False
 
 
-def choose(num_rows: int, num_out: int, width: int, hopper: bool = False) -> Config | HopperConfig:
+def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
+    """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
+
+    As few programs as multiprocessors leave room for those of the next kernel; twice as many pay where K is long.
+    """
+    wide = num_out > 16384
+    if not 32 <= num_rows <= 128 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
+        return None
+    if (wide and width < 1024) or (num_rows > 64 and num_out > 8192):
+        return None
+    if wide:
+        return FewConfig(1, 2, 1, 5, 3)
+    tiles = triton.cdiv(num_out, 64)
+    split_k = max(1, min(4, 132 // tiles, width // 512))
+    split_k = 1 << (split_k.bit_length() - 1)
+    if width >= 3072 * split_k and 2 * split_k * tiles <= 264:
+        split_k *= 2
+    return FewConfig(2, 1, split_k, 7, 3) if num_rows > 64 and split_k > 1 else FewConfig(1, 1, split_k)
+
+
+def choose(
+    num_rows: int, num_out: int, width: int, hopper: bool = False, few: bool = False
+) -> Config | HopperConfig | FewConfig:
     """The cut of a dense product, from bytes in flight and registers; `benchmarks/ops/bench_fp8.py --sweep` times them.
 
     Few rows: two programs or more per multiprocessor, which K may have to be split for; or one with a longer pipeline.
+    `few`: `hopper_few` may serve.
     """
+    if few and (config := choose_few(num_rows, num_out, width)):
+        return config
     if num_rows > 128:
         return HopperConfig() if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
     block_m, tiles = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(num_out, 64)
@@ -230,11 +256,13 @@ def choose(num_rows: int, num_out: int, width: int, hopper: bool = False) -> Con
 
 def library_is_faster(num_rows: int, num_out: int, width: int) -> bool:
     """Where torch's product of 1 x 128 by 128 x 128 blocks serves and won on Hopper: `benchmarks/ops/bench_fp8.py`."""
-    if num_rows % 4 or num_out % 64 or width % 512:  # it wants a weight's scales padded to four blocks of K
+    if (
+        num_rows % 4 or num_out % 64 or width % 512 or choose_few(num_rows, num_out, width)
+    ):  # it wants a weight's scales padded to four blocks of K
         return False
     if num_rows > 128:
         return width > 512 and num_out >= 512
-    return num_rows >= 64 and num_out >= 5120 and (num_rows > 64 or 2048 <= width < 8192)
+    return num_rows > 64 and num_out >= 5120 and choose_few(num_rows, num_out, width) is None
 
 
 def choose_grouped(
@@ -247,12 +275,12 @@ def choose_grouped(
     rows = num_assignments / num_experts
     if rows <= 10:
         return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 3, True)
+    if hopper and rows > 24 and not exact:
+        return HopperConfig(2, 2, 1), HopperConfig(2, 2, 1)
     if rows <= 80 or exact:
         block_m = 32 if rows <= 24 else 64
         gate_up = Config(32, 128, 2, 4, 3, True) if rows <= 24 else Config(64, 128, 2, 8, 2 if exact else 3, True)
         return gate_up, Config(block_m, 128, 2, 8, gate_up.num_stages, True)
-    if hopper:
-        return HopperConfig(2, 2, 1), HopperConfig(2, 2, 1)
     return (Config(128, 128, 2, 8, 3, False, 1, True),) * 2
 
 
@@ -279,7 +307,7 @@ def _multiprocessors(index: int | None) -> int:
 
 def _product(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    config: Config | HopperConfig, *, num_rows: int, most_blocks: int, n: int,
+    config: Config | HopperConfig | FewConfig, *, num_rows: int, most_blocks: int, n: int,
     order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
     out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
     promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None,
@@ -291,6 +319,10 @@ def _product(
             top_k=top_k, gated=gated, out_scales=out_scales, bias=bias, kind=kind, strides=_strides(a_scales),
             multiprocessors=_multiprocessors(a.device.index), swiglu=swiglu,
         )  # fmt: skip
+        return
+    if isinstance(config, FewConfig):
+        counters, multiprocessors = _counters(a.device), _multiprocessors(a.device.index)
+        hopper_few.product(a, a_scales, w, w_scales, out, config, counters, _strides(a_scales), multiprocessors)
         return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
@@ -315,8 +347,8 @@ def _product(
 
 def fp8_linear(
     q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
-    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str, config: Config | HopperConfig | None = None,
-    promote: bool = True,
+    bias: torch.Tensor | None = None, *, out_dtype: torch.dtype, kind: str,
+    config: Config | HopperConfig | FewConfig | None = None, promote: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """`promote=False` leaves sums over all of K to the tensor cores, for the test that shows what that costs."""
     (num_rows, width), num_out = q.shape, weight.shape[0]
@@ -340,7 +372,7 @@ def fp8_linear(
     ):  # fmt: skip
         scaling = F.ScalingType
         return F.scaled_mm(q, weight.t(), scales, scaling.BlockWise1x128, weight_scales.t(), scaling.BlockWise128x128)
-    config = config or choose(num_rows, num_out, width, hopper)
+    config = config or choose(num_rows, num_out, width, hopper, hopper and bias is None and kind == "block")
     _product(
         q, scales, weight, weight_scales, out, config, num_rows=num_rows, n=num_out,
         most_blocks=triton.cdiv(num_rows, config.block_m), bias=bias, kind=kind, promote=promote,

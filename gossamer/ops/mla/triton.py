@@ -15,7 +15,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION, copy_scale, row
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.kv_cache.triton import write_rows_fp8
-from gossamer.ops.mla import hopper
+from gossamer.ops.mla import hopper, hopper_fp8
 
 _MIN_PAGES = 2  # in a program: fewer cost more in merging than they gain in parallelism
 _MERGE_PARTS = 16  # that a merging program has at once
@@ -307,19 +307,23 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
-    num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
+    num_sms, narrow = max_programs * num_blocks // 2, hopper_fp8.group_of(q_latent, q_rope, pages, group)
+    if narrow:
+        num_blocks, group = num_blocks * group // narrow, narrow
+    # Two programs share a multiprocessor, and so the workspace is made, if they are of 16 heads over FP8 pages.
+    fitting = max(1, num_sms * (1 + (narrow == 16)) // num_blocks)
+    num_programs = min(fitting, triton.cdiv(num_rows * max(1, triton.cdiv(max_seq_len, page_size)), _MIN_PAGES))
     shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
     common = {**shares, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
     metadata, parts = (page_table, slots, seq_lens), (workspace.partials, workspace.lse)
-    if hopper.serves(q_latent, pages, group):
+    if narrow:
+        hopper_fp8.decode(
+            q_latent, q_rope, pages, scales, *metadata, scale * LOG2E, out, *parts, num_programs, GROUP=group, **shares
+        )
+    elif hopper.serves(q_latent, pages, group):
         hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, **shares)
     else:
-        cut, flat, rope_dim = (
-            decode_cut(group, q_latent.element_size()),
-            pages.view(-1, pages.shape[3]),
-            q_rope.shape[2],
-        )
+        cut, flat, rope_dim = decode_cut(group, q_latent.element_size()), pages.flatten(0, 2), q_rope.shape[2]
         latents, keys = (TensorDescriptor.from_tensor(flat, [page_size, width]) for width in (rank, rope_dim))
         _decode_kernel[(num_programs * num_blocks,)](
             q_latent, q_rope, latents, keys, scales, *metadata, out, *parts, num_rows, *q_rope.stride()[:2],
