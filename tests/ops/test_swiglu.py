@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -22,8 +24,13 @@ BACKENDS = ["reference", "triton"]
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seeded_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh tensors hold NaN (floats) or a large number (ints): whatever is not written shows."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
