@@ -25,19 +25,12 @@ def machine_report() -> dict[str, Any]:
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {
-            "gossamer": __version__,
-            "python": platform.python_version(),
-            **{name: installed.get(name) for name in PACKAGES},
-        },
-        "hardware": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": detect("cpu").name,
-            "cores": physical_cores(),
-            "free_memory_bytes": available_memory(),
-            "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
-        },
-    }
+        "versions": { "gossamer": __version__, "python": platform.python_version(),
+        **{name: installed.get(name) for name in PACKAGES}, }, "hardware": {
+        "system": f"{platform.system()} {platform.machine()}", "cpu": detect("cpu").name, "cores": physical_cores(),
+        "free_memory_bytes": available_memory(),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus], },
+    }  # fmt: skip
 
 
 def model_report(config: EngineConfig) -> dict[str, Any]:
