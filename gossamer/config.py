@@ -61,6 +61,8 @@ class MoEConfig:
     routed_scale: float = 1.0
     num_shared: int = 0
     """Experts of the same width that see every token, with weight 1."""
+    shared_width: int | None = None
+    """Of one shared MLP instead, where that is no multiple of theirs."""
     dense_layers: frozenset[int] = frozenset()
     """Layers that keep a dense MLP of ModelConfig.intermediate_size."""
 
@@ -80,7 +82,7 @@ class MLAConfig:
 
 @dataclass(frozen=True, slots=True)
 class IndexConfig:
-    """The indexer of `attention` "dsa": its queries and keys of `head_dim` choose `top_k` tokens (TECHNIQUES 4)."""
+    """The indexer of `attention` "dsa" and "msa": it chooses `top_k` tokens or blocks (TECHNIQUES 4)."""
 
     num_heads: int
     head_dim: int
@@ -88,12 +90,12 @@ class IndexConfig:
     interleaved: bool = False
     """Its own rotation of neighbours, not halves."""
     shared: frozenset[int] = frozenset()
-    """Layers without an indexer, which attend to what the layer before them does."""
+    """Layers without an indexer: they attend to what the layer before them does ("dsa"), or to everything ("msa")."""
 
 
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
-    """Blocks of `block_size` tokens, which are pages, that a token attends to (TECHNIQUES 4)."""
+    """Blocks of `block_size` tokens that a token attends to (TECHNIQUES 4): pages, under "msa" one or more."""
 
     block_size: int
     num_blocks: int
@@ -134,11 +136,15 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     hidden_act: Literal["silu"] = "silu"
+    swiglu: tuple[float, float] | None = None
+    """Alpha and limit of a clamped SwiGLU (`ops.activation.silu_mul`) in every MLP."""
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    norm_offset: bool = False
+    """The checkpoint's norms multiply by 1 + weight (Gemma)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """"head": RMSNorm over each head's dimensions (Qwen3); "full": over all heads at once (OLMoE)."""
     clip_qkv: float | None = None
@@ -388,8 +394,10 @@ def _check_values(config: EngineConfig) -> None:
 def with_attention(config: EngineConfig, hardware: Hardware, model: ModelConfig) -> ModelConfig:
     """The model under --attention. Raises StartupError where it does not apply."""
     options, page = config.sparse, config.cache.page_size
-    if model.sparse is not None and model.sparse.block_size != page:
-        raise StartupError(f"--page-size {page}: this model selects blocks, hence pages, of {model.sparse.block_size}.")
+    block = page if model.sparse is None else model.sparse.block_size
+    if block % page or (block != page and model.index is None):
+        pages = "hence pages, of" if model.index is None else "of whole pages, of"
+        raise StartupError(f"--page-size {page}: this model selects blocks, {pages} {block}.")
     if options.attention == "auto":
         for name, default in dataclasses.asdict(SparseOptions()).items():
             if getattr(options, name) != default:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import re
-from typing import cast
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ class StackedExperts:
     All is allocated with the first tensor that comes and filled in place: a layer is never held twice.
     """
 
-    def __init__(self, prefix: str, config: MoEConfig, backend: str) -> None:
+    def __init__(self, prefix: str, config: MoEConfig, backend: str, swiglu: tuple[float, float] | None = None) -> None:
         parts = ("gate", "up", "down")
         self.names = [f"{prefix}.experts.{e}.{part}.weight" for e in range(config.num_experts) for part in parts]
         self.names += [f"{prefix}.shared.{part}.weight" for part in parts if config.num_shared]
@@ -36,7 +36,7 @@ class StackedExperts:
         self.gate_up_scales: torch.Tensor | None = None
         self.down_scales: torch.Tensor | None = None
         self._config = config
-        self._backend = backend
+        self._options: dict[str, Any] = {"swiglu": swiglu, "backend": backend}
 
     def load(self, name: str, part: Part, fmt: WeightFormat) -> None:
         """Takes one expert's matrix, or that of all shared experts, by canonical name."""
@@ -96,34 +96,23 @@ class StackedExperts:
         w_gate_up, w_down, scales = self._weights()
         inputs = x, topk_weights, topk_ids, w_gate_up
         if scales is None:
-            return moe_mlp(*inputs, w_down, backend=self._backend)
-        return fp8_moe_mlp(*inputs, scales[0], w_down, scales[1], quantized=quantized, backend=self._backend)
+            return moe_mlp(*inputs, w_down, **self._options)
+        return fp8_moe_mlp(*inputs, scales[0], w_down, scales[1], quantized=quantized, **self._options)
 
     def add_rms_norm(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
-        residual: torch.Tensor, norm: torch.Tensor, eps: float,
-    ) -> torch.Tensor:  # fmt: skip
-        """The norm of residual + what the experts make of x; the residual becomes the sum."""
+        residual: torch.Tensor, norm: torch.Tensor, eps: float, *, quantize: bool = False,
+    ) -> Any:  # fmt: skip
+        """The norm of residual + what the experts make of x; the residual becomes the sum.
+
+        quantize: of FP8 experts, as 1 x 128 groups.
+        """
         w_gate_up, w_down, scales = self._weights()
         inputs, after = (x, topk_weights, topk_ids, w_gate_up), (residual, norm, eps)
         if scales is None:
-            return moe_mlp_add_rms_norm(*inputs, w_down, *after, backend=self._backend)
-        experts = scales[0], w_down, scales[1]
-        normed = fp8_moe_mlp_add_rms_norm(*inputs, *experts, *after, quantized=quantized, backend=self._backend)
-        return cast("torch.Tensor", normed)
-
-    def add_rms_norm_fp8(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, quantized: Quantized | None,
-        residual: torch.Tensor, norm: torch.Tensor, eps: float,
-    ) -> Quantized:  # fmt: skip
-        """`add_rms_norm` of FP8 experts, its result as 1 x 128 groups."""
-        w_gate_up, w_down, scales = self._weights()
-        if scales is None:
-            raise RuntimeError(f"{self.names[0]} is not FP8")
-        experts = w_gate_up, scales[0], w_down, scales[1]
-        options = {"quantized": quantized, "quantize": True, "backend": self._backend}
-        result = fp8_moe_mlp_add_rms_norm(x, topk_weights, topk_ids, *experts, residual, norm, eps, **options)  # type: ignore[arg-type]
-        return cast("Quantized", result)
+            return moe_mlp_add_rms_norm(*inputs, w_down, *after, **self._options)
+        options = self._options | {"quantized": quantized, "quantize": quantize}
+        return fp8_moe_mlp_add_rms_norm(*inputs, scales[0], w_down, scales[1], *after, **options)
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         if self.w_gate_up is None or self.w_down is None:

@@ -39,16 +39,21 @@ class MoELayer:
     `stacked` experts are two tensors, for grouped kernels; else each is an MLP of its own, which may be quantised.
     """
 
-    def __init__(self, config: MoEConfig, layer: int, backend: str, *, stacked: bool = False) -> None:
+    def __init__(
+        self, config: MoEConfig, layer: int, backend: str, *, stacked: bool = False,
+        swiglu: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
         name = f"layers.{layer}.moe"
         self.router_name = f"{name}.router.weight"
         self.bias_name = f"{name}.router.bias" if config.choice_bias else None
         self.router: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        self.stacked = StackedExperts(name, config, backend) if stacked else None
-        self.experts = [GatedMLP(f"{name}.experts.{e}", backend) for e in range(0 if stacked else config.num_experts)]
-        # Stacked, the shared experts are the last of the stack and cost no launch; else they are one MLP.
-        self.shared = GatedMLP(f"{name}.shared", backend) if config.num_shared and not stacked else None
+        self.stacked = StackedExperts(name, config, backend, swiglu) if stacked else None
+        num_apart = 0 if stacked else config.num_experts
+        self.experts = [GatedMLP(f"{name}.experts.{e}", backend, swiglu=swiglu) for e in range(num_apart)]
+        # Stacked, shared experts of the others' width are the last of the stack and cost no launch; else an MLP.
+        apart = config.shared_width or (config.num_shared and not stacked)
+        self.shared = GatedMLP(f"{name}.shared", backend, swiglu=swiglu) if apart else None
         mlps = [*self.experts, *([self.shared] if self.shared else [])]
         self.linears: list[Linear] = [linear for mlp in mlps for linear in mlp.linears]
         self.use: ExpertUse | None = None
@@ -71,7 +76,9 @@ class MoELayer:
         if stacked is None:
             return self._separate(x, weights, ids)
         inputs = (x, weights, ids, quantized)
-        fused = partial(stacked.add_rms_norm_fp8, *inputs) if fp8 else None
+        if self.shared is not None:
+            return stacked(*inputs).add_(self.shared(x))
+        fused = partial(stacked.add_rms_norm, *inputs, quantize=True) if fp8 else None
         return Pending(partial(stacked, *inputs), partial(stacked.add_rms_norm, *inputs), fused)
 
     def __call__(self, x: torch.Tensor, token_slots: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,7 +88,8 @@ class MoELayer:
         if self.use is not None:
             self.use.add(ids)
         if self.stacked is not None:
-            return self.stacked(x, weights, ids)
+            routed = self.stacked(x, weights, ids)
+            return routed if self.shared is None else routed.add_(self.shared(x))
         return self._separate(x, weights, ids)
 
     def _separate(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -96,12 +104,7 @@ class MoELayer:
     def _options(self, device: torch.device) -> dict[str, Any]:
         if self._arrivals is None:
             self._arrivals = torch.zeros(16, dtype=torch.int32, device=device)
-        config = self._config
-        options: dict[str, Any] = {
-            "renormalize": config.renormalize,
-            "score_func": config.score_func,
-            "arrivals": self._arrivals,
-        }
-        options |= {"bias": self.bias, "num_groups": config.num_groups, "topk_groups": config.topk_groups}
-        num_shared = 0 if self.stacked is None else config.num_shared
-        return options | {"group_top": config.group_top, "scale": config.routed_scale, "num_shared": num_shared}
+        config, names = self._config, ("renormalize", "score_func", "num_groups", "topk_groups", "group_top")
+        options = {"bias": self.bias, "arrivals": self._arrivals, "scale": config.routed_scale}
+        options["num_shared"] = 0 if self.stacked is None else config.num_shared
+        return options | {name: getattr(config, name) for name in names}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.kv_cache.pool import KVPool
-from gossamer.layers.attention import block_topk, dsa, gqa, mla, nsa
+from gossamer.layers.attention import block_topk, dsa, gqa, mla, msa, nsa
 from gossamer.layers.attention.base import Attend, Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.experts import StackedExperts
 from gossamer.layers.linear import DenseWeight, Linear, Part, Weight, WeightFormat, dense, make_head, storage_bytes
@@ -26,7 +26,8 @@ from gossamer.ops.embedding import embed_tokens
 from gossamer.ops.norm import rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 
-ATTENTION_KINDS: dict[str, ModuleType] = {"gqa": gqa, "mla": mla, "dsa": dsa, "block_topk": block_topk, "nsa": nsa}
+_KINDS = block_topk, dsa, gqa, mla, msa, nsa
+ATTENTION_KINDS: dict[str, ModuleType] = {kind.__name__.rpartition(".")[2]: kind for kind in _KINDS}
 Loader = Callable[[str, Part], None]
 
 
@@ -40,9 +41,9 @@ class Block:
         moe = config.moe
         self.mlp: GatedMLP | MoELayer
         if moe is not None and layer not in moe.dense_layers:
-            self.mlp = MoELayer(moe, layer, backend, stacked=paged)
+            self.mlp = MoELayer(moe, layer, backend, stacked=paged, swiglu=config.swiglu)
         else:
-            self.mlp = GatedMLP(f"layers.{layer}.mlp", backend, bias=config.mlp_bias)
+            self.mlp = GatedMLP(f"layers.{layer}.mlp", backend, bias=config.mlp_bias, swiglu=config.swiglu)
 
 
 class DraftLayer:
@@ -80,6 +81,8 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.config = config
         self.fmt = fmt
+        # 1 + w keeps what w has of fp32 in fp32 alone; kernels multiply there anyway.
+        self._norm_fmt = dataclasses.replace(fmt, dtype=torch.float32) if config.norm_offset else fmt
         self.paged = fmt.device.type == "cuda" if paged is None else paged
         self.blocks = [Block(config, i, backend, self.paged) for i in range(config.num_layers)]
         self.drafter = DraftLayer(config, backend, self.paged) if config.num_draft_layers else None
@@ -102,7 +105,7 @@ class Decoder:
         for i, block in enumerate(self.all_blocks):
             for attribute in ("attn_norm", "mlp_norm"):
                 loaders[f"layers.{i}.{attribute}.weight"] = self._setter(block, attribute)
-            loaders |= dict.fromkeys(block.attention.norms, self._into(block.attention))
+            loaders |= dict.fromkeys(block.attention.norms, self._into(block.attention, self._norm_fmt))
             if isinstance(block.mlp, MoELayer):
                 loaders[block.mlp.router_name] = self._router_loader(block.mlp)
                 if block.mlp.bias_name is not None:
@@ -120,11 +123,11 @@ class Decoder:
         self.head = make_head(self.embed if self.fmt.quantization in ("none", "fp8") else tensor, self.fmt)
 
     def _setter(self, owner: object, attribute: str, dtype: torch.dtype | None = None) -> Loader:
-        fmt = dataclasses.replace(self.fmt, dtype=dtype or self.fmt.dtype)
+        fmt = dataclasses.replace(self.fmt, dtype=dtype or self._norm_fmt.dtype)
         return lambda _, tensor: setattr(owner, attribute, dense(tensor, fmt))
 
-    def _into(self, part: Linear | StackedExperts | AttentionLayer) -> Loader:
-        return lambda name, tensor: part.load(name, tensor, self.fmt)
+    def _into(self, part: Linear | StackedExperts | AttentionLayer, fmt: WeightFormat | None = None) -> Loader:
+        return lambda name, tensor: part.load(name, tensor, fmt or self.fmt)
 
     def _router_loader(self, layer: MoELayer) -> Loader:
         def load(_: str, part: Part) -> None:

@@ -39,15 +39,11 @@ def grouped_routing(config: ConfigReader, **traits: Any) -> MoEConfig:
             f"n_group {num_groups}, topk_group {kept} and num_experts_per_tok {top_k} do not fit {num_experts} experts."
         )
     fields: dict[str, Any] = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "intermediate_size": config.integer("moe_intermediate_size"),
-        "num_groups": num_groups,
-        "topk_groups": kept,
-        "routed_scale": config.number("routed_scaling_factor", 1.0),
+        "num_experts": num_experts, "top_k": top_k, "intermediate_size": config.integer("moe_intermediate_size"),
+        "num_groups": num_groups, "topk_groups": kept, "routed_scale": config.number("routed_scaling_factor", 1.0),
         "num_shared": config.integer("n_shared_experts"),
         "dense_layers": frozenset(range(config.integer("first_k_dense_replace", minimum=0))),
-    }
+    }  # fmt: skip
     return MoEConfig(**(fields | traits))
 
 

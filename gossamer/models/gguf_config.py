@@ -24,21 +24,12 @@ _ENDS = {
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 }  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.scale": (),
-    "attention.sliding_window": (0,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logit_scale": (1.0,),
-    "residual_scale": (1.0,),
-    "embedding_scale": (1.0,),
-    "expert_gating_func": (1,),
-    "expert_group_count": (0, 1),
-    "expert_shared_count": (0,),
-    "expert_weights_scale": (0.0, 1.0),
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "attention.causal": (True,), "attention.scale": (), "attention.sliding_window": (0,), "attn_logit_softcapping": (),
+    "final_logit_softcapping": (), "logit_scale": (1.0,), "residual_scale": (1.0,), "embedding_scale": (1.0,),
+    "expert_gating_func": (1,), "expert_group_count": (0, 1), "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0), "rope.scaling.yarn_ext_factor": (1.0, -1.0),
     "rope.scaling.yarn_log_multiplier": (0.0,),
-}
+}  # fmt: skip
 
 
 def open_gguf(path: Path) -> list[GGUFFile]:
@@ -85,25 +76,17 @@ def hf_config_of_gguf(files: list[GGUFFile]) -> tuple[Family, dict[str, Any]]:
     for key in ("attention.value_length", "rope.dimension_count"):
         meta.require(key, (head_dim,))
     config: dict[str, Any] = {
-        "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": hidden_size,
-        "intermediate_size": _uniform(meta, "feed_forward_length"),
-        "num_hidden_layers": meta.integer("block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": _uniform(meta, "attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": meta.integer("context_length"),
+        "vocab_size": shapes["token_embd.weight"][0], "hidden_size": hidden_size,
+        "intermediate_size": _uniform(meta, "feed_forward_length"), "num_hidden_layers": meta.integer("block_count"),
+        "num_attention_heads": num_heads, "num_key_value_heads": _uniform(meta, "attention.head_count_kv", num_heads),
+        "head_dim": head_dim, "max_position_embeddings": meta.integer("context_length"),
         "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(meta, files, head_dim),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _end_tokens(metadata),
-        "sliding_window": None,
-        "attention_bias": "blk.0.attn_q.bias" in shapes and family.model_type != "qwen2",
-        "mlp_bias": "blk.0.ffn_down.bias" in shapes,
-        "clip_qkv": meta.optional_number("attention.clamp_kqv"),
+        "rope_parameters": _rope(meta, files, head_dim), "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": _end_tokens(metadata),
+        "sliding_window": None, "attention_bias": "blk.0.attn_q.bias" in shapes and family.model_type != "qwen2",
+        "mlp_bias": "blk.0.ffn_down.bias" in shapes, "clip_qkv": meta.optional_number("attention.clamp_kqv"),
         "dtype": "float32" if all(t.ggml_type == "F32" for f in files for t in f.tensors.values()) else "bfloat16",
-    }
+    }  # fmt: skip
     if num_experts:
         config |= {
             "num_experts": num_experts,

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 from gossamer.config import ModelConfig
-from gossamer.core import StartupError
 from gossamer.models.deepseek import HF_MOE, mtp_layers, noaux_routing
-from gossamer.models.hf_config import ConfigReader, decoder_config
+from gossamer.models.hf_config import ConfigReader, decoder_config, partial_rotary
 from gossamer.models.weight_names import HF_WEIGHTS
 
 WEIGHTS = HF_WEIGHTS | HF_MOE
@@ -14,13 +13,9 @@ WEIGHTS = HF_WEIGHTS | HF_MOE
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """`attention_bias` covers q, k and v; half of each head rotates unless `partial_rotary_factor` says otherwise."""
-    rope = config.get("rope_parameters")
-    inner = dict(rope) if isinstance(rope, dict) else {}
-    factor = inner.pop("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
-    if not isinstance(factor, float | int) or not 0 < factor <= 1:
-        raise StartupError(f"partial_rotary_factor must be a number above 0 and up to 1; got {str(factor)[:80]!r}.")
     values = {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5}
-    reader = ConfigReader(values | config | {"partial_rotary_factor": None, "rope_parameters": inner})
+    values, factor = partial_rotary(values | config, 0.5)
+    reader = ConfigReader(values)
     model = decoder_config(
         reader, "glm4_moe", moe=noaux_routing(reader), qkv_bias=reader.flag("attention_bias"),
         qk_norm="head" if reader.flag("use_qk_norm") else "none", num_mtp_layers=mtp_layers(reader),

@@ -27,6 +27,7 @@ _NSA_KEYS = (
     "block_size", "compress_block_size", "compress_stride", "compress_width", "num_blocks", "num_first_blocks",
     "num_local_blocks", "window_size", "shared_kv",
 )  # fmt: skip
+WINDOWED = ("full_attention", "sliding_attention")
 T = TypeVar("T")
 
 
@@ -127,22 +128,13 @@ def decoder_config(config: ConfigReader, family: str, **traits: Any) -> ModelCon
     vocab_size = config.integer("vocab_size")
     bos = [token for token in config.token_ids("bos_token_id") if 0 <= token < vocab_size]
     fields: dict[str, Any] = {
-        "family": family,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": config.integer("intermediate_size"),
-        "num_layers": config.integer("num_hidden_layers"),
-        "num_q_heads": num_q_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": max_position,
-        "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
-        "rope": rope,
-        "tie_word_embeddings": config.flag("tie_word_embeddings"),
-        "bos_token_id": bos[0] if bos else None,
+        "intermediate_size": config.integer("intermediate_size"), "num_layers": config.integer("num_hidden_layers"),
+        "family": family, "vocab_size": vocab_size, "hidden_size": hidden_size, "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_position_embeddings": max_position,
+        "rms_norm_eps": config.number("rms_norm_eps", 1e-6), "rope": rope, "dtype": checkpoint_dtype(config),
+        "tie_word_embeddings": config.flag("tie_word_embeddings"), "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": merge_token_ids(vocab_size, config.token_ids("eos_token_id")),
-        "dtype": checkpoint_dtype(config),
-    }
+    }  # fmt: skip
     return ModelConfig(**(fields | traits | native_sparse_attention(config, traits)))
 
 
@@ -174,6 +166,17 @@ def native_sparse_attention(config: ConfigReader, traits: Mapping[str, Any]) -> 
     }
 
 
+def partial_rotary(config: dict[str, Any], default: float) -> tuple[dict[str, Any], float]:
+    """The config without its `partial_rotary_factor`, which families that rotate a part of each head read here."""
+    rope = config.get("rope_parameters")
+    inner = dict(rope) if isinstance(rope, dict) else {}
+    given = inner.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), default
+    factor = next(each for each in given if each is not None)
+    if not isinstance(factor, float | int) or not 0 < factor <= 1:
+        raise StartupError(f"partial_rotary_factor must be a number above 0 and up to 1; got {str(factor)[:80]!r}.")
+    return config | {"partial_rotary_factor": None, "rope_parameters": inner}, factor
+
+
 def merge_token_ids(vocab_size: int, *groups: tuple[int, ...]) -> tuple[int, ...]:
     """The distinct ids in order of appearance. Ids outside the vocabulary can never be sampled and are dropped."""
     return tuple(dict.fromkeys(token for group in groups for token in group if 0 <= token < vocab_size))
@@ -191,7 +194,7 @@ def uniform_windows(config: ConfigReader) -> tuple[int | None, ...]:
     """`sliding_window` for every layer, for families without layer types; () if there is none."""
     window = config.optional_integer("sliding_window")
     kind = "full_attention" if window is None else "sliding_attention"
-    if config.get("layer_types") is not None and any(t != kind for t in _layer_types(config)):
+    if config.get("layer_types") is not None and any(t != kind for t in layer_types(config, WINDOWED)):
         raise StartupError(f"layer_types must be {kind!r} for every layer of this architecture.")
     return () if window is None else (window,) * config.integer("num_hidden_layers")
 
@@ -201,7 +204,7 @@ def layered_windows(config: ConfigReader) -> tuple[int | None, ...]:
     num_layers = config.integer("num_hidden_layers")
     window = config.optional_integer("sliding_window") if config.flag("use_sliding_window") else None
     if config.get("layer_types") is not None:
-        slides = [kind == "sliding_attention" for kind in _layer_types(config)]
+        slides = [kind == "sliding_attention" for kind in layer_types(config, WINDOWED)]
     else:
         first = config.integer("max_window_layers", 28, minimum=0)
         slides = [window is not None and layer >= first for layer in range(num_layers)]
@@ -212,15 +215,10 @@ def layered_windows(config: ConfigReader) -> tuple[int | None, ...]:
     return tuple(window if slide else None for slide in slides)
 
 
-def _layer_types(config: ConfigReader) -> list[str]:
-    types, num_layers = config.get("layer_types"), config.integer("num_hidden_layers")
-    if not isinstance(types, list) or len(types) != num_layers:
-        raise StartupError(f"layer_types must be a list of {num_layers} names, one per layer.")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise StartupError(
-                f"layer_types has {str(kind)[:80]!r}; full_attention and sliding_attention are supported."
-            )
+def layer_types(config: ConfigReader, kinds: tuple[str, str], key: str = "layer_types") -> list[str]:
+    types, num_layers = config.get(key), config.integer("num_hidden_layers")
+    if not isinstance(types, list) or len(types) != num_layers or not {*map(str, types)} <= {*kinds}:
+        raise StartupError(f"{key} must be {num_layers} names, each {' or '.join(kinds)}; got {str(types)[:80]}.")
     return types
 
 

@@ -75,7 +75,8 @@ def _safetensors_weights(source: ModelSource) -> Iterator[tuple[str, Weight]]:
             except (SafetensorError, OSError) as e:
                 raise StartupError(f"Cannot read {name} from {files[name]}: {e}.") from e
             if scheme is None or scale is None:
-                yield planned.name, tensor
+                offset = source.config.norm_offset and planned.name.endswith("norm.weight")
+                yield planned.name, tensor.float() + 1.0 if offset else tensor
             else:
                 block = {"tensor": None, "channel": (1, tensor.shape[1]), "block": (128, 128)}[scheme.granularity]
                 yield planned.name, Fp8Tensor(tensor, scale, block, scheme.ue8m0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gossamer.config import ModelConfig
 from gossamer.core import StartupError
-from gossamer.models import deepseek, glm4_moe, llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
+from gossamer.models import deepseek, glm4_moe, llama, minimax_m3, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe
 from gossamer.models.weight_names import HF_WEIGHTS, WeightMap
 
 
@@ -28,6 +28,9 @@ FAMILIES = (
     Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", deepseek.glm5_from_hf, deepseek.WEIGHTS),
     Family("glm4_moe", "Glm4MoeForCausalLM", glm4_moe.from_hf, glm4_moe.WEIGHTS),
     Family("llama", "LlamaForCausalLM", llama.from_hf, gguf="llama"),
+    Family("minimax_m3", "MiniMaxM3SparseForCausalLM", minimax_m3.from_hf, minimax_m3.WEIGHTS),
+    Family("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", minimax_m3.from_hf, minimax_m3.WEIGHTS),
+    Family("minimax_m3_vl_text", "MiniMaxM3VLForCausalLM", minimax_m3.from_hf, minimax_m3.WEIGHTS),
     Family("mistral", "MistralForCausalLM", mistral.from_hf),
     Family("mixtral", "MixtralForCausalLM", mixtral.from_hf, mixtral.WEIGHTS),
     Family("olmoe", "OlmoeForCausalLM", olmoe.from_hf, olmoe.WEIGHTS, gguf="olmoe"),

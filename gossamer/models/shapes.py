@@ -41,7 +41,8 @@ def canonical_weights(config: ModelConfig) -> Iterator[CanonicalWeight]:
         else:
             weights.append(("moe.router.weight", (moe.num_experts, hidden)))
             weights += [("moe.router.bias", (moe.num_experts,))] if moe.choice_bias else []
-            weights += _mlp("moe.shared", moe.num_shared * moe.intermediate_size, hidden) if moe.num_shared else []
+            shared = moe.shared_width or moe.num_shared * moe.intermediate_size
+            weights += _mlp("moe.shared", shared, hidden) if shared else []
         for name, shape in weights:
             yield CanonicalWeight(f"layers.{{i}}.{name}", layer, 0, shape)
         for expert in range(moe.num_experts if moe else 0):
@@ -71,6 +72,8 @@ def _attention(c: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
         whole = c.qk_norm == "full"
         yield "attn.q_norm.weight", (q_size if whole else c.head_dim,)
         yield "attn.k_norm.weight", (kv_size if whole else c.head_dim,)
+    if c.index is not None and c.has_index(layer):
+        yield from _indexer(c, c.index)
     if c.nsa is not None and c.sparse is not None:
         yield from _native_sparse_attention(c, c.nsa, c.sparse.block_size // 2 * c.head_dim)
     yield from _linear("attn.o", c.hidden_size, q_size, c.o_bias)
@@ -106,6 +109,9 @@ def _indexer(c: ModelConfig, index: IndexConfig) -> Iterator[tuple[str, Shape]]:
     yield "attn.index_q.weight", (index.num_heads * index.head_dim, rank or c.hidden_size)
     yield "attn.index_k.weight", (index.head_dim, c.hidden_size)
     yield "attn.index_k_norm.weight", (index.head_dim,)
+    if c.mla is None:
+        yield "attn.index_q_norm.weight", (index.head_dim,)
+        return
     yield "attn.index_k_norm.bias", (index.head_dim,)
     yield "attn.index_w.weight", (index.num_heads, c.hidden_size)
 

@@ -27,8 +27,10 @@ from gossamer.models.resolve import resolve_model
 from gossamer.models.weight_names import PlannedWeight, plan_weights
 
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Buffers that old checkpoints carry although the config determines them, and multi-token-prediction heads.
-_IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+# Buffers that old checkpoints carry although the config determines them, multi-token-prediction heads, and the towers
+# of families whose text model alone is served.
+_TOWERS = r"^(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp)\."
+_IGNORABLE = re.compile(r"\.rotary_emb\.inv_freq$|^(language_model\.)?(model\.)?mtp\.|" + _TOWERS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,7 @@ from gossamer.server.blocking import iterate
 from gossamer.server.cli_options import closest
 from gossamer.server.http_client import Endpoint
 
-COMMANDS = {
-    "/reset": "forget the conversation",
-    "/exit": "leave (so does Ctrl-D)",
-    "/help": "this list",
-}
+COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (so does Ctrl-D)", "/help": "this list"}
 Message = dict[str, str]
 
 

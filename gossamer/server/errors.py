@@ -9,12 +9,7 @@ from gossamer.core import EngineDead, EngineOverloaded, InvalidRequest, RequestF
 
 logger = logging.getLogger(__name__)
 
-_TYPES = {
-    401: "authentication_error",
-    408: "timeout_error",
-    500: "server_error",
-    503: "overloaded_error",
-}
+_TYPES = {401: "authentication_error", 408: "timeout_error", 500: "server_error", 503: "overloaded_error"}
 
 
 class ApiError(Exception):

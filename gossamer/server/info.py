@@ -25,19 +25,12 @@ def machine_report() -> dict[str, Any]:
     installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {
-            "gossamer": __version__,
-            "python": platform.python_version(),
-            **{name: installed.get(name) for name in PACKAGES},
-        },
-        "hardware": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": detect("cpu").name,
-            "cores": physical_cores(),
-            "free_memory_bytes": available_memory(),
-            "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
-        },
-    }
+        "versions": { "gossamer": __version__, "python": platform.python_version(),
+        **{name: installed.get(name) for name in PACKAGES}, }, "hardware": {
+        "system": f"{platform.system()} {platform.machine()}", "cpu": detect("cpu").name, "cores": physical_cores(),
+        "free_memory_bytes": available_memory(),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus], },
+    }  # fmt: skip
 
 
 def model_report(config: EngineConfig) -> dict[str, Any]:
@@ -55,20 +48,14 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
     weights = estimate_weight_bytes(model, fmt)
     total, active = count_parameters(model)
     report: dict[str, Any] = {
-        "model": config.load.model,
-        "family": model.family,
-        "parameters": total,
-        "active_parameters": active,
-        "layers": model.num_layers,
-        "hidden_size": model.hidden_size,
+        "model": config.load.model, "family": model.family, "parameters": total, "active_parameters": active,
+        "layers": model.num_layers, "hidden_size": model.hidden_size,
         "heads": {"query": model.num_q_heads, "kv": model.num_kv_heads, "dim": model.head_dim},
         "experts": {"num": model.moe.num_experts, "per_token": model.moe.top_k} if model.moe else None,
-        "vocab_size": model.vocab_size,
-        "context": model.max_position_embeddings,
-        "dtype": config.load.dtype,
+        "vocab_size": model.vocab_size, "context": model.max_position_embeddings, "dtype": config.load.dtype,
         "quantization": fmt.quantization,
         "kv_bytes_per_token": layout.page_bytes(config.cache.page_size) * model.num_kv_layers // config.cache.page_size,
-    }
+    }  # fmt: skip
     try:
         plan = plan_memory(config, hardware, model, layout, weights)
     except StartupError as error:

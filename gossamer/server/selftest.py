@@ -31,17 +31,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "MoE": {"architectures": ["Qwen3MoeForCausalLM"], **SIZES, **EXPERTS},
 }
 PLAIN: dict[str, Any] = {
-    "load_format": "dummy",
-    "dtype": "float32",
-    "max_model_len": 512,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 4096,
-    "kv_cache_memory_bytes": 32 << 20,
-    "enable_prefix_caching": False,
-    "overlap": False,
-    "enforce_eager": True,
-    "disable_progress": True,
-}
+    "load_format": "dummy", "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16,
+    "max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 32 << 20, "enable_prefix_caching": False, "overlap": False,
+    "enforce_eager": True, "disable_progress": True,
+}  # fmt: skip
 PAGE_BYTES = 64 * SIZES["num_hidden_layers"] * 2 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * 4
 CASES: dict[str, dict[str, Any]] = {
     "kernels": {},

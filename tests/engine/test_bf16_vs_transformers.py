@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.tiny_checkpoints import CHECKPOINTS, make_model, save_checkpoint
+from models.tiny_checkpoints import CHECKPOINTS, make_model, page_options, save_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams
@@ -16,12 +16,12 @@ PROMPT = torch.randint(3, 128, (150,), generator=torch.Generator().manual_seed(0
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def ours(folder: Path, device: str) -> torch.Tensor:
+def ours(name: str, folder: Path, device: str) -> torch.Tensor:
     """Log-probabilities of the prompt's tokens, in chunks of 64 tokens."""
     before = torch.get_num_threads()
     config = make_engine_config(
         model=str(folder), device=device, dtype="bfloat16", max_model_len=192, max_num_seqs=4, num_threads=1,
-        max_num_batched_tokens=64, kv_cache_memory_bytes=4 << 20,
+        max_num_batched_tokens=64, kv_cache_memory_bytes=4 << 20, **page_options(name),
     )  # fmt: skip
     engine, _ = build_engine(config, paged=True)
     engine.add_request("0", PROMPT, SamplingParams(temperature=0.0, prompt_logprobs=0, max_tokens=1))
@@ -45,7 +45,7 @@ def theirs(name: str, device: str, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_no_further_from_float32_than_transformers(name: str, device: str, tmp_path: Path) -> None:
-    found = ours(save_checkpoint(name, tmp_path / name), device)
+    found = ours(name, save_checkpoint(name, tmp_path / name), device)
     exact, bf16 = theirs(name, "cpu", torch.float32), theirs(name, device, torch.bfloat16)
     assert found.shape == exact.shape
     # The median: an expert chosen otherwise by a rounding moves single tokens by more than any tolerance.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.test_paged_runner import PROMPTS, run, tokens
-from models.tiny_checkpoints import save_checkpoint
+from models.tiny_checkpoints import page_options, save_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import KVLayout, SamplingParams, TokenOutput
@@ -39,7 +39,7 @@ def forced(outputs: list[list[TokenOutput]]) -> tuple[torch.Tensor, torch.Tensor
     return torch.tensor([e.logprobs[0] for e in found]), torch.tensor([e.token_ids[-1] for e in found])
 
 
-NAMES = ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32"]
+NAMES = ["llama", "mistral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "minimax_m3"]
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -49,8 +49,9 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
 ) -> None:
     (paged, device), folder = executor, save_checkpoint(name, tmp_path / name)
     params = SamplingParams(temperature=0.0, max_tokens=16, prompt_logprobs=1, ignore_eos=True)
-    found = run(folder, params, paged=paged, device=device, kv_cache_dtype="fp8")
-    exact = run(folder, params, paged=False, device="cpu")
+    page = page_options(name)
+    found = run(folder, params, paged=paged, device=device, kv_cache_dtype="fp8", **page)
+    exact = run(folder, params, paged=False, device="cpu", **page)
 
     def write_rounded_latents(latents: torch.Tensor, *args: object, **options: object) -> None:
         write_latents(rounded(latents), *args, **options)  # type: ignore[arg-type]
@@ -61,7 +62,7 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
     monkeypatch.setattr(gqa, "write_kv", write_rounded)
     monkeypatch.setattr(mla, "write_latents", write_rounded_latents)
     monkeypatch.setattr(KVLayout, "beside_dtype", "bfloat16")  # as beside FP8 pages
-    simulated = run(folder, params, paged=False, device="cpu")
+    simulated = run(folder, params, paged=False, device="cpu", **page)
     (logprobs, best), (expected, best_expected), (without, best_without) = map(forced, (found, simulated, exact))
     if device == "cpu":
         assert tokens(found) == tokens(simulated)
@@ -70,7 +71,7 @@ def test_the_engine_differs_by_the_rounding_and_nothing_else(
     else:
         # Other kernels' last bits decide on numbers in the middle of two of E4M3.
         assert tokens(found) == tokens(
-            run(folder, params, paged=True, device=device, kv_cache_dtype="fp8", enforce_eager=True)
+            run(folder, params, paged=True, device=device, kv_cache_dtype="fp8", enforce_eager=True, **page)
         )
         assert float((best == best_expected).float().mean()) > 0.95
         assert float((logprobs - expected).abs().mean()) < 0.02

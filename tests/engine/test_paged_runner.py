@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.tiny_checkpoints import CHECKPOINTS, save_checkpoint
+from models.tiny_checkpoints import CHECKPOINTS, page_options, save_checkpoint
 
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, TokenOutput
@@ -50,11 +50,12 @@ def tokens(outputs: list[list[TokenOutput]]) -> list[list[int]]:
 def test_greedy_tokens_of_every_family(name: str, device: str, tmp_path: Path) -> None:
     folder = save_checkpoint(name, tmp_path / name)
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-    expected = tokens(run(folder, params, paged=False, device="cpu"))
-    assert tokens(run(folder, params, paged=True, device=device)) == expected
+    page = page_options(name)
+    expected = tokens(run(folder, params, paged=False, device="cpu", **page))
+    assert tokens(run(folder, params, paged=True, device=device, **page)) == expected
     if device == "cuda":
-        assert tokens(run(folder, params, paged=True, device=device, enforce_eager=True)) == expected
-        assert tokens(run(folder, params, paged=True, device=device, ops_backend="reference")) == expected
+        assert tokens(run(folder, params, paged=True, device=device, enforce_eager=True, **page)) == expected
+        assert tokens(run(folder, params, paged=True, device=device, ops_backend="reference", **page)) == expected
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -71,7 +71,7 @@ def drain(engine: Engine, order: list[int], aborts: dict[int, int] | None = None
     return tokens
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2_groups", "glm_moe_dsa_shared", "nsa"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2_groups", "glm_moe_dsa_shared", "nsa", "minimax_m3"])
 def oracle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, list[list[int]], int]]:

@@ -36,7 +36,9 @@ def run(folder: Path, order: list[int], **options: object) -> dict[int, list[int
     return tokens
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa_shared"])
+@pytest.fixture(
+    scope="module", params=["llama", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa_shared", "minimax_m3"]
+)
 def oracle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, list, int]]:

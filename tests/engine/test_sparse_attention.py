@@ -246,3 +246,19 @@ def test_configs_of_nsa_that_cannot_be(tmp_path: Path, name: str, changes: dict[
     (folder / "config.json").write_text(json.dumps(config | {"native_sparse_attention": nsa}))
     with pytest.raises(StartupError, match=message):
         run(folder)
+
+
+@pytest.fixture(scope="module", params=["minimax_m3", "minimax_m3_sparse"])
+def msa_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first has a layer that sees all, and shared experts of a width of their own."""
+    return save_checkpoint(request.param, tmp_path_factory.mktemp("msa") / request.param)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_schedule_leaves_tokens_of_msa_alone(msa_folder: Path, executor: tuple[bool, str]) -> None:
+    expected = run(msa_folder, enable_prefix_caching=False, max_num_batched_tokens=512, max_num_seqs=1)
+    assert run(msa_folder, executor) == expected
+    assert run(msa_folder, executor, page_size=8) == expected  # blocks of two pages
+    assert run(msa_folder, executor, max_num_batched_tokens=24) == expected
+    assert run(msa_folder, executor, kv_cache_memory_bytes=20 * page_bytes(msa_folder, {})) == expected
+    assert run.preemptions > 0  # type: ignore[attr-defined]

@@ -89,7 +89,8 @@ class Layer:
         stream = ResidualStream(x.clone(), eps, "reference")
         q = torch.full((len(x), *self.layer.q_shape), torch.nan, dtype=self.dtype)
         out = torch.full((len(x), *self.layer.out_shape), torch.nan, dtype=self.dtype)
-        self.layer.project(stream, torch.ones(HIDDEN, dtype=self.dtype), self.cos, self.sin, plan, self.planes, q)
+        norm, tables = torch.ones(HIDDEN, dtype=self.dtype), (self.cos[:, 0], self.sin[:, 0])
+        self.layer.project(stream, norm, *tables, plan, self.planes, q)
         self.layer.attend(q, plan, self.planes, out)
         return list(self.layer.o(out.flatten(1)).split(lengths))
 

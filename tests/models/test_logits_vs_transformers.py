@@ -74,7 +74,9 @@ def test_logits_and_greedy_tokens(name: str, checkpoint: Checkpoint) -> None:
     assert tokens == continuation
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "olmoe", "deepseek_v32", "glm_moe_dsa_shared"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "olmoe", "deepseek_v32", "glm_moe_dsa_shared", "minimax_m3"]
+)
 def test_prompt_in_chunks(name: str, checkpoint: Checkpoint) -> None:
     ids = prompt(70)
     expected, _ = reference(name, ids, 0)

@@ -48,6 +48,24 @@ LATENT = {
 V3 = {**LATENT, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
 # Many index heads: tokens whose products are all below zero tie, and ties may be broken otherwise.
 INDEX = {"index_n_heads": 24, "index_head_dim": 32}
+# Blocks of one page and a limit that is often reached; the first layer sees and multiplies all.
+M3 = {
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "dense_intermediate_size": 96,
+    "shared_intermediate_size": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "rotary_dim": 8,
+    "swiglu_limit": 1.5,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_block_size": 16,
+    "index_topk_blocks": 3,
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
 # name -> (prefix of the transformers classes, config on top of BASE)
@@ -153,21 +171,34 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "minimax_m3": ("MiniMaxM3VL", M3),
+    "minimax_m3_sparse": (
+        "MiniMaxM3VL",
+        {**M3, "layer_types": ["minimax_m3_sparse"] * 3, "shared_intermediate_size": 64, "index_local_blocks": 2},
+    ),
+    "minimax_m3_full": ("MiniMaxM3VL", {**M3, "layer_types": ["full_attention"] * 3, "swiglu_limit": 7.0}),
     "olmoe_normalised": ("Olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4, **MOE}),
 }
+
+
+def page_options(name: str) -> dict[str, int]:
+    """Of an engine: MiniMax-M3's blocks are of 16 tokens here, fewer than a page has by default."""
+    return {"page_size": 16} if name.startswith("minimax_m3") else {}
 
 
 def make_model(name: str, **overrides: Any) -> Any:
     """A random model whose every parameter matters: norms are not all ones, biases not zero, attention not flat."""
     prefix, extra = CHECKPOINTS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**BASE, **extra, **overrides})
+    kind = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
+    config = kind(**{**BASE, **extra, **overrides})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    norm = 0.0 if prefix == "MiniMaxM3VL" else 1.0  # its norms multiply by 1 + w
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
-                parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
+                parameter.copy_(norm + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.2)
         for buffer_name, buffer in model.named_buffers():

@@ -41,7 +41,7 @@ elif family == "mla":
 elif family == "moe":
     kinds = {"a": "*bf16", "out": "*bf16", "a_desc": swizzled("bf16", 64, 64), "w_desc": swizzled("bf16", 256, 64)}
     kinds["num_blocks"] = "*i32"
-    constants = dict(TOP_K=8, GATED=True, FEEDERS=4, PDL=True)
+    constants = dict(ALPHA=1.702, LIMIT=7.0, TOP_K=8, GATED=True, FEEDERS=4, PDL=True)
 elif family == "few":
     kinds = {"out": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128), "w_desc": swizzled("fp8e4nv", 64, 128)}
     kinds["partial"] = "*fp32"
@@ -50,10 +50,11 @@ else:
     kinds = {"a": "*fp8e4nv", "out": "*bf16", "bias": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128)}
     kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
     constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
-                     REGS=160, FEED_REGS=32, PDL=True)
+                     REGS=160, FEED_REGS=32, ALPHA=1.0, LIMIT=0.0, PDL=True)
     if family == "experts":
         kinds |= {"out_desc": kinds["a_desc"], "out": "*fp8e4nv"}
-        constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80)
+        constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80,
+                          ALPHA=1.702, LIMIT=7.0)
 modules = {"mla_fp8": "mla.hopper_fp8", "experts": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few"}
 module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
 names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",

@@ -8,7 +8,7 @@ import torch
 
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost, ScheduledRow
-from gossamer.layers.linear import Linear, Part, WeightFormat
+from gossamer.layers.linear import Linear, Part, WeightFormat, dense
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import DecodeWorkspace
 from gossamer.ops.quantize_fp8 import Quantized
@@ -78,6 +78,13 @@ Attend = Callable[[PagedPlan], None]
 """The attention proper of one layer and step, its tensors bound: what stays outside piecewise graphs."""
 
 
+def carve(buffer: torch.Tensor, *shapes: tuple[int, int]) -> list[torch.Tensor]:
+    """Parts [num_tokens, *shape] of a step's `q`, one after another and each contiguous."""
+    sizes = [len(buffer) * rows * columns for rows, columns in shapes]
+    parts = buffer.view(-1)[: sum(sizes)].split(sizes)
+    return [part.view(len(buffer), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class AttentionLayer(Protocol):
     """One layer's attention. `linears` and `norms` (what is held dense) are what the loader fills by canonical name.
 
@@ -90,7 +97,17 @@ class AttentionLayer(Protocol):
     q_shape: tuple[int, int]
     out_shape: tuple[int, int]
 
-    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None: ...
+    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None:
+        if name in self.norms:
+            self.norms[name] = dense(tensor, fmt)
+        else:
+            next(linear for linear in self.linears if name in linear.expected_names()).load(name, tensor, fmt)
+
+    def held(self, name: str) -> torch.Tensor:
+        """One of `norms`."""
+        if (tensor := self.norms[name]) is None:
+            raise RuntimeError(f"{name} used before it was loaded")
+        return tensor
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: Any, planes: Sequence[torch.Tensor]

@@ -80,9 +80,21 @@ def cost(
     sparse = sparse_config(config)
     if config.sliding_window(layer) is not None:
         return gqa.cost(config, layer, batch, itemsize, kv_itemsize)
-    page, planes = sparse.block_size, 2 if sparse.score == "bounds" else 1
-    kv_itemsize = itemsize if kv_itemsize is None else kv_itemsize
-    pairs = scored = kv_tokens = summaries = 0
+    planes, kv_itemsize = 2 if sparse.score == "bounds" else 1, itemsize if kv_itemsize is None else kv_itemsize
+    pairs, scored, kv_tokens, summaries, _ = count_pairs(sparse, batch)
+    tokens = sum(batch.lengths)
+    q_width, kv_width = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    moved = 2 * kv_itemsize * (kv_tokens + tokens) * kv_width + itemsize * (
+        planes * summaries * kv_width + 2 * tokens * q_width
+    )
+    return OpCost((4.0 * pairs + 2.0 * planes * scored) * q_width, moved)
+
+
+def count_pairs(sparse: SparseConfig, batch: AttentionBatch) -> tuple[int, int, int, int, int]:
+    """Pairs of a token and one it attends to, and of a token and a block it scores; tokens that are attended to and
+    blocks that are scored, each once for a row; tokens that score blocks."""
+    page = sparse.block_size
+    pairs = scored = kv_tokens = summaries = choosing = 0
     for start, length in zip(batch.starts, batch.lengths, strict=True):
         row_pairs = row_scored = 0
         end = start + length
@@ -98,12 +110,8 @@ def cost(
         pairs, scored = pairs + row_pairs, scored + row_scored
         kv_tokens += min(end, row_pairs)
         summaries += max(0, (end - 1) // page + 1 - sparse.local - sparse.first) if end > sparse.dense_below else 0
-    tokens = sum(batch.lengths)
-    q_width, kv_width = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    moved = 2 * kv_itemsize * (kv_tokens + tokens) * kv_width + itemsize * (
-        planes * summaries * kv_width + 2 * tokens * q_width
-    )
-    return OpCost((4.0 * pairs + 2.0 * planes * scored) * q_width, moved)
+        choosing += length - dense
+    return pairs, scored, kv_tokens, summaries, choosing
 
 
 class BlockTopKLayer(gqa.GQALayer):
@@ -113,21 +121,31 @@ class BlockTopKLayer(gqa.GQALayer):
         super().__init__(config, layer, backend)
         sparse = sparse_config(config)
         self._rule, self._entries = rule_of(sparse), page_entries(rule_of(sparse), sparse.block_size)
+        self._block_size = sparse.block_size
         self._num_summaries = 2 if sparse.score == "bounds" else 1
 
     def _summaries(self, planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return tuple(planes[-self._num_summaries :])
 
+    def _blocks(self, planes: Sequence[torch.Tensor]) -> Selection:
+        return self._rule._replace(pages=self._block_size // planes[0].shape[2])
+
+    def _carve(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries of the step's buffer, and those of an indexer that scores blocks instead of summaries (`msa`)."""
+        return q, None
+
     def attend_planned(
-        self, q: torch.Tensor, plan: gqa.GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor
-    ) -> None:
+        self, q: torch.Tensor, plan: gqa.GQAPlan, planes: Sequence[torch.Tensor], out: torch.Tensor,
+        index_q: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         if self._window is not None or not isinstance(plan, SparsePlan):
             super().attend_planned(q, plan, planes, out)
             return
         k_pages, v_pages, scales = gqa.split_planes(planes)
         backend, summaries = self._backend, self._summaries(planes)
         where = plan.page_table, plan.token_slots, plan.positions
-        write_summaries(k_pages, summaries, *where, k_scales=scales.get("k_scales"), backend=backend)
+        if index_q is None:
+            write_summaries(k_pages, summaries, *where, k_scales=scales.get("k_scales"), backend=backend)
         if len(plan.dense_rows):
             rows, found = q[plan.dense_rows], out[plan.dense_rows]
             groups = plan.decode[None]
@@ -137,8 +155,8 @@ class BlockTopKLayer(gqa.GQALayer):
             chunks = plan.prefill[None]
             prefill_attention(q, k_pages, v_pages, chunks, self._scale, out, **scales, backend=backend)
         sparse_attention(
-            q, k_pages, v_pages, summaries, *where, self._rule, self._entries, self._scale, out,
-            **scales, max_seq_len=plan.max_seq_len, backend=backend,
+            q, k_pages, v_pages, summaries, *where, self._blocks(planes), self._entries, self._scale, out,
+            **scales, index_q=index_q, max_seq_len=plan.max_seq_len, backend=backend,
         )  # fmt: skip
 
     def project(
@@ -159,25 +177,28 @@ class BlockTopKLayer(gqa.GQALayer):
         return decodes and super().gives_fp8(plan, planes, num_tokens)
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
+        q, index_q = self._carve(q)
         if self._window is not None:
             super().attend(q, plan, planes, out)
             return
         n = plan.num_decode
         dense, out_scales = (out, None) if isinstance(out, torch.Tensor) else out
         k_pages, v_pages, scales = gqa.split_planes(planes)
-        summaries, rule, backend = self._summaries(planes), self._rule, self._backend
+        summaries, rule, backend = self._summaries(planes), self._blocks(planes), self._backend
+        index_q, rest = (None, None) if index_q is None else (index_q[:n], index_q[n:])
         if n:
             sparse_decode(
                 q[:n], k_pages, v_pages, summaries, plan.page_table, plan.slots[:n], plan.seq_lens[:n], rule,
                 self._entries, self._scale, dense[:n], out_scales=out_scales, workspace=plan.workspace,
-                **scales, max_seq_len=plan.max_seq_len, summarise=n == len(q), backend=backend,
+                **scales, index_q=index_q, max_seq_len=plan.max_seq_len,
+                summarise=index_q is None and n == len(q), backend=backend,
             )  # fmt: skip
         if len(plan.slots) > n:
             self.attend_chunks(q[n:], plan, planes, dense[n:], below=rule.dense_below)
             sparse_attention(
                 q[n:], k_pages, v_pages, summaries, plan.page_table, plan.token_slots[n:], plan.positions[n:], rule,
-                self._entries, self._scale, dense[n:], **scales, max_seq_len=plan.chunks.span[1],
-                backend=backend,
+                self._entries, self._scale, dense[n:], **scales, index_q=rest,
+                max_seq_len=plan.chunks.span[1], backend=backend,
             )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from gossamer.config import IndexConfig, ModelConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.attention import mla
-from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
+from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan, carve
 from gossamer.layers.attention.block_topk import SparsePlan, sparse_plan
 from gossamer.layers.attention.gqa import GQAPlan
 from gossamer.layers.attention.mla import latent_pages, workspace
@@ -33,7 +33,7 @@ _Index = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def index_config(config: ModelConfig) -> IndexConfig:
     if config.index is None:
-        raise ValueError(f"{config.family}: attention 'dsa' without its indexer")
+        raise ValueError(f"{config.family}: attention {config.attention!r} without its indexer")
     return config.index
 
 
@@ -107,7 +107,7 @@ class DSALayer(mla.MLALayer):
         self, index: _Index, cos: torch.Tensor, sin: torch.Tensor, plan: SparsePlan | PagedPlan,
         planes: Sequence[torch.Tensor], q_out: torch.Tensor, weights_out: torch.Tensor,
     ) -> None:  # fmt: skip
-        weight, bias = map(self._held, self._key_norm)
+        weight, bias = map(self.held, self._key_norm)
         rope_write_index(
             *index, (weight, bias), _KEY_EPS, cos, sin, plan.positions, plan.token_slots, plan.page_table, planes[-1],
             q_out, weights_out, interleaved=self._index.interleaved, backend=self._backend,
@@ -155,12 +155,11 @@ class DSALayer(mla.MLALayer):
             out[listed] = found
         return self.o(out.flatten(1))
 
-    def _carve(self, q: torch.Tensor) -> _Index:
-        """Queries, index queries and head weights of the step's buffer, each contiguous."""
-        num, heads, dim = len(q), self._index.num_heads, self._index.head_dim
-        sizes = [num * self._queries_width, num * heads * dim, num * heads]
-        queries, index_q, weights = q.view(-1)[: sum(sizes)].split(sizes)
-        return queries.view(num, -1, q.shape[2]), index_q.view(num, heads, dim), weights.view(num, heads)
+    def _carve(self, q: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, index queries and head weights of the step's buffer."""
+        heads, (num, dim) = self._queries_width // q.shape[2], (self._index.num_heads, self._index.head_dim)
+        queries, index_q, weights = carve(q, (heads, q.shape[2]), (num, dim), (num, 1))
+        return [queries, index_q, weights[..., 0]]
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,

@@ -7,8 +7,8 @@ import torch
 
 from gossamer.config import ModelConfig
 from gossamer.core import KVLayout, OpCost
-from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
-from gossamer.layers.linear import Fp8Weight, Linear, Part, WeightFormat, dense
+from gossamer.layers.attention.base import Attended, AttentionBatch, AttentionLayer, PagedPlan
+from gossamer.layers.linear import Fp8Weight, Linear
 from gossamer.layers.residual import ResidualStream
 from gossamer.ops.attention import (
     DecodeGroup,
@@ -123,7 +123,7 @@ def _cut(
     return slots.repeat_interleave(2), bounds, lens
 
 
-class GQALayer:
+class GQALayer(AttentionLayer):
     """q, k, v in one product; QK norm and rotary embedding; KV write; attention; output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
@@ -140,12 +140,6 @@ class GQALayer:
         self._backend = backend
         self._window = config.sliding_window(layer)
         self._scale = config.head_dim**-0.5
-
-    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None:
-        if name in self.norms:
-            self.norms[name] = dense(tensor, fmt)
-            return
-        next(linear for linear in self.linears if name in linear.expected_names()).load(name, tensor, fmt)
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: GQAPlan, planes: Sequence[torch.Tensor],
@@ -262,11 +256,8 @@ class GQALayer:
         for part, name in ((qkv[:, :q_width], self._q_norm), (qkv[:, q_width : q_width + kv_width], self._k_norm)):
             if not part.shape[1]:
                 continue
-            weight = self.norms[name]
-            if weight is None:
-                raise RuntimeError(f"{name} used before it was loaded")
             heads = part.unflatten(-1, (-1, config.head_dim)) if config.qk_norm == "head" else part
-            heads.copy_(rms_norm(heads, weight, config.rms_norm_eps, backend=self._backend))
+            heads.copy_(rms_norm(heads, self.held(name), config.rms_norm_eps, backend=self._backend))
 
 
 def build(config: ModelConfig, layer: int, backend: str) -> GQALayer:

@@ -9,9 +9,9 @@ import torch
 
 from gossamer.config import MLAConfig, ModelConfig
 from gossamer.core import KVLayout, OpCost
-from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
+from gossamer.layers.attention.base import Attended, AttentionBatch, AttentionLayer, PagedPlan
 from gossamer.layers.attention.gqa import GQAPlan, plan
-from gossamer.layers.linear import Linear, Part, WeightFormat, dense
+from gossamer.layers.linear import Linear
 from gossamer.layers.residual import ResidualStream
 from gossamer.layers.rotary import softmax_scaling
 from gossamer.ops.attention import DecodeWorkspace, decode_attention
@@ -77,7 +77,7 @@ def cost(
     return OpCost(2.0 * heads * flops, moved + float(itemsize * tokens * heads * (config.head_dim + mla.v_dim)))
 
 
-class MLALayer:
+class MLALayer(AttentionLayer):
     """Queries and latents in one product; norm, rotary embedding, write; attention; output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
@@ -98,21 +98,9 @@ class MLALayer:
         self._scale = config.head_dim**-0.5 * softmax_scaling(config.rope)
         self._mla, self._backend = mla, backend
 
-    def load(self, name: str, tensor: Part, fmt: WeightFormat) -> None:
-        if name in self.norms:
-            self.norms[name] = dense(tensor, fmt)
-            return
-        next(linear for linear in self.linears if name in linear.expected_names()).load(name, tensor, fmt)
-
-    def _held(self, name: str) -> torch.Tensor:
-        held = self.norms[name]
-        if held is None:
-            raise RuntimeError(f"{name} used before it was loaded")
-        return held
-
     def _weights(self) -> torch.Tensor:
         """kv_b by head: [num_heads, nope_dim + v_dim, kv_lora_rank]."""
-        held = self._held(self._kv_b)
+        held = self.held(self._kv_b)
         return held.view(self.out_shape[0], -1, held.shape[1])
 
     def _queries(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +111,7 @@ class MLALayer:
     def _from_low_rank(self, q: torch.Tensor) -> torch.Tensor:
         if self.q_b is None:
             return q
-        return self.q_b(rms_norm(q.contiguous(), self._held(self._q_norm), _LATENT_EPS, backend=self._backend))
+        return self.q_b(rms_norm(q.contiguous(), self.held(self._q_norm), _LATENT_EPS, backend=self._backend))
 
     def _absorbed(self, q: torch.Tensor) -> torch.Tensor:
         """What a latent's product with it is the product of its key with the query: [num_tokens, heads, rank]."""
@@ -153,7 +141,7 @@ class MLALayer:
         """Rotated queries [num_tokens, num_heads, head_dim]; writes latents."""
         pages, scales = latent_pages(planes)
         q, latents = rope_latents(
-            q.unflatten(1, (self.out_shape[0], -1)), kv, self._held(self._kv_norm), _LATENT_EPS, cos, sin,
+            q.unflatten(1, (self.out_shape[0], -1)), kv, self.held(self._kv_norm), _LATENT_EPS, cos, sin,
             interleaved=self._mla.interleaved, backend=self._backend,
         )  # fmt: skip
         write_latents(latents, pages, plan.slots, plan.fresh_pages, scales=scales, backend=self._backend)
@@ -191,7 +179,7 @@ class MLALayer:
     ) -> None:  # fmt: skip
         pages, scales = latent_pages(planes)
         rope_write_latents(
-            queries, kv, self._held(self._kv_norm), _LATENT_EPS, cos, sin, plan.positions, plan.token_slots,
+            queries, kv, self.held(self._kv_norm), _LATENT_EPS, cos, sin, plan.positions, plan.token_slots,
             plan.page_table, pages, q, scales=scales, interleaved=self._mla.interleaved, backend=self._backend,
         )  # fmt: skip
 

@@ -12,19 +12,12 @@ import torch.nn.functional as F
 from gossamer.config import ModelConfig, NSAConfig, SparseConfig
 from gossamer.core import KVLayout, OpCost
 from gossamer.layers.attention import gqa
-from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan
+from gossamer.layers.attention.base import Attended, AttentionBatch, PagedPlan, carve
 from gossamer.layers.attention.block_topk import SparsePlan, plan, rule_of, sparse_config
 from gossamer.layers.attention.gqa import workspace
 from gossamer.layers.linear import Linear
 from gossamer.layers.residual import ResidualStream
-from gossamer.ops.sparse import (
-    entry_spans,
-    mix_branches,
-    nsa_entries,
-    sparse_attention,
-    sparse_decode,
-    write_entries,
-)
+from gossamer.ops.sparse import entry_spans, mix_branches, nsa_entries, sparse_attention, sparse_decode, write_entries
 
 __all__ = ["build", "cost", "kv_layout", "plan", "workspace"]
 
@@ -129,9 +122,7 @@ class NSALayer(gqa.GQALayer):
         """Entries that the plan's tokens complete, which are written."""
         where = plan.page_table, plan.token_slots, plan.positions
         k_pages, v_pages, scales = gqa.split_planes(self._branch(planes, _COMPRESSED))
-        k_embedding, v_embedding = (self.norms[name] for name in self._embeddings)
-        if k_embedding is None or v_embedding is None:
-            raise RuntimeError(f"{self._embeddings} used before they were loaded")
+        k_embedding, v_embedding = map(self.held, self._embeddings)
         tokens, spans = entry_spans(
             (k_pages, v_pages), (k_embedding, v_embedding), where, nsa_entries().per_block,
             scales=(scales["k_scales"], scales["v_scales"]) if scales else None, backend=self._backend,
@@ -165,9 +156,8 @@ class NSALayer(gqa.GQALayer):
 
     def _parts(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [num_tokens, num_q_heads, head_dim] and gates [num_tokens, 3 * num_q_heads] of the buffer."""
-        num, heads, dim = len(q), self._config.num_q_heads, self._config.head_dim
-        queries, gates = q.view(-1)[: num * heads * dim], q.view(-1)[num * heads * dim :]
-        return queries.view(num, heads, dim), gates[: 3 * num * heads].view(num, 3 * heads)
+        queries, gates = carve(q, self.out_shape, (3, self.out_shape[0]))
+        return queries, gates.flatten(1)
 
     def project(
         self, stream: ResidualStream, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: PagedPlan,

@@ -10,14 +10,24 @@ from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 
 @triton.jit
-def _silu_mul(gate, up, dtype: tl.constexpr):
+def gated_activation(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """silu(gate) * up, or with a LIMIT what `ops.activation.silu_mul` says; fp32. NaN stays NaN."""
     # silu(x) = x sigmoid(x), written so that a large negative gate gives -0 and not 0 * inf.
-    gate = gate.to(tl.float32)
-    return (gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)).to(dtype)
+    if LIMIT > 0.0:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+    return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, numel, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    return gated_activation(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT).to(dtype)
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up, out, numel, width, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < numel
     gate_at = at + (at // width) * width
@@ -26,12 +36,12 @@ def _silu_mul_kernel(gate_up, out, numel, width, BLOCK: tl.constexpr, PDL: tl.co
         tl.extra.cuda.gdc_wait()
     gate = tl.load(gate_up + gate_at, valid, 0.0)
     up = tl.load(gate_up + gate_at + width, valid, 0.0)
-    tl.store(out + at, _silu_mul(gate, up, out.dtype.element_ty), valid)
+    tl.store(out + at, _silu_mul(gate, up, ALPHA, LIMIT, out.dtype.element_ty), valid)
 
 
 @triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _silu_mul_fp8_kernel(
-    gate_up, q, scales, num_rows, width, row_stride, group_stride,
+    gate_up, q, scales, num_rows, width, row_stride, group_stride, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +53,7 @@ def _silu_mul_fp8_kernel(
         tl.extra.cuda.gdc_wait()
     gate = tl.load(gate_up + at + row[:, None].to(tl.int64) * width, valid, 0.0)
     up = tl.load(gate_up + at + (row[:, None].to(tl.int64) + 1) * width, valid, 0.0)
-    value = _silu_mul(gate, up, gate_up.dtype.element_ty).to(tl.float32)
+    value = _silu_mul(gate, up, ALPHA, LIMIT, gate_up.dtype.element_ty).to(tl.float32)
     code, scale = quantize_rows(value, UE8M0, q.dtype.element_ty)
     tl.store(q + at, code, valid)
     scale_at = row.to(tl.int64) * row_stride + tl.program_id(1) * group_stride
@@ -55,7 +65,15 @@ def _check(gate_up: torch.Tensor) -> None:
         raise ValueError("silu_mul needs a contiguous tensor with an even last dimension")
 
 
-def silu_mul_fp8(gate_up: torch.Tensor, *, per_token: bool, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_options(swiglu: tuple[float, float] | None) -> dict[str, float]:
+    """Keyword arguments of kernels that call `gated_activation`."""
+    alpha, limit = swiglu or (1.0, 0.0)
+    return {"ALPHA": alpha, "LIMIT": limit}
+
+
+def silu_mul_fp8(
+    gate_up: torch.Tensor, swiglu: tuple[float, float] | None = None, *, per_token: bool, ue8m0: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     q, scales = fp8_like(gate_up[:, :width], per_token)
@@ -64,18 +82,19 @@ def silu_mul_fp8(gate_up: torch.Tensor, *, per_token: bool, ue8m0: bool) -> tupl
         rows = max(1, min(4 if num_rows <= 512 else 16, 4096 // group))
         _silu_mul_fp8_kernel[(triton.cdiv(num_rows, rows), scales.shape[1])](
             gate_up, q, scales, num_rows, width, *scales.stride(), ROWS=rows, GROUP=group, UE8M0=ue8m0, num_warps=4,
-            **overlap_options(gate_up),
+            **swiglu_options(swiglu), **overlap_options(gate_up),
         )  # fmt: skip
     return q, scales
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up: torch.Tensor, swiglu: tuple[float, float] | None = None) -> torch.Tensor:
     _check(gate_up)
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     if out.numel():
         block = 1024
         _silu_mul_kernel[(triton.cdiv(out.numel(), block),)](
-            gate_up, out, out.numel(), width, BLOCK=block, num_warps=4, **overlap_options(gate_up)
-        )
+            gate_up, out, out.numel(), width, BLOCK=block, num_warps=4, **swiglu_options(swiglu),
+            **overlap_options(gate_up),
+        )  # fmt: skip
     return out

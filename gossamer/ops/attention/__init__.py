@@ -13,16 +13,9 @@ from gossamer.ops.dispatch import require_reference, use_kernel
 from gossamer.ops.kv_cache import require_scales
 
 __all__ = [
-    "DecodeGroup",
-    "DecodeWorkspace",
-    "PrefillSequence",
-    "decode_attention",
-    "paged_decode",
-    "paged_prefill",
-    "plan_decode",
-    "plan_prefill",
-    "prefill_attention",
-]
+    "DecodeGroup", "DecodeWorkspace", "PrefillSequence", "decode_attention", "paged_decode", "paged_prefill",
+    "plan_decode", "plan_prefill", "prefill_attention",
+]  # fmt: skip
 
 
 def prefill_attention(

@@ -78,11 +78,11 @@ def _half(queries):
 
 
 @triton.jit
-def _kept(seq_len, dense_below, PAGE: tl.constexpr, LIST: tl.constexpr):
-    """Tokens that a row of this length attends to: longer than `dense_below`, those of LIST pages."""
+def _kept(seq_len, dense_below, PAGE: tl.constexpr, LIST: tl.constexpr, UNIT: tl.constexpr):
+    """Tokens that a row of this length attends to: longer than `dense_below`, those of LIST pages, UNIT by UNIT."""
     kept = seq_len
     if LIST:
-        kept = tl.minimum(seq_len, (LIST - 1) * PAGE + (seq_len - 1) % PAGE + 1)
+        kept = tl.minimum(seq_len, (LIST - UNIT) * PAGE + (seq_len - 1) % (PAGE * UNIT) + 1)
         kept = tl.where(seq_len > dense_below, kept, seq_len)
     return kept
 
@@ -100,15 +100,15 @@ def _listed(table, pages, index, seq_len, dense_below, LIST: tl.constexpr):
 def _decode_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, slots, seq_lens, sinks, out, out_scales, partials, lse,
     arrivals, pages, num_rows, table_stride, row_stride, head_stride, scale_log2, window, dense_below,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, LIST: tl.constexpr, PDL: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MERGE_G: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
+    UNIT: tl.constexpr, HAS_SINKS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' visible pages, laid end to end, are cut into equal shares: program p of a KV head takes share p.
 
     A row that lies in one share is finished there; the parts of any other are merged by the last program to arrive.
     SCALED: keys' scales go into the scores; `total` counts in units of the page's scale of values. LIST: rows longer
-    than `dense_below` have that many pages at most, which each KV head lists; all but the last are seen whole.
+    than `dense_below` have that many pages at most, UNIT by UNIT, which each KV head lists; all but the last are whole.
     """
     head = tl.program_id(0) % NUM_KV_HEADS
     program = tl.program_id(0) // NUM_KV_HEADS
@@ -116,7 +116,7 @@ def _decode_kernel(
     rows = tl.arange(0, BLOCK_R)
     lens = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     present = tl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0
-    lens = _kept(tl.where(present, lens, 0), dense_below, PAGE, LIST)
+    lens = _kept(tl.where(present, lens, 0), dense_below, PAGE, LIST, UNIT)
     row_pages = tl.cdiv(lens, PAGE) - tl.maximum(lens - window, 0) // PAGE
     ends = tl.cumsum(row_pages, 0)
     num_pages = tl.sum(row_pages, 0)
@@ -138,7 +138,7 @@ def _decode_kernel(
     unit = begin
     while unit < stop:
         slot = tl.load(slots + row)
-        seq_len = _kept(tl.where(slot >= 0, tl.load(seq_lens + row), 0), dense_below, PAGE, LIST)
+        seq_len = _kept(tl.where(slot >= 0, tl.load(seq_lens + row), 0), dense_below, PAGE, LIST, UNIT)
         first_token = tl.maximum(seq_len - window, 0)
         first_page = first_token // PAGE
         row_end = row_begin + tl.cdiv(seq_len, PAGE) - first_page
@@ -267,11 +267,12 @@ def paged_decode(
     seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, window: int | None,
     sinks: torch.Tensor | None, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None, max_seq_len: int,
-    selected: tuple[torch.Tensor, int] | None = None,
+    selected: tuple[torch.Tensor, int, int] | None = None,
 ) -> None:  # fmt: skip
     """selected: pages, int32 [num_rows, num_kv_heads, list], of rows longer than the second; there is no window then.
 
-    A list has the row's pages, as many as it has place for at most; the row's last page comes last.
+    A list has the row's pages, blocks of the third each, as many as it has place for at most; the row's last page comes
+    last.
     """
     indices = {"page_table": page_table, "slots": slots, "seq_lens": seq_lens}
     check(q, k_pages, v_pages, out, out_scales, window, indices)
@@ -289,7 +290,7 @@ def paged_decode(
     pages_per_row = max(1, triton.cdiv(max_seq_len, page_size))
     if window is not None:
         pages_per_row = min(pages_per_row, (window - 1) // page_size + 2)
-    pages, dense_below = (None, 0) if selected is None else selected
+    pages, dense_below, unit = (None, 0, 1) if selected is None else selected
     num_listed = 0 if pages is None else pages.shape[2]
     if num_listed:
         pages_per_row = min(pages_per_row, max(num_listed, triton.cdiv(dense_below, page_size)))
@@ -307,6 +308,6 @@ def paged_decode(
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_G=max(16, merge_g), MERGE_G=merge_g, HEAD_DIM=head_dim,
         PAGE=page_size, BLOCK_R=row_block(num_rows), MIN_PAGES=_MIN_PAGES,
         CHUNK=max(1, min(16, _MERGE_ELEMENTS // (merge_g * head_dim))), HAS_SINKS=sinks is not None,
-        SCALED=scaled, LIST=num_listed, num_warps=4, num_stages=num_stages,
+        SCALED=scaled, LIST=num_listed, UNIT=unit, num_warps=4, num_stages=num_stages,
         **({"maxnreg": registers} if registers else {}), **overlap_options(q),
     )  # fmt: skip

@@ -22,16 +22,9 @@ from gossamer.ops.quantize_fp8 import (
 )
 
 __all__ = [
-    "E4M3_MAX",
-    "FP8_BLOCK",
-    "Fp8Kind",
-    "Quantized",
-    "fp8_linear",
-    "fp8_moe_mlp",
-    "fp8_moe_mlp_add_rms_norm",
-    "quantize_activation",
-    "quantize_weight",
-]
+    "E4M3_MAX", "FP8_BLOCK", "Fp8Kind", "Quantized", "fp8_linear", "fp8_moe_mlp", "fp8_moe_mlp_add_rms_norm",
+    "quantize_activation", "quantize_weight",
+]  # fmt: skip
 
 
 def fp8_linear(
@@ -66,7 +59,7 @@ def fp8_linear(
 def fp8_moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
     gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, *,
-    quantized: Quantized | None = None, backend: str = "auto",
+    quantized: Quantized | None = None, swiglu: tuple[float, float] | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """`ops.moe.moe_mlp` with FP8 experts and activations: inputs of both products are quantised 1 x 128.
 
@@ -77,18 +70,18 @@ def fp8_moe_mlp(
     """
     tensors = (x, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales)
     if not use_kernel(x, backend, "fp8_moe_mlp"):
-        return reference.fp8_moe_mlp(*tensors, quantized)
+        return reference.fp8_moe_mlp(*tensors, quantized, swiglu)
     _check_mlp(tensors, quantized)
     from gossamer.ops.gemm_fp8 import triton
 
-    return cast("torch.Tensor", triton.fp8_moe_mlp(*tensors, quantized))
+    return cast("torch.Tensor", triton.fp8_moe_mlp(*tensors, quantized, swiglu=swiglu))
 
 
 def fp8_moe_mlp_add_rms_norm(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
     gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, residual: torch.Tensor,
     norm_weight: torch.Tensor, eps: float, *, quantized: Quantized | None = None, quantize: bool = False,
-    backend: str = "auto",
+    swiglu: tuple[float, float] | None = None, backend: str = "auto",
 ) -> torch.Tensor | Quantized:  # fmt: skip
     """`fp8_moe_mlp` and `ops.norm.add_rms_norm` of its result: residual += it in place, then the norm.
 
@@ -96,14 +89,14 @@ def fp8_moe_mlp_add_rms_norm(
     """
     tensors = (x, topk_weights, topk_ids, w_gate_up, gate_up_scales, w_down, down_scales)
     if not use_kernel(x, backend, "fp8_moe_mlp_add_rms_norm"):
-        normed = add_rms_norm(reference.fp8_moe_mlp(*tensors, quantized), residual, norm_weight, eps)
+        normed = add_rms_norm(reference.fp8_moe_mlp(*tensors, quantized, swiglu), residual, norm_weight, eps)
         return quantize_activation(normed, backend="reference") if quantize else normed
     _check_mlp(tensors, quantized)
     if not residual.is_contiguous() or residual.shape != x.shape or norm_weight.shape != x.shape[1:]:
         raise ValueError(f"residual {tuple(residual.shape)} or norm {tuple(norm_weight.shape)} for x {tuple(x.shape)}")
     from gossamer.ops.gemm_fp8 import triton
 
-    return triton.fp8_moe_mlp(*tensors, quantized, residual, norm_weight, eps, quantize)
+    return triton.fp8_moe_mlp(*tensors, quantized, residual, norm_weight, eps, quantize, swiglu)
 
 
 def _check_mlp(tensors: tuple[torch.Tensor, ...], quantized: Quantized | None) -> None:

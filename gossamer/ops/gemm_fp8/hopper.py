@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.triton import quantize_rows
 
@@ -200,9 +201,13 @@ def _silu(x):
 
 
 @gluon.jit
-def _store_quantized(gate, up, out, out_scales, row0, n, N, scale_stride):
-    """silu(gate) * up in FP8, with one scale a row. Rows of padding have places too, and get zeros."""
-    q, scale = _quantize(_silu(gate) * up, out.dtype.element_ty)
+def _store_quantized(gate, up, out, out_scales, row0, n, N, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr):
+    """The activation in FP8, with one scale a row. Rows of padding have places too, and get zeros."""
+    if LIMIT > 0.0:
+        y = gated_activation(gate, up, ALPHA, LIMIT)
+    else:
+        y = _silu(gate) * up
+    q, scale = _quantize(y, out.dtype.element_ty)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
     gl.store(out_scales + n * scale_stride + row, scale)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(16)))
@@ -260,6 +265,7 @@ def _scales(
 def _multiply(
     WG: gl.constexpr, own, shared, WGS: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr,
     BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of every tile of its program. CHANNEL_STEP -1: weights have scales of blocks.
 
@@ -320,7 +326,7 @@ def _multiply(
                 looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
             )
             if GATED:
-                _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride)
+                _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride, ALPHA, LIMIT)
             else:
                 column = n * (PARTS * BLOCK)
                 if TOP_K:
@@ -354,7 +360,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["num_rows", "num_m", "num_n", "row_stride", "group_stride", "scale_stride"])
 def _hopper_kernel(
     a, a_desc, w_desc, out, out_desc, out_scales, bias, a_scales, w_scales, rows, block_expert, num_m_ptr,
-    num_rows, N, K, num_m, num_n, row_stride, group_stride, scale_stride,
+    num_rows, N, K, num_m, num_n, row_stride, group_stride, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     WGS: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr,
     CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, FEEDERS: gl.constexpr,
     REGS: gl.constexpr, FEED_REGS: gl.constexpr, PDL: gl.constexpr,
@@ -385,15 +391,30 @@ def _hopper_kernel(
     fed = (a, a_desc, w_desc)
     if WGS == 2:
         gl.warp_specialize([
-            (_multiply, (gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
-            (_multiply, (gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
+            (_multiply, (
+                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+                ALPHA, LIMIT,
+            )),
+            (_multiply, (
+                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+                ALPHA, LIMIT,
+            )),
             (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
         ], [4, FEEDERS], [REGS, FEED_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_multiply, (gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
-            (_multiply, (gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
-            (_multiply, (gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES)),
+            (_multiply, (
+                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+                ALPHA, LIMIT,
+            )),
+            (_multiply, (
+                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+                ALPHA, LIMIT,
+            )),
+            (_multiply, (
+                gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
+                ALPHA, LIMIT,
+            )),
             (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
         ], [4, 4, FEEDERS], [REGS, REGS, FEED_REGS])  # fmt: skip
 
@@ -402,7 +423,7 @@ def product(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
     config: HopperConfig, *, num_rows: int, most_blocks: int, n: int, order: tuple[torch.Tensor, ...] | None,
     top_k: int, gated: bool, out_scales: torch.Tensor | None, bias: torch.Tensor | None, kind: str,
-    strides: tuple[int, int], multiprocessors: int,
+    strides: tuple[int, int], multiprocessors: int, swiglu: tuple[float, float] | None,
 ) -> None:  # fmt: skip
     """`triton._product` for 16-bit or quantised results; n a multiple of 8, by expert K and gate-up's n of 128."""
     k, num_n = a.shape[1], triton.cdiv(n, 128 * (1 if gated else config.parts))
@@ -419,5 +440,5 @@ def product(
         WGS=config.warpgroups, PARTS=config.parts, TOP_K=top_k, GATED=gated, BIAS=bias is not None,
         CHANNEL_STEP={"block": -1, "channel": 1, "tensor": 0}[kind], GROUP_M=config.group_m,
         STAGES=config.num_stages, FEEDERS=feeders, REGS=regs, FEED_REGS=80 if gated else 32,
-        num_warps=4, **overlap_options(a),
+        num_warps=4, **swiglu_options(swiglu), **overlap_options(a),
     )  # fmt: skip

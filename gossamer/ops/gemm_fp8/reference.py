@@ -1,8 +1,8 @@
 """Torch reference of the FP8 products: fp32 partial sums of 128 with their scales, in order."""
 
 import torch
-import torch.nn.functional as F
 
+from gossamer.ops.activation.reference import gated_activation
 from gossamer.ops.quantize_fp8.reference import quantize_activation
 
 _BLOCK = 128
@@ -32,7 +32,7 @@ def fp8_linear(
 def fp8_moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
     gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
-    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None, swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     q, scales = quantized or quantize_activation(x)
@@ -44,7 +44,7 @@ def fp8_moe_mlp(
             fp8_linear(q[tokens], scales[tokens], w, s, out_dtype=torch.float32, kind="block")
             for w, s in zip((w_gate_up[expert, 0::2], w_gate_up[expert, 1::2]), gate_up_scales[expert], strict=True)
         )
-        inner = quantize_activation(F.silu(gate) * up)
+        inner = quantize_activation(gated_activation(gate, up, swiglu))
         y = fp8_linear(*inner, w_down[expert], down_scales[expert], out_dtype=torch.float32, kind="block")
         out.index_add_(0, tokens, y * topk_weights[tokens, slots].unsqueeze(1))
     return out.to(x.dtype)

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
@@ -64,6 +65,7 @@ def _add_splits(acc, partial, offsets, stride, SPLIT_K: tl.constexpr):
 def _product_kernel(
     a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
     num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
     BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
     SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
@@ -146,7 +148,7 @@ def _product_kernel(
                 y *= tl.load(w_scales_ptr + out_column * CHANNEL_STEP, known, 0.0)[None, :]
             if GATED:
                 up = acc1.T if SWAP else acc1
-                y = tl.where(known[None, :], y / (1.0 + tl.exp(-y)) * up, 0.0)
+                y = tl.where(known[None, :], gated_activation(y, up, ALPHA, LIMIT), 0.0)
             if BIAS:
                 y += tl.load(bias_ptr + out_column, known, 0.0).to(tl.float32)[None, :]
             out_row = position if GATED else row
@@ -308,14 +310,14 @@ def _product(
     config: Config | HopperConfig | FewConfig, *, num_rows: int, most_blocks: int, n: int,
     order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
     out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
-    promote: bool = True, exact: bool = False,
+    promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     """a FP8 [rows, K] times w [experts * n (, 2), K]; what is absent is compiled out and `a` stands in for it."""
     if isinstance(config, HopperConfig):
         hopper.product(
             a, a_scales, w, w_scales, out, config, num_rows=num_rows, most_blocks=most_blocks, n=n, order=order,
             top_k=top_k, gated=gated, out_scales=out_scales, bias=bias, kind=kind, strides=_strides(a_scales),
-            multiprocessors=_multiprocessors(a.device.index),
+            multiprocessors=_multiprocessors(a.device.index), swiglu=swiglu,
         )  # fmt: skip
         return
     if isinstance(config, FewConfig):
@@ -330,6 +332,7 @@ def _product(
         area = config.parts * config.block_m * config.block_n
         partial, counters = a.new_empty(split_k * num_tiles * area, dtype=torch.float32), _counters(a.device)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, **overlap_options(a)}
+    options |= swiglu_options(swiglu)
     _product_kernel[(programs, split_k)](
         a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales,
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
@@ -382,7 +385,7 @@ def fp8_moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor,
     gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor, quantized: Quantized | None = None,
     residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
-    quantize: bool = False,
+    quantize: bool = False, swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor | Quantized:  # fmt: skip
     """With a residual the norm after it is part of the sum over experts, as for `moe.triton.combine`."""
     if x.shape[0] == 0:
@@ -390,7 +393,7 @@ def fp8_moe_mlp(
     q, scales = quantized or quantize_activation(x)
     if x.shape[0] <= GEMV_TOKENS:
         experts = w_gate_up, gate_up_scales, w_down, down_scales
-        y = triton_few.moe_mlp(x, q, scales.contiguous(), topk_weights, topk_ids, *experts)
+        y = triton_few.moe_mlp(x, q, scales.contiguous(), topk_weights, topk_ids, *experts, swiglu=swiglu)
         if residual is None or norm_weight is None:
             return y
         return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
@@ -405,7 +408,8 @@ def fp8_moe_mlp(
     }  # fmt: skip
     act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
-    _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, gated=True, out_scales=act_scales, **common)
+    first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
+    _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, **first, **common)
     y = x.new_empty(num_assignments, hidden)
     _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.triton import BLOCK, TRITON_DTYPE, quantize_rows
 
@@ -24,6 +25,7 @@ class Cut(NamedTuple):
 @triton.jit
 def _gate_up_kernel(
     q_ptr, scales_ptr, w_ptr, w_scales_ptr, ids_ptr, act_ptr, inner_ptr, inner_scales_ptr, counters_ptr, hidden, inter,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +53,7 @@ def _gate_up_kernel(
     sums = tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :, :], 2) * (w_scale * scale[None, :])
     gate, up = tl.split(tl.reshape(tl.sum(sums, 1), [BLOCK_N, 2]))
     n = first + tl.arange(0, BLOCK_N)
-    tl.store(act_ptr + assignment * inter + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < inter)
+    tl.store(act_ptr + assignment * inter + n, gated_activation(gate, up, ALPHA, LIMIT), mask=n < inter)
     tl.debug_barrier()
     own = first // GROUP
     counter = counters_ptr + assignment * inner_groups + own
@@ -107,7 +109,7 @@ def _counters(device: torch.device, size: int) -> torch.Tensor:
 def moe_mlp(
     x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor,
     w_gate_up: torch.Tensor, gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
-    cut: Cut | None = None,
+    cut: Cut | None = None, swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`fp8_moe_mlp` of few tokens: no two of them are expected to share an expert."""
     cut = cut or Cut()
@@ -119,7 +121,7 @@ def moe_mlp(
     _gate_up_kernel[(triton.cdiv(inter, cut.gate_columns), ids.numel())](
         q, scales, w_gate_up, gate_up_scales, ids, act, inner, inner_scales, counters, hidden, inter, TOP_K=top_k,
         BLOCK_N=cut.gate_columns, GROUPS=triton.next_power_of_2(groups), GROUP=BLOCK, DTYPE=TRITON_DTYPE[q.dtype],
-        num_warps=cut.gate_warps, **options,
+        num_warps=cut.gate_warps, **swiglu_options(swiglu), **options,
     )  # fmt: skip
     _down_kernel[(triton.cdiv(hidden, cut.down_columns), num_tokens)](
         inner, inner_scales, w_down, down_scales, weights, ids, out, hidden, inter, TOP_K=top_k,

@@ -90,32 +90,34 @@ def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
-    *, backend: str = "auto",
+    *, swiglu: tuple[float, float] | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """sum_k topk_weights[t, k] * down(silu(gate(x[t])) * up(x[t])) with the matrices of expert topk_ids[t, k].
 
     x [num_tokens, hidden]; topk_weights fp32, topk_ids int32 [num_tokens, top_k], ids distinct within a token, -1 for
     none; w_gate_up [num_experts, 2 * inter, hidden] interleaved (`interleave_gate_up`); w_down [num_experts, hidden,
     inter]. Returns [num_tokens, hidden]. Experts without tokens are not read; sums over k are in fp32 and in order.
+    swiglu: as for `ops.activation.silu_mul`.
     """
     if not use_kernel(x, backend):
-        return reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+        return reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, swiglu)
     _check_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
     from gossamer.ops.moe import triton
 
-    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, swiglu=swiglu)
 
 
 def moe_mlp_add_rms_norm(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
-    residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, *, backend: str = "auto",
+    residual: torch.Tensor, norm_weight: torch.Tensor, eps: float, *, swiglu: tuple[float, float] | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """`moe_mlp` and `ops.norm.add_rms_norm` of its result: residual [num_tokens, hidden] += it in place, then the norm.
 
     norm_weight [hidden]; bit for bit what the two ops give. Returns the normed rows [num_tokens, hidden].
     """
     if not use_kernel(x, backend):
-        y = reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
+        y = reference.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, swiglu)
         return add_rms_norm(y, residual, norm_weight, eps, backend="reference")
     _check_mlp(x, topk_weights, topk_ids, w_gate_up, w_down)
     _check_contiguous("moe_mlp_add_rms_norm", residual=residual, norm_weight=norm_weight)
@@ -123,7 +125,7 @@ def moe_mlp_add_rms_norm(
         raise ValueError(f"moe_mlp_add_rms_norm: residual {residual.shape} or norm {norm_weight.shape} for x {x.shape}")
     from gossamer.ops.moe import triton
 
-    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, residual, norm_weight, eps)
+    return triton.moe_mlp(x, topk_weights, topk_ids, w_gate_up, w_down, residual, norm_weight, eps, swiglu)
 
 
 def grouped_mlp(

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.moe.triton import ExpertOrder
 
@@ -156,11 +157,14 @@ def _accumulate(
 
 
 @gluon.jit
-def _store(acc, assignment, position, out, n, num_assignments, N, LINES: gl.constexpr, GATED: gl.constexpr):
+def _store(
+    acc, assignment, position, out, n, num_assignments, N, LINES: gl.constexpr, GATED: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr,
+):  # fmt: skip
     dtype: gl.constexpr = out.dtype.element_ty
     if GATED:
         gate, up = gl.split(acc.reshape([64, acc.shape[1] // 2, 2]))
-        result = (gate / (1.0 + gl.exp(-gate)) * up).to(dtype)
+        result = gated_activation(gate, up, ALPHA, LIMIT).to(dtype)
         row, column, width = position, n // 2, N // 2
     else:
         result = acc.to(dtype)
@@ -172,7 +176,10 @@ def _store(acc, assignment, position, out, n, num_assignments, N, LINES: gl.cons
 
 
 @gluon.jit
-def _multiply(WARPGROUP: gl.constexpr, out, a_tiles, w_tiles, shared, GATED: gl.constexpr):
+def _multiply(
+    WARPGROUP: gl.constexpr, out, a_tiles, w_tiles, shared, GATED: gl.constexpr, ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+):  # fmt: skip
     """A consumer. It stores while the other one still multiplies and the producer brings the next tile."""
     rows, full, empty, tiles, tile_full, tile_empty, num_assignments, N, K = shared
     OWN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -199,12 +206,14 @@ def _multiply(WARPGROUP: gl.constexpr, out, a_tiles, w_tiles, shared, GATED: gl.
                     step, own, half, a_tiles, w_tiles, full, empty, steps, WARPGROUP, GATED, True
                 )
                 m = n + WARPGROUP * (BLOCK_N // 2)
-                _store(half, half_assignment, half_position, out, m, num_assignments, N, HALF_LINES, GATED)
+                _store(
+                    half, half_assignment, half_position, out, m, num_assignments, N, HALF_LINES, GATED, ALPHA, LIMIT
+                )
             else:
                 step, own, half = _accumulate(
                     step, own, half, a_tiles, w_tiles, full, empty, steps, WARPGROUP, GATED, False
                 )
-            _store(own, own_assignment, own_position, out, n, num_assignments, N, OWN_LINES, GATED)
+            _store(own, own_assignment, own_position, out, n, num_assignments, N, OWN_LINES, GATED, ALPHA, LIMIT)
         else:  # padding alone
             for _ in range(steps):
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -217,7 +226,8 @@ def _multiply(WARPGROUP: gl.constexpr, out, a_tiles, w_tiles, shared, GATED: gl.
 @gluon.jit(do_not_specialize=["num_assignments"])
 def _hopper_kernel(
     a, a_desc, w_desc, out, rows, block_expert, num_blocks, num_assignments, N, K,
-    TOP_K: gl.constexpr, GATED: gl.constexpr, FEEDERS: gl.constexpr, PDL: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, FEEDERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """What `_grouped_kernel` of triton.py computes, in whose words GATED is explained."""
     if PDL:
@@ -242,15 +252,16 @@ def _hopper_kernel(
     fence_async_shared()
     shared = (rows, full, empty, tiles, tile_full, tile_empty, num_assignments, N, K)
     gl.warp_specialize([
-        (_multiply, (gl.constexpr(0), out, a_tiles, w_tiles, shared, GATED)),
-        (_multiply, (gl.constexpr(1), out, a_tiles, w_tiles, shared, GATED)),
+        (_multiply, (gl.constexpr(0), out, a_tiles, w_tiles, shared, GATED, ALPHA, LIMIT)),
+        (_multiply, (gl.constexpr(1), out, a_tiles, w_tiles, shared, GATED, ALPHA, LIMIT)),
         (_feed, (a, a_desc, w_desc, block_expert, num_blocks, a_tiles, w_tiles, shared, TOP_K, GATED)),
     ], [4, FEEDERS], [232, 48 if GATED else 40])  # fmt: skip
 
 
 def grouped_product(
-    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: ExpertOrder, topk_ids: torch.Tensor, *, gated: bool
-) -> None:
+    a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: ExpertOrder, topk_ids: torch.Tensor, *, gated: bool,
+    swiglu: tuple[float, float] | None = None,
+) -> None:  # fmt: skip
     """`triton._grouped_product` of 16-bit numbers, for an order in blocks of BLOCK_M; K is a multiple of BLOCK_K.
 
     Draws its tiles from the counters behind `order.num_blocks`: an order serves one product of each kind.
@@ -263,5 +274,5 @@ def grouped_product(
         a, TensorDescriptor.from_tensor(a, [64, BLOCK_K.value], swizzled),
         TensorDescriptor.from_tensor(w.view(num_experts * n, k), [BLOCK_N.value, BLOCK_K.value], swizzled),
         out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, FEEDERS=4 if gated else 1,
-        num_warps=4, **overlap_options(a),
+        num_warps=4, **swiglu_options(swiglu), **overlap_options(a),
     )  # fmt: skip

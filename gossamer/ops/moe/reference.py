@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gossamer.ops.activation.reference import gated_activation
+
 
 def route_topk(
     router_logits: torch.Tensor, top_k: int, *, renormalize: bool, score_func: str, bias: torch.Tensor | None,
@@ -45,14 +47,15 @@ def router(x: torch.Tensor, weight: torch.Tensor, top_k: int, **options: Any) ->
 
 
 def moe_mlp(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    swiglu: tuple[float, float] | None = None,
+) -> torch.Tensor:  # fmt: skip
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
         if expert >= 0:
             tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
             gate_up = F.linear(x[tokens], w_gate_up[expert])
-            y = F.linear(F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2], w_down[expert])
+            y = F.linear(gated_activation(gate_up[:, 0::2], gate_up[:, 1::2], swiglu), w_down[expert])
             out.index_add_(0, tokens, y.float() * topk_weights[tokens, slots].unsqueeze(1))
     return out.to(x.dtype)
 

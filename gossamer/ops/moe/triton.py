@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.norm.triton import add_rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
@@ -27,7 +28,7 @@ RANKED = 256  # assignments of a program of the sort above
 
 @triton.jit
 def _gate_up_gemv_kernel(
-    x_ptr, w_ptr, ids_ptr, act_ptr, hidden, inter,
+    x_ptr, w_ptr, ids_ptr, act_ptr, hidden, inter, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[a, n] = silu(gate) * up of assignment a = token * TOP_K + slot, for BLOCK_N of the expert's columns."""
@@ -50,7 +51,7 @@ def _gate_up_gemv_kernel(
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
     gate, up = tl.split(tl.reshape(tl.sum(acc, 1), [BLOCK_N, 2]))
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    act = gate / (1.0 + tl.exp(-gate)) * up
+    act = gated_activation(gate, up, ALPHA, LIMIT)
     tl.store(act_ptr + assignment * inter + n, act.to(act_ptr.dtype.element_ty), mask=n < inter)
 
 
@@ -176,7 +177,8 @@ def _place_kernel(
 @triton.jit
 def _grouped_kernel(
     a_ptr, a_desc, w_desc, out_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, N, K,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ w[expert].T for the rows of each block of the sorted order.
@@ -208,7 +210,7 @@ def _grouped_kernel(
             acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
         if GATED:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-            act = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+            act = gated_activation(gate, up, ALPHA, LIMIT).to(out_ptr.dtype.element_ty)
             half = n // 2 + tl.arange(0, BLOCK_N // 2)
             act_ptrs = out_ptr + position[:, None].to(tl.int64) * (N // 2) + half[None, :]
             tl.store(act_ptrs, act, mask=inside[:, None] & (half < N // 2)[None, :])
@@ -342,7 +344,7 @@ def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Ex
 
 def _grouped_product(
     a: torch.Tensor, w: torch.Tensor, out: torch.Tensor, order: ExpertOrder, topk_ids: torch.Tensor,
-    config: GroupedConfig, *, gated: bool,
+    config: GroupedConfig, *, gated: bool, swiglu: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     num_experts, n, k = w.shape
     num_tiles = order.block_expert.numel() * triton.cdiv(n, config.block_n)
@@ -354,7 +356,7 @@ def _grouped_product(
         out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, EVEN_K=k % config.block_k == 0,
         PRECISION="ieee" if a.dtype == torch.float32 else None, FLATTEN=config.persistent,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, **overlap_options(a),
+        num_warps=config.num_warps, num_stages=config.num_stages, **swiglu_options(swiglu), **overlap_options(a),
     )  # fmt: skip
 
 
@@ -381,14 +383,15 @@ def combine(
 
 def _moe_gemv(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor, swiglu: tuple[float, float] | None,
 ) -> None:  # fmt: skip
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
     act = x.new_empty(ids.numel(), inter)
     slots, options = triton.next_power_of_2(top_k), overlap_options(x)
     _gate_up_gemv_kernel[(triton.cdiv(inter, 8), ids.numel())](
-        x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4, **options
-    )
+        x, w_gate_up, ids, act, hidden, inter, TOP_K=top_k, BLOCK_N=8, BLOCK_K=512, STAGES=3, num_warps=4,
+        **swiglu_options(swiglu), **options,
+    )  # fmt: skip
     _down_gemv_kernel[(triton.cdiv(hidden, 8), num_tokens)](
         act, w_down, weights, ids, out, hidden, inter, TOP_K=top_k, SLOTS=slots, BLOCK_N=8, BLOCK_K=1024 // slots,
         STAGES=3, num_warps=8, **options,
@@ -396,8 +399,9 @@ def _moe_gemv(
 
 
 def _expert_products(
-    x: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
+    swiglu: tuple[float, float] | None,
+) -> torch.Tensor:  # fmt: skip
     """[num_tokens * top_k, hidden]: what each assignment's expert makes of its token."""
     num_experts, hidden, inter = w_down.shape
     y = x.new_empty(topk_ids.numel(), hidden)
@@ -406,13 +410,13 @@ def _expert_products(
 
         order = sort_by_expert(topk_ids, num_experts, HOPPER_BLOCK_M)
         act = x.new_empty(order.rows.numel(), inter)
-        hopper.grouped_product(x, w_gate_up, act, order, topk_ids, gated=True)
+        hopper.grouped_product(x, w_gate_up, act, order, topk_ids, gated=True, swiglu=swiglu)
         hopper.grouped_product(act, w_down, y, order, topk_ids, gated=False)
         return y
     gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     act = x.new_empty(order.rows.numel(), inter)
-    _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True)
+    _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True, swiglu=swiglu)
     _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
     return y
 
@@ -420,12 +424,13 @@ def _expert_products(
 def moe_mlp(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
     residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
+    swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     out = torch.empty_like(x)
     if x.shape[0] == 0:
         return out
     if x.shape[0] <= GEMV_TOKENS:
-        _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down, out)
+        _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down, out, swiglu)
         return out if residual is None or norm_weight is None else add_rms_norm(out, residual, norm_weight, eps)
-    y = _expert_products(x, topk_ids, w_gate_up, w_down)
+    y = _expert_products(x, topk_ids, w_gate_up, w_down, swiglu)
     return combine(y, topk_weights, topk_ids, out, residual, norm_weight, eps)

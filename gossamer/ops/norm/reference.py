@@ -17,6 +17,8 @@ def _zero(dtype: torch.dtype) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     width = x.shape[-1]
+    if weight.itemsize > x.itemsize:  # a finer weight: the product is rounded once
+        return rms_norm(x.to(weight.dtype), weight, eps).to(x.dtype)
     if x.is_cpu and x.numel() == width:
         norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
         return torch.addcmul(_zero(x.dtype), x, weight, value=1.0 / math.sqrt(norm * norm / width + eps))

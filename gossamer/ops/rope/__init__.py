@@ -20,7 +20,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend
 def rope_write_kv(
     qkv: torch.Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int, cos: torch.Tensor, sin: torch.Tensor,
     positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
-    v_pages: torch.Tensor, q_out: torch.Tensor, *, k_scales: torch.Tensor | None = None,
+    v_pages: torch.Tensor | None, q_out: torch.Tensor, *, k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
     eps: float = 1e-6, norm_full: bool = False, clip: float | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
@@ -29,28 +29,31 @@ def rope_write_kv(
     In this order: RMSNorm of queries and keys, clamp of all three to [-clip, clip], rotation of queries and keys.
 
     Args:
-        qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], queries || keys || values.
-        cos, sin: tables [max_position, rotary_dim] or [max_position, 1, rotary_dim] in `apply_rope`'s layout;
-            dimensions from rotary_dim on pass unrotated.
+        qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim], queries || keys || values: each row contiguous.
+        cos, sin: tables [max_position, rotary_dim] in `apply_rope`'s layout, for the reference also the tokens' own
+            [num_tokens, 1, rotary_dim]; dimensions from rotary_dim on pass unrotated.
         positions, token_slots: int [num_tokens]. A token of slot -1 is padding: no page changes, its queries are zero.
         page_table: int [num_slots, max_pages].
-        k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place.
+        k_pages, v_pages: [num_pages, num_kv_heads, page_size, head_dim], written in place. Without `v_pages` there are
+            no values, as of an indexer.
         q_out: [num_tokens, num_q_heads, head_dim], written. There may be no queries.
         k_scales, v_scales: of FP8 pages, which are written as `ops.kv_cache.write_kv_fp8` says.
         q_norm, k_norm: norm weights, both or neither: [head_dim], applied per head; with `norm_full` of q's and k's
             whole width, normalised over all heads at once (OLMoE).
     """
-    num_tokens, width = qkv.shape[0], (num_q_heads + 2 * num_kv_heads) * head_dim
+    num_tokens, num_heads = qkv.shape[0], num_q_heads + num_kv_heads * (1 if v_pages is None else 2)
+    width = num_heads * head_dim
     if qkv.shape[-1] != width or q_out.shape != (num_tokens, num_q_heads, head_dim):
         raise ValueError(f"qkv {tuple(qkv.shape)} or q_out {tuple(q_out.shape)} does not match {width} packed columns")
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
-        raise ValueError(f"pages {[*k_pages.shape]}, {[*v_pages.shape]} do not hold {num_kv_heads} x {head_dim}")
+    values = k_pages if v_pages is None else v_pages
+    if k_pages.shape != values.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
+        raise ValueError(f"pages {[*k_pages.shape]}, {[*values.shape]} do not hold {num_kv_heads} x {head_dim}")
     if (q_norm is None) != (k_norm is None) or cos.shape != sin.shape or cos.shape[-1] > head_dim or cos.shape[-1] % 2:
         raise ValueError("q_norm and k_norm come together; cos and sin have one even width of at most head_dim")
-    require_scales(k_pages, v_pages, k_scales, v_scales)
-    tensors = (qkv, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out)
-    if not all(t.is_contiguous() for t in tensors):
-        raise ValueError("rope_write_kv needs contiguous tensors")
+    require_scales(k_pages, values, k_scales, v_scales)
+    tensors = (cos, sin, positions, token_slots, page_table, k_pages, values, q_out)
+    if not all(t.is_contiguous() for t in tensors) or qkv.stride(1) != 1:
+        raise ValueError("rope_write_kv needs contiguous tensors, and rows of qkv")
     run = reference.rope_write_kv
     if use_kernel(qkv, backend, "rope_write_kv"):
         from gossamer.ops.rope import triton

@@ -18,8 +18,8 @@ def _sum_squares(row, count: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _rope_write_kv_kernel(
     qkv, q_norm, k_norm, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out,
-    max_pages, page_size, eps, clip,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    row_stride, max_pages, page_size, eps, clip,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, NUM_V: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROW: tl.constexpr,
     PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +44,8 @@ def _rope_write_kv_kernel(
     slot = tl.load(token_slots + token)
     live = slot >= 0
     position = tl.where(live, tl.load(positions + token), 0).to(tl.int64)
-    row = qkv + token * ((NUM_Q + 2 * NUM_KV) * HEAD_DIM)
-    mask = (head < NUM_Q + 2 * NUM_KV) & inside
+    row = qkv + token * row_stride
+    mask = (head < NUM_Q + NUM_KV + NUM_V) & inside
     a = tl.load(row + head * HEAD_DIM + first, mask, 0.0).to(tl.float32)
     b = tl.load(row + head * HEAD_DIM + second, mask, 0.0).to(tl.float32)
     if NORM > 0:
@@ -95,31 +95,34 @@ def _rope_write_kv_kernel(
         kept, kept_pair = x.to(k_pages.dtype.element_ty), y.to(k_pages.dtype.element_ty)
         tl.store(k_pages + at + first, kept, is_k & inside)
         tl.store(k_pages + at + second, kept_pair, is_k & inside)
-        tl.store(v_pages + at + first, kept, mask & is_v)
-        tl.store(v_pages + at + second, kept_pair, mask & is_v)
+        if NUM_V > 0:
+            tl.store(v_pages + at + first, kept, mask & is_v)
+            tl.store(v_pages + at + second, kept_pair, mask & is_v)
 
 
 def rope_write_kv(
     qkv: torch.Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int, cos: torch.Tensor, sin: torch.Tensor,
     positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
-    v_pages: torch.Tensor, q_out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
+    v_pages: torch.Tensor | None, q_out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_full: bool, clip: float | None,
 ) -> None:  # fmt: skip
     num_tokens = qkv.shape[0]
     if not num_tokens:
         return
-    num_heads = num_q_heads + 2 * num_kv_heads
+    num_values = 0 if v_pages is None else num_kv_heads
+    num_heads = num_q_heads + num_kv_heads + num_values
     packed = qkv.new_empty(num_tokens, 2, num_kv_heads, head_dim) if k_scales is not None else None
     # Few tokens: spread the heads over the device. Many: fewer and larger programs.
     heads = min(4 if num_tokens <= 64 else 8, triton.next_power_of_2(num_heads))
     _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, cos, sin, positions, token_slots,
-        page_table, k_pages if packed is None else packed, v_pages, q_out, page_table.shape[1], k_pages.shape[2],
-        eps, clip or 0.0, NUM_Q=num_q_heads, NUM_KV=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
+        page_table, k_pages if packed is None else packed, v_pages, q_out, qkv.stride(0), page_table.shape[1],
+        k_pages.shape[2], eps, clip or 0.0, NUM_Q=num_q_heads, NUM_KV=num_kv_heads, NUM_V=num_values,
+        HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
         NORM=0 if q_norm is None else 2 if norm_full else 1, CLIP=clip is not None, HEADS=heads,
         PAIRS=triton.next_power_of_2(head_dim // 2),
         BLOCK_ROW=triton.next_power_of_2(max(num_q_heads, num_kv_heads) * head_dim),
         PACKED=packed is not None, num_warps=2 if heads > 4 else 1, **overlap_options(qkv),
     )  # fmt: skip
-    if packed is not None and k_scales is not None and v_scales is not None:
+    if packed is not None and v_pages is not None and k_scales is not None and v_scales is not None:
         write_kv_fp8(packed, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales)

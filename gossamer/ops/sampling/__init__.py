@@ -12,15 +12,8 @@ from gossamer.ops.sampling import reference
 from gossamer.ops.sampling.reference import apply_penalties, argmax, sample, token_logprobs, top_tokens, uniform
 
 __all__ = [
-    "apply_penalties",
-    "argmax",
-    "sample",
-    "sample_slots",
-    "token_logprobs",
-    "top_tokens",
-    "uniform",
-    "workspace_size",
-]
+    "apply_penalties", "argmax", "sample", "sample_slots", "token_logprobs", "top_tokens", "uniform", "workspace_size",
+]  # fmt: skip
 
 
 def workspace_size(num_rows: int, vocab: int) -> int:

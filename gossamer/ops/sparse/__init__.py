@@ -1,7 +1,7 @@
 """Block-sparse attention over the paged KV cache: compress -> score -> select -> attend -> merge.
 
-A block is a page. Compressed entries lie beside the pages: planes [num_pages, num_kv_heads, entries, head_dim], an
-entry with the page of its last token, so that whoever shares a page shares what was made of it.
+A block is a page, or some. Compressed entries lie beside the pages: planes [num_pages, num_kv_heads, entries,
+head_dim], an entry with the page of its last token, so that whoever shares a page shares what was made of it.
 """
 
 import torch
@@ -13,17 +13,9 @@ from gossamer.ops.sparse import reference
 from gossamer.ops.sparse.selection import Entries, Selection, nsa_entries, page_entries
 
 __all__ = [
-    "Entries",
-    "Selection",
-    "entry_spans",
-    "mix_branches",
-    "nsa_entries",
-    "page_entries",
-    "sparse_attention",
-    "sparse_decode",
-    "write_entries",
-    "write_summaries",
-]
+    "Entries", "Selection", "entry_spans", "mix_branches", "nsa_entries", "page_entries", "sparse_attention",
+    "sparse_decode", "write_entries", "write_summaries",
+]  # fmt: skip
 
 
 def write_summaries(
@@ -48,8 +40,8 @@ def sparse_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None,
-    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, max_seq_len: int,
-    backend: str = "auto",
+    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, index_q: torch.Tensor | None = None,
+    max_seq_len: int, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Attention of many new tokens, each to the blocks that `rule` gives it and each KV head; no host sync on a device.
 
@@ -57,7 +49,9 @@ def sparse_attention(
     for `ops.attention`; the rest as for `write_summaries`. Rows of padding (slot -1) are zeroed, those of tokens at
     positions below `rule.dense_below` left alone. No position reaches `max_seq_len`, which bounds the launches.
     With `values`, compressed ones beside the compressed keys that `summaries` are, `compressed` gets the attention to
-    the entries that score, zeros where a token sees none yet. Temporaries do not grow with the number of tokens.
+    the entries that score, zeros where a token sees none yet. With `index_q` [num_tokens, num_kv_heads, index_dim] a
+    block scores what the largest product of that query with one of its tokens' keys does, which `summaries` then is:
+    one plane [num_pages, 1, page_size, index_dim]. Temporaries do not grow with the number of tokens.
     Raises ValueError for what the kernels do not serve.
     """
     require_scales(k_pages, v_pages, k_scales, v_scales)
@@ -68,7 +62,8 @@ def sparse_attention(
         from gossamer.ops.sparse.triton_prefill import sparse_attention as run
     run(
         q, k_pages, v_pages, summaries, page_table, token_slots, positions, rule, entries, scale, out,
-        k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed, max_seq_len=max_seq_len,
+        k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed, index_q=index_q,
+        max_seq_len=max_seq_len,
     )  # fmt: skip
 
 
@@ -77,7 +72,8 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None = None, k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None = None, max_seq_len: int, summarise: bool = False, backend: str = "auto",
+    index_q: torch.Tensor | None = None, workspace: DecodeWorkspace | None = None, max_seq_len: int,
+    summarise: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
     """As `ops.attention.paged_decode`, each row to the blocks that `rule` gives it, a short one to all.
 
@@ -90,7 +86,7 @@ def sparse_decode(
     run(
         q, k_pages, v_pages, summaries, page_table, slots, seq_lens, rule, entries, scale, out,
         out_scales=out_scales, k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed,
-        workspace=workspace, max_seq_len=max_seq_len, summarise=summarise,
+        index_q=index_q, workspace=workspace, max_seq_len=max_seq_len, summarise=summarise,
     )  # fmt: skip
 
 

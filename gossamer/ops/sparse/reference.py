@@ -5,6 +5,7 @@ all tokens that chose it.
 """
 
 import torch
+import torch.nn.functional as F
 
 from gossamer.ops.attention.reference import paged_decode
 from gossamer.ops.attention.workspace import DecodeWorkspace
@@ -92,6 +93,20 @@ def attend_entries(
     return rows.view(v.shape[1], len(logits), -1, v.shape[3]).transpose(0, 1)
 
 
+def index_scores(
+    q: torch.Tensor, key_pages: torch.Tensor, page_table: torch.Tensor, token_slots: torch.Tensor,
+    positions: torch.Tensor, block_size: int,
+) -> torch.Tensor:  # fmt: skip
+    """The largest product of q [T, heads, dim] with a visible key of each block: [T, heads, blocks] (MiniMax-M3)."""
+    page_size, last = key_pages.shape[2], int(positions.max())
+    logits = entry_logits(q[:, None], (key_pages,), page_table, token_slots, last // page_size + 1, 1.0)[:, 0]
+    hidden = torch.arange(logits.shape[-1], device=q.device) > positions[:, None]
+    logits = logits.masked_fill(hidden[:, None], -torch.inf)
+    missing = -logits.shape[-1] % block_size
+    best: torch.Tensor = F.pad(logits, (0, missing), value=-torch.inf).unflatten(-1, (-1, block_size)).amax(-1)
+    return best
+
+
 def visible_entries(positions: torch.Tensor, num_entries: int, entries: Entries, page_size: int) -> torch.Tensor:
     """Bool [T, num_entries]."""
     end = (positions + 1 - entries.tail).clamp_min(0) // (page_size // entries.per_block)
@@ -108,9 +123,9 @@ def select(scores: torch.Tensor, positions: torch.Tensor, rule: Selection, page_
     last = (positions // page_size)[:, None, None]
     block = torch.arange(scores.shape[-1], device=scores.device)
     forced = (block < rule.first) | (block > last - rule.local)
-    ranked = scores.masked_fill(forced, torch.inf).masked_fill(block > last, -1.0)
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(block > last, -torch.inf)
     best, chosen = torch.sort(ranked, dim=-1, descending=True, stable=True)
-    chosen = torch.where(best >= 0, chosen, -1)[..., : rule.num_blocks]
+    chosen = torch.where(best > -torch.inf, chosen, -1)[..., : rule.num_blocks]
     return torch.sort(chosen, -1).values
 
 
@@ -121,7 +136,9 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Attention of q [T, num_kv_heads, group, dim] to the tokens up to its own in `blocks` [T, num_kv_heads, n]."""
     num_tokens, num_kv_heads, n = blocks.shape
-    pages = page_table[token_slots.long()[:, None, None], blocks.clamp_min(0)].long()
+    # A block's last pages may not be there yet.
+    there = blocks.clamp(0, page_table.shape[1] - 1)
+    pages = page_table[token_slots.long()[:, None, None], there].long().clamp(0, len(k_pages) - 1)
     counts = (positions[:, None, None] + 1 - blocks * k_pages.shape[2]).clamp(0, k_pages.shape[2])
     counts = torch.where(blocks >= 0, counts, 0)
     planes = (k_pages, k_scales), (v_pages, v_scales)
@@ -192,7 +209,8 @@ def sparse_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, max_seq_len: int,
+    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, index_q: torch.Tensor | None = None,
+    max_seq_len: int,
 ) -> None:  # fmt: skip
     page_size, num_kv_heads = k_pages.shape[2], k_pages.shape[1]
     out[token_slots < 0] = 0.0
@@ -204,16 +222,25 @@ def sparse_attention(
     _, runs = torch.unique_consecutive(slots, return_counts=True)
     bounds = runs.tolist() if len(runs) < len(slots) else [len(slots)]
     heads = q.view(q.shape[0], num_kv_heads, -1, q.shape[2])
+    block_size = page_size * rule.pages
     blocks_at_most = -(-max_seq_len // page_size)
-    step = max(1, _TILE_ELEMENTS // (q.shape[1] * max(1, blocks_at_most) * entries.per_block))
+    per_page = q.shape[1] * entries.per_block if index_q is None else num_kv_heads * page_size
+    step = max(1, _TILE_ELEMENTS // (per_page * max(1, blocks_at_most)))
     begin = 0
     for length in bounds:
         for low in range(begin, begin + length, step):
             tile = live[low : min(low + step, begin + length)]
             at, slot, rows = positions[tile].long(), token_slots[tile], heads[tile]
-            num_pages = int(at.max()) // page_size + 1
-            logits = entry_logits(rows, summaries, page_table, slot, num_pages, scale)
-            blocks = select(block_scores(logits, at, entries, page_size), at, rule, page_size)
+            if index_q is None:
+                num_pages = int(at.max()) // page_size + 1
+                logits = entry_logits(rows, summaries, page_table, slot, num_pages, scale)
+                scores = block_scores(logits, at, entries, page_size)
+            else:
+                scores = index_scores(index_q[tile], summaries[0], page_table, slot, at, block_size)
+            blocks = select(scores, at, rule, block_size)
+            if rule.pages > 1:
+                pages = blocks[..., None] * rule.pages + torch.arange(rule.pages, device=q.device)
+                blocks = pages.masked_fill(blocks[..., None] < 0, -1).flatten(-2)
             if values is not None and compressed is not None:
                 seen = visible_entries(at, logits.shape[-1], entries, page_size)
                 mixed = attend_entries(logits, values, page_table, slot, seen)
@@ -228,7 +255,7 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
+    index_q: torch.Tensor | None = None, workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
 ) -> None:  # fmt: skip
     present = torch.where(seq_lens > 0, slots, -1)
     if summarise:
@@ -242,7 +269,7 @@ def sparse_decode(
     )  # fmt: skip
     sparse_attention(
         *pages, summaries, page_table, present, seq_lens - 1, rule, entries, scale, dense, max_seq_len=max_seq_len,
-        k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed,
+        k_scales=k_scales, v_scales=v_scales, values=values, compressed=compressed, index_q=index_q,
     )  # fmt: skip
     if out_scales is not None:
         quantized, found = quantize_activation(dense.flatten(1))

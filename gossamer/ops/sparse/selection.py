@@ -1,4 +1,4 @@
-"""Which blocks a token attends to: the rule that references and kernels share. A block is a page."""
+"""Which blocks a token attends to: the rule that references and kernels share."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,14 @@ from typing import NamedTuple
 class Selection(NamedTuple):
     """Of `num_blocks` blocks the `first` and the last `local` (the token's own included) are forced, the best scored.
 
-    A token at a position below `dense_below` attends to all of its blocks.
+    A token at a position below `dense_below` attends to all of its blocks. A block is `pages` pages.
     """
 
     num_blocks: int
     first: int
     local: int
     dense_below: int
+    pages: int = 1
 
     @property
     def num_scored(self) -> int:

@@ -206,14 +206,18 @@ def _entries_kernel(
 
 
 @triton.jit
-def to_keys(scores, inside):
-    """Scores as integers of the same order, for none is negative; -1 where not `inside`."""
-    return tl.where(inside, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+def to_keys(scores, inside, SIGNED: tl.constexpr = False):
+    """Scores, of which only SIGNED ones may be negative, as integers of the same order; below all if not `inside`."""
+    bits = scores.to(tl.int32, bitcast=True)
+    if SIGNED:
+        bits = tl.where(scores == scores, bits, 0x7F800000)  # a NaN is as good as infinity
+        return tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483648)
+    return tl.where(inside, bits & 0x7FFFFFFF, -1)
 
 
 @triton.jit
-def load_keys(scores, block, end):
-    return to_keys(tl.load(scores + block, mask=block < end, other=0.0), block < end)
+def load_keys(scores, block, end, SIGNED: tl.constexpr = False):
+    return to_keys(tl.load(scores + block, mask=block < end, other=0.0), block < end, SIGNED)
 
 
 @triton.jit
@@ -226,40 +230,43 @@ def _count(key, bound, step):
 
 
 @triton.jit
-def _num_at_least(bound, step, held, scores, begin, end, BLOCK: tl.constexpr):
+def _num_at_least(bound, step, held, scores, begin, end, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
     """`_count` of the first BLOCK keys, which are `held`, and the others, as three numbers."""
     many = _count(held, bound, step)
     for low in range(begin + BLOCK, end, BLOCK):
-        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), end), bound, step)
+        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), end, SIGNED), bound, step)
     return (many & 0x1FFFFF).to(tl.int32), ((many >> 21) & 0x1FFFFF).to(tl.int32), (many >> 42).to(tl.int32)
 
 
 @triton.jit
 def select_row(
-    held, scores, table, pages, last, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr,
-    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
+    held, scores, table, pages, last_page, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr,
+    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr = 1,
+    SIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """The TOP best blocks in rising order to `pages`, as pages; equal ones from the earliest on, -1 behind them.
 
     A search for the bits of the least of them, two at a time, which ends early where a bound leaves TOP. `held`: the
-    keys of the first BLOCK blocks that are scored. FORCED: the first ones stand before them, the local ones behind.
+    keys of the first BLOCK blocks that are scored. FORCED: the first ones stand before them, the local ones behind. A
+    block is PAGES pages; LIST counts pages.
     """
     i = tl.arange(0, LIST_P)
-    end = tl.maximum(last - LOCAL + 1, FIRST)
+    end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
     num = tl.minimum(end - FIRST, TOP)
-    least = 0
+    # Above the key of what is not there. Keys reach 0x7F800000: no bound is beyond the largest integer.
+    least = -2147483647 if SIGNED else 0
     many = end - FIRST
-    shift = 31
+    shift = 32 if SIGNED else 31
     while (shift > 0) & (many > TOP):
         # The last step looks at a bit again, and finds it as it is.
         shift = tl.maximum(shift - 2, 0)
-        one, two, three = _num_at_least(least, 1 << shift, held, scores, FIRST, end, BLOCK)
+        one, two, three = _num_at_least(least, 1 << shift, held, scores, FIRST, end, BLOCK, SIGNED)
         digit = (one >= TOP).to(tl.int32) + (two >= TOP).to(tl.int32) + (three >= TOP).to(tl.int32)
         many = tl.where(three >= TOP, three, tl.where(two >= TOP, two, tl.where(one >= TOP, one, many)))
         least += digit << shift
     equals = 2147483647
     if many > TOP:
-        above, _, _ = _num_at_least(least, 1, held, scores, FIRST, end, BLOCK)
+        above, _, _ = _num_at_least(least, 1, held, scores, FIRST, end, BLOCK, SIGNED)
         equals = TOP - above
     before = 0
     if FORCED:
@@ -268,29 +275,31 @@ def select_row(
     for low in range(FIRST, end, BLOCK):
         block = low + tl.arange(0, BLOCK)
         if low > FIRST:
-            key = load_keys(scores, block, end)
+            key = load_keys(scores, block, end, SIGNED)
         taken = key >= least
         if many > TOP:
             equal = key == least
             taken = (key > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= equals))
             equals -= tl.sum(equal.to(tl.int32), 0)
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(pages + at, tl.load(table + block, mask=taken, other=0), mask=taken)
+        for j in tl.static_range(PAGES):
+            tl.store(pages + at * PAGES + j, tl.load(table + block * PAGES + j, mask=taken, other=0), mask=taken)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
-        block = tl.where(i < FIRST, i, end + i - FIRST - num)
-        forced = ((i < FIRST) | (i >= FIRST + num)) & (i < LIST) & (block <= last)
-        tl.store(pages + i, tl.load(table + block, mask=forced, other=0), mask=forced)
+        place = i // PAGES
+        page = tl.where(place < FIRST, place, end + place - FIRST - num) * PAGES + i % PAGES
+        forced = ((place < FIRST) | (place >= FIRST + num)) & (i < LIST) & (page <= last_page)
+        tl.store(pages + i, tl.load(table + page, mask=forced, other=0), mask=forced)
     else:
-        tl.store(pages + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num) & (i < LIST))
+        tl.store(pages + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num * PAGES) & (i < LIST))
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _select_kernel(
     scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. What attends to everything has no list: -1."""
     row = tl.program_id(0)
@@ -306,10 +315,11 @@ def _select_kernel(
         tl.store(out + i, tl.full([LIST_P], -1, tl.int32), mask=i < LIST)
         return
     found = scores + row.to(tl.int64) * score_stride
-    last = position // PAGE
-    held = load_keys(found, FIRST + tl.arange(0, BLOCK), tl.maximum(last - LOCAL + 1, FIRST))
+    last_page = position // PAGE
+    end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
+    held = load_keys(found, FIRST + tl.arange(0, BLOCK), end, SIGNED)
     table = page_table + slot.to(tl.int64) * table_stride
-    select_row(held, found, table, out, last, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK)
+    select_row(held, found, table, out, last_page, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK, PAGES, SIGNED)
 
 
 def entry_pass(
@@ -353,17 +363,17 @@ def entry_cut(q: torch.Tensor) -> tuple[int, int, int, int]:
 
 def select(
     scores: torch.Tensor, page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor,
-    rule: Selection, page_size: int, pages: torch.Tensor, *, decode: bool,
+    rule: Selection, page_size: int, pages: torch.Tensor, *, decode: bool, signed: bool = False,
 ) -> None:  # fmt: skip
     """pages [tokens, kv heads, list]: those chosen by score; in decode, where `positions` are lengths, with the forced
-    ones, by their place."""
+    ones, by their place. signed: scores may be negative."""
     num_tokens, num_kv_heads, num_listed = pages.shape
     block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2])))
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,
-        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, BLOCK=block,
-        num_warps=select_warps(block), **overlap_options(scores),
+        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, PAGES=rule.pages,
+        SIGNED=signed, BLOCK=block, num_warps=select_warps(block), **overlap_options(scores),
     )  # fmt: skip
 
 

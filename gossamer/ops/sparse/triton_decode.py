@@ -14,11 +14,13 @@ from gossamer.ops.sparse.triton import (
     entry_state,
     load_keys,
     logits_of,
+    select,
     select_row,
     summarise,
     to_keys,
     write_summaries,
 )
+from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
@@ -286,7 +288,7 @@ def sparse_decode(
     page_table: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, out_scales: torch.Tensor | None, k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None, values: torch.Tensor | None = None, compressed: torch.Tensor | None = None,
-    workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
+    index_q: torch.Tensor | None = None, workspace: DecodeWorkspace | None, max_seq_len: int, summarise: bool = False,
 ) -> None:  # fmt: skip
     num_rows, num_q_heads, _ = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
@@ -296,11 +298,18 @@ def sparse_decode(
     if summarise and not within:
         write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
     selected = None
+    pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks * rule.pages)
     if scored:
+        selected = pages, rule.dense_below, rule.pages
+    if scored and index_q is not None:
+        where = page_table, slots, seq_lens
+        num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
+        scores = q.new_empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32)
+        index_scores(index_q, summaries[0], *where, rule, scores, decode=True)
+        select(scores, *where, rule, page_size, pages, decode=True, signed=True)
+    elif scored:
         if workspace is None or workspace.arrivals.numel() < num_rows * num_kv_heads:
             raise ValueError(f"sparse_decode needs a DecodeWorkspace of {num_rows} rows")
-        pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks)
-        selected = pages, rule.dense_below
         per_row = 4 * triton.cdiv(max_seq_len, page_size) * entries.per_block * num_q_heads
         step = max(1, _LOGITS_BYTES // per_row)
         for rows in (slice(low, low + step) for low in range(0, num_rows, step)):

@@ -12,6 +12,7 @@ from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION, check
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
 from gossamer.ops.sparse.triton import entry_pass, entry_state, select
+from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 # Bytes of partial results and scores at a time, and tokens that share one load of a page.
@@ -124,11 +125,12 @@ def _span_kernel(
     q, k_pages, v_pages, k_scales, v_scales, page_table, token_slots, positions, parts, lse,
     num_tokens, table_stride, dense_below, scale_log2,
     FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: some tokens and a KV head against the first blocks and the last, which its tokens nearly share."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP_P
+    SIZE: tl.constexpr = PAGE * PAGES
     head = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, HEAD_DIM)
@@ -151,21 +153,21 @@ def _span_kernel(
         mine = todo & (slot == current)
         highest = tl.max(tl.where(mine, position, 0), 0)
         lowest = tl.min(tl.where(mine, position, 2147483647), 0)
-        num_first = tl.minimum(highest // PAGE + 1, FIRST)
-        low = tl.maximum(lowest // PAGE - LOCAL + 1, num_first)
+        num_first = tl.minimum(highest // PAGE + 1, FIRST * PAGES)
+        low = tl.maximum((lowest // SIZE - LOCAL + 1) * PAGES, num_first)
         table = page_table + current.to(tl.int64) * table_stride
         for i in range(num_first + highest // PAGE + 1 - low):
-            block = tl.where(i < num_first, i, low + i - num_first)
-            at = tl.load(table + block).to(tl.int64) * NUM_KV_HEADS + head
+            page = tl.where(i < num_first, i, low + i - num_first)
+            at = tl.load(table + page).to(tl.int64) * NUM_KV_HEADS + head
             base = at * (PAGE * HEAD_DIM)
-            key = block * PAGE + n
+            key = page * PAGE + n
             written = key <= highest
             k = tl.load(k_pages + base + n[None, :] * HEAD_DIM + d[:, None], mask=written[None, :], other=0.0)
             v = tl.load(v_pages + base + n[:, None] * HEAD_DIM + d[None, :], mask=written[:, None], other=0.0)
             scores = tl.dot(queries, k.to(queries.dtype), input_precision=PRECISION) * scale_log2
             if SCALED:
                 scores *= tl.load(k_scales + at)
-            near = (block < FIRST) | (block > position // PAGE - LOCAL)
+            near = (page < FIRST * PAGES) | (page // PAGES > position // SIZE - LOCAL)
             seen = (mine & near)[:, None] & (key[None, :] <= position[:, None])
             scores = tl.where(seen, scores, float("-inf"))
             above = tl.maximum(peak, tl.max(scores, 1))
@@ -270,20 +272,21 @@ def sparse_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, summaries: tuple[torch.Tensor, ...],
     page_table: torch.Tensor, token_slots: torch.Tensor, positions: torch.Tensor, rule: Selection, entries: Entries,
     scale: float, out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, max_seq_len: int,
+    values: torch.Tensor | None = None, compressed: torch.Tensor | None = None, index_q: torch.Tensor | None = None,
+    max_seq_len: int,
 ) -> None:  # fmt: skip
     indices = {"page_table": page_table, "seq_lens": positions, "slots": token_slots}
     check(q, k_pages, v_pages, out, None, None, indices)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
-    group, top = num_q_heads // num_kv_heads, rule.num_scored
+    group, top = num_q_heads // num_kv_heads, rule.num_scored * rule.pages
     group_p = triton.next_power_of_2(group)
-    num_pages = triton.cdiv(max_seq_len, page_size)
-    per_token = num_kv_heads * (4 * num_pages + (top + 1) * group * head_dim * q.element_size())
+    num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
+    per_token = num_kv_heads * (4 * num_blocks + (top + 1) * group * head_dim * q.element_size())
     if values is not None:
         per_token += num_kv_heads * group_p * head_dim * 4
     step = min(num_tokens, max(64, _WORKSPACE_BYTES // per_token // 64 * 64))
-    scores = q.new_empty(step, num_kv_heads, num_pages, dtype=torch.float32)
+    scores = q.new_empty(step, num_kv_heads, num_blocks, dtype=torch.float32)
     state = entry_state(q, step, num_kv_heads, 1, group_p, values is not None)
     pages = page_table.new_empty(step, num_kv_heads, top)
     parts = q.new_empty(step, num_kv_heads, top + 1, group, head_dim)
@@ -296,17 +299,19 @@ def sparse_attention(
         part, slots, at, listed = q[begin:end], token_slots[begin:end], positions[begin:end], pages[: end - begin]
         if compressed is not None and begin:
             state[1].zero_()
-        for kept, mixed in ((None, values), (scores, None)):
+        if index_q is not None:
+            index_scores(index_q[begin:end], summaries[0], page_table, slots, at, rule, scores, decode=False)
+        for kept, mixed in ((None, values), (scores, None)) if index_q is None else ():
             entry_pass(part, summaries, mixed, page_table, slots, at, rule, entries, scale, page_size, state, kept)
         if compressed is not None:
             merge_splits(state, compressed[begin:end])
-        select(scores, page_table, slots, at, rule, page_size, listed, decode=False)
+        select(scores, page_table, slots, at, rule, page_size, listed, decode=False, signed=index_q is not None)
         _attend_listed(part, cache, listed, parts, lse, scale, group_p)
         shape = {"TOP": top, "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "GROUP_P": group_p, "HEAD_DIM": head_dim}
         _span_kernel[(triton.cdiv(len(part), block_m // group_p), num_kv_heads)](
             part, *cache, page_table, slots, at, parts, lse, len(part), page_table.stride(0), rule.dense_below,
             scale * LOG2E, FIRST=rule.first, LOCAL=rule.local, **shape, BLOCK_M=block_m, PAGE=page_size,
-            SCALED=k_scales is not None, num_warps=warps, num_stages=stages, **overlap_options(q),
+            PAGES=rule.pages, SCALED=k_scales is not None, num_warps=warps, num_stages=stages, **overlap_options(q),
         )  # fmt: skip
         _merge_kernel[(len(part) * num_kv_heads,)](
             listed, parts, lse, slots, at, out[begin:end], rule.dense_below, **shape,

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 from gossamer.server.bench import BenchConfig
 
-CHAT_MIX = (
-    (0.50, 40, 0.8, 150, 0.8),
-    (0.35, 300, 0.7, 250, 0.7),
-    (0.15, 1400, 0.5, 200, 0.8),
-)
+CHAT_MIX = ((0.50, 40, 0.8, 150, 0.8), (0.35, 300, 0.7, 250, 0.7), (0.15, 1400, 0.5, 200, 0.8))
 """sharegpt-like: (share, median prompt, its sigma, median output, its sigma), lengths log-normal. Short questions,
 questions about a pasted text, conversations with history: figures of our own, shaped like public chat logs."""
 CHAT_LIMITS = (4, 4096, 1024)

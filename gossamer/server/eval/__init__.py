@@ -31,8 +31,7 @@ class EvalConfig:
     )
     num_samples: int = option(4, "longcontext: prompts of each kind and length, drawn by --seed", minimum=1)
     compare: tuple[str, ...] | None = option(
-        None,
-        "flags of another configuration to compare with this one, as '--quantization fp8'; may be repeated",
+        None, "flags of another configuration to compare with this one, as '--quantization fp8'; may be repeated"
     )
     output_json: str | None = option(None, "write every figure here")
     plot: str | None = option(None, "longcontext: draw the figures here (PNG, PDF, SVG)")
