@@ -21,9 +21,9 @@ ALL_PYTHON = SOURCES + [
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 MAX_ENGINE_LINES = 13_000
-MAX_KERNEL_LINES_IN_ALL = 5_500
-"""Lines of code, kernels apart from what calls them: latent and sparse attention brought 1,800 lines of kernels. The
-design's 15,000 lines for all of it were meant for less; what is not a kernel keeps well below."""
+MAX_KERNEL_LINES_IN_ALL = 6_100
+"""Lines of code, kernels apart from what calls them: latent and sparse attention and Hopper's own kernels brought 2,800
+lines. The design's 15,000 lines for all of it were meant for less; what is not a kernel keeps well below."""
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 150

@@ -1,9 +1,8 @@
 """Torch reference of paged attention, laid out so that a CPU spends its time in large products.
 
-The queries of a KV head are the rows of a product with its keys: [group, head_dim] times [head_dim, tokens]. A few
-decode rows run through flash attention, on views where their pages are consecutive; more rows, and prefill in blocks of
-queries, by products and a softmax: twice as fast on a CPU as torch's flash attention. A CPU without bf16 products
-makes those of prefill in fp32, and decodes any number of rows by flash attention, which has loops for bf16 of its own.
+The queries of a KV head are the rows of a product with its keys: [group, head_dim] times [head_dim, tokens]. Prefill,
+in blocks of queries, and many decode rows go by products and a softmax, a few rows through flash attention, on views
+where pages are consecutive. Without bf16 products (`ops.cpu`) prefill widens to fp32, and flash decodes any rows.
 """
 
 from collections.abc import Sequence
