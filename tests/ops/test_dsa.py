@@ -188,6 +188,24 @@ def test_candidates_hold_the_best(order: str, sample: int, monkeypatch: pytest.M
         assert listed == cache.best(token, top_k)[0]
 
 
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("held", [128, 32])
+def test_scores_that_are_no_numbers_still_give_a_list(nan: int, held: int) -> None:
+    """Whatever their bits (CUDA's arithmetic gives 0x7FFFFFFF): places of the row's own pages, each once."""
+    from gossamer.ops.dsa import triton
+
+    scores = torch.full((2, 100), nan, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    table = torch.randperm(9, device=DEVICE)[None].int()
+    zeros, positions = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor([99, 60], device=DEVICE).int()
+    chosen = torch.full((4, 7), -7, dtype=torch.int32, device=DEVICE)
+    triton._choose_kernel[(2,)](
+        scores, chosen.new_empty(2, held), table, zeros, positions, chosen, 9, 100, TOP=7, PAGE=16, HELD=held,
+        SAMPLE=16, LONG=held < 100, PDL=False,
+    )  # fmt: skip
+    assert chosen[:2].tolist() == [(table[0, 0] * 16 + torch.arange(7, device=DEVICE)).tolist()] * 2
+    assert (chosen[2:] == -7).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("top_k", "num_programs", "blocks"), [(1, 1, 1), (8, 1, 2), (40, 30, 1), (128, 100, 2)])
 @pytest.mark.parametrize("spans", SPANS, ids=str)

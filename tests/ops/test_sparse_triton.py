@@ -219,6 +219,24 @@ def test_the_kernel_selects_what_the_reference_does(most: int, monkeypatch: pyte
         assert row.tolist() == table[0, ids].tolist() + [-1] * (rule.num_scored - len(ids))
 
 
+@pytest.mark.parametrize("most", [16384, 32])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_scores_that_are_no_numbers_still_give_a_list(
+    nan: int, signed: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their bits (CUDA's arithmetic gives 0x7FFFFFFF): the row's own pages, and nothing behind its list."""
+    monkeypatch.setattr(sparse_kernels, "_SELECT_MOST", most)
+    rule = Selection(9, 1, 2, 0)
+    scores = torch.full((1, 1, 90), nan, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    table = torch.randperm(90, device=DEVICE)[None].int()
+    zero, length = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.tensor([90 * PAGE], device=DEVICE).int()
+    found = torch.full((9, 1, 9), -7, dtype=torch.int32, device=DEVICE)
+    sparse_kernels.select(scores, table, zero, length, rule, PAGE, found[:1], decode=True, signed=signed)
+    assert found[0, 0].tolist() == table[0, [*range(7), 88, 89]].tolist()
+    assert (found[1:] == -7).all()
+
+
 @on_cpu
 def test_a_million_positions() -> None:
     """Position 2^20 - 1: the sequence's pages repeat a few, one of which holds what its query looks for."""

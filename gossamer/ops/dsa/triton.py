@@ -153,8 +153,12 @@ def _score_kernel(
 
 @triton.jit
 def _keys(scores, i, present):
-    """Scores i as unsigned integers of the same order, and 0, below all, for those that are not there."""
+    """Scores i as unsigned integers of the same order, and 0, below all, for those that are not there.
+
+    A NaN is as good as infinity: the largest integer would have no successor.
+    """
     x = tl.load(scores + i, mask=present, other=0.0).to(tl.int32, bitcast=True)
+    x = tl.where((x & 0x7FFFFFFF) > 0x7F800000, 0x7F800000, x)
     ordered = tl.where(x < 0, ~x, x ^ -2147483648).to(tl.uint32, bitcast=True)
     return tl.where(present, ordered, 0)
 
@@ -345,7 +349,8 @@ def _attend_kernel(
     for start in tl.range(low, high, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         listed = n < high
-        at = tl.load(chosen + row.to(tl.int64) * TOP + n, mask=listed, other=0).to(tl.int64)
+        at = tl.load(chosen + row.to(tl.int64) * TOP + n, mask=listed, other=-1).to(tl.int64)
+        listed = at >= 0
         base = (at * (RANK + ROPE))[:, None]
         latent = tl.load(pages + base + r[None, :], mask=listed[:, None], other=0.0)
         key = tl.load(pages + base + RANK + e[None, :], mask=listed[:, None], other=0.0)

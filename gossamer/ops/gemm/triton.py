@@ -161,8 +161,12 @@ def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bo
 
 @functools.cache
 def _counters(device: torch.device, stream: int) -> torch.Tensor:
-    """Arrival counters of split products, zero between them: those of one stream run one after the other."""
     return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+def arrival_counters(x: torch.Tensor) -> torch.Tensor:
+    """Counters of split products, zero between them: those of one stream run one after the other."""
+    return _counters(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, most_rows: int, *others: torch.Tensor | None) -> None:
@@ -189,7 +193,7 @@ def few_row_linear(
     partial = counters = x  # not touched unless split
     if split_k > 1:
         partial = x.new_empty(split_k * programs * block_n * block_m, dtype=torch.float32)
-        counters = _counters(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+        counters = arrival_counters(x)
     _tiles[(programs, split_k)](
         x, weight, x if bias is None else bias, out, partial, counters, num_rows, num_out, width,
         BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, SPLIT_K=split_k,

@@ -31,6 +31,7 @@ from gossamer.ops.quantize_fp8.triton import quantize_rows
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 ROWS = gl.constexpr(64)  # of a warpgroup
 BLOCK = gl.constexpr(128)  # of K, and of columns: what shares a scale; 128 bytes, the widest row that memory swizzles
 FEEDERS = 4  # warps that gather rows; one is enough for TMA
@@ -222,10 +223,11 @@ def _look(
 ):  # fmt: skip
     """Loads what a warpgroup must know of a tile: its first row, its expert and the assignments of its rows.
 
-    Behind the last tile all of these are 0.
+    Behind the last tile, of the place of that one, for expert 0: what follows from these may be loaded, not used.
     """
-    m, n = _locate(tile, num_m, num_n, GROUP_M)
     inside = tile < num_m * num_n
+    num_m = gl.maximum(num_m, 1)
+    m, n = _locate(gl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
     row0 = (m * WGS + WG) * ROWS
     places = row0 + gl.arange(0, ROWS, LINES)
     first = gl.load(rows + row0, inside, 0) if TOP_K else row0
@@ -344,9 +346,11 @@ def _multiply(
             for _ in range(groups):
                 for part in gl.static_range(PARTS if TURNS else 0):
                     mbarrier.wait(turns.index(WG), (turn + part) & 1)
+                    thread_barrier()  # one thread arrives: another might still wait when the phase comes round
                     mbarrier.arrive(turns.index((WG + 1) % WGS), count=1)
                 turn += PARTS
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+                thread_barrier()
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
             a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(

@@ -23,9 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile
-
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile, thread_barrier
 
 
 class FewConfig(NamedTuple):
@@ -156,7 +154,7 @@ def _add_splits(
     SHARE: gl.constexpr = HEIGHT // SPLIT_K
     AREA: gl.constexpr = HEIGHT * ROWS
     LINES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    _barrier()
+    thread_barrier()
     arrived = gl.atomic_add(counter, 1) + 1
     while arrived < SPLIT_K:
         arrived = gl.atomic_add(counter, 0)
@@ -170,7 +168,7 @@ def _add_splits(
         own = column + part * ROWS + place
         mask = (row0 + row < num_rows)[:, None] & (own < N)[None, :]
         gl.store(out + (row0 + row)[:, None] * N + own[None, :], total.to(out.dtype.element_ty), mask=mask)
-    _barrier()
+    thread_barrier()
     if gl.atomic_add(counter, 1) == 2 * SPLIT_K - 1:  # the last to leave
         gl.store(counter, 0)
 
@@ -263,7 +261,9 @@ def product(
     """`triton._product` of dense operands with scales of blocks, to 16 bits and without bias; N a multiple of 8."""
     (num_rows, k), n, split_k = a.shape, w.shape[0], config.split_k
     tiles, blocks = triton.cdiv(n, 64 * config.parts), triton.cdiv(num_rows, config.block_m)
-    while split_k > 1 and tiles * split_k * blocks > 2 * multiprocessors:  # programs that wait for each other all run
+    # Programs that wait for each other must all run: two would fit a multiprocessor, but nothing makes the driver cut
+    # its memory so.
+    while split_k > 1 and tiles * split_k * blocks > multiprocessors:
         split_k //= 2
     bytes_ = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.gemm.triton import arrival_counters
 from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
@@ -212,7 +213,8 @@ class Config(NamedTuple):
 def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
-    As few programs as multiprocessors leave room for those of the next kernel; twice as many pay where K is long.
+    As few programs as multiprocessors: those that share K wait for each other. Where K is long and too many columns
+    leave none to share it, the plain kernel is faster.
     """
     wide = num_out > 16384
     if not 32 <= num_rows <= 128 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
@@ -224,8 +226,8 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     tiles = triton.cdiv(num_out, 64)
     split_k = max(1, min(4, 132 // tiles, width // 512))
     split_k = 1 << (split_k.bit_length() - 1)
-    if width >= 3072 * split_k and 2 * split_k * tiles <= 264:
-        split_k *= 2
+    if split_k == 1 and width >= 3072:
+        return None
     return FewConfig(2, 1, split_k, 7, 3) if num_rows > 64 and split_k > 1 else FewConfig(1, 1, split_k)
 
 
@@ -295,12 +297,6 @@ def _is_hopper(index: int | None) -> bool:
 
 
 @functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Arrival counters of split products; every kernel leaves them at zero. Products of one device share a stream."""
-    return torch.zeros(4096, dtype=torch.int32, device=device)
-
-
-@functools.cache
 def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -321,7 +317,7 @@ def _product(
         )  # fmt: skip
         return
     if isinstance(config, FewConfig):
-        counters, multiprocessors = _counters(a.device), _multiprocessors(a.device.index)
+        counters, multiprocessors = arrival_counters(a), _multiprocessors(a.device.index)
         hopper_few.product(a, a_scales, w, w_scales, out, config, counters, _strides(a_scales), multiprocessors)
         return
     k, split_k = a.shape[1], config.split_k
@@ -330,7 +326,7 @@ def _product(
     partial = counters = a
     if split_k > 1:
         area = config.parts * config.block_m * config.block_n
-        partial, counters = a.new_empty(split_k * num_tiles * area, dtype=torch.float32), _counters(a.device)
+        partial, counters = a.new_empty(split_k * num_tiles * area, dtype=torch.float32), arrival_counters(a)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, **overlap_options(a)}
     options |= swiglu_options(swiglu)
     _product_kernel[(programs, split_k)](

@@ -207,12 +207,15 @@ def _entries_kernel(
 
 @triton.jit
 def to_keys(scores, inside, SIGNED: tl.constexpr = False):
-    """Scores, of which only SIGNED ones may be negative, as integers of the same order; below all if not `inside`."""
+    """Scores, of which only SIGNED ones may be negative, as integers of the same order; below all if not `inside`.
+
+    A NaN is as good as infinity: above 0x7F800000 the search's bounds would wrap around.
+    """
     bits = scores.to(tl.int32, bitcast=True)
     if SIGNED:
-        bits = tl.where(scores == scores, bits, 0x7F800000)  # a NaN is as good as infinity
+        bits = tl.where(scores == scores, bits, 0x7F800000)
         return tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -2147483648)
-    return tl.where(inside, bits & 0x7FFFFFFF, -1)
+    return tl.where(inside, tl.minimum(bits & 0x7FFFFFFF, 0x7F800000), -1)
 
 
 @triton.jit

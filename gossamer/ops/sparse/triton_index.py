@@ -35,11 +35,11 @@ def _index_kernel(
     todo = (slot >= 0) & (position >= dense_below)
     end = tl.where(todo, tl.maximum(position // SIZE - LOCAL + 1, 0), 0)
     share = tl.cdiv(tl.cdiv(tl.max(end, 0), splits), BLOCKS) * BLOCKS
-    if split * share >= tl.max(end, 0):
-        return
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if split * share >= tl.max(end, 0):
+        return
     row = (token * NUM_HEADS + head).to(tl.int64)
     real = todo & (head < NUM_HEADS)
     d = tl.arange(0, DIM)
