@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,14 @@ def _serve(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     config, params, prompts = engine_config(args), sampling_params(args), _prompts(args)
     _log_to_stderr(args)
-    if len(prompts) == 1 and not args.json:
-        _generate_streaming(config, params, prompts[0], _log_level(args))
-        return 0
     from gossamer.server.llm import LLM
 
     with LLM(config=config) as llm:
+        if len(prompts) == 1 and not args.json:
+            for piece in llm.stream(prompts[0], params):
+                print(piece, end="", flush=True)
+            print()
+            return 0
         outputs = llm.generate(prompts, params)
     for output in outputs:
         completion = output.outputs[0]
@@ -226,15 +228,6 @@ def _generate(args: argparse.Namespace) -> int:
         else:
             print(f"==> {output.prompt} <==\n{completion.text}\n")
     return 0
-
-
-def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
-    from gossamer.server.blocking import BlockingLLM
-
-    with BlockingLLM(config, log_level=log_level) as llm:
-        for piece in llm.stream(prompt, params):
-            print(piece, end="", flush=True)
-    print()
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -256,13 +249,18 @@ def _chat(args: argparse.Namespace) -> int:
 
     if args.url is not None:
         name = getattr(args, "model", None) or getattr(args, "model_flag", None)
-        run_on_terminal(HttpBackend(args.url, server.api_key, name), params, args.system)
+        backend = HttpBackend(args.url, server.api_key, name)
+        run_on_terminal(backend.name, backend.stream, params, args.system)
         return 0
     config = engine_config(args)
-    from gossamer.server.blocking import BlockingLLM, EngineBackend
+    from gossamer.server.llm import LLM
 
-    with BlockingLLM(config, chat_template=server.chat_template, log_level=_log_level(args)) as llm:
-        run_on_terminal(EngineBackend(llm, Path(config.load.model).stem), params, args.system)
+    with LLM(config=config, chat_template=server.chat_template) as llm:
+
+        def stream(messages: list[dict[str, str]], params: SamplingParams) -> Generator[str, None, None]:
+            return llm.stream({"prompt_token_ids": llm.get_tokenizer().apply_chat_template(messages)}, params)
+
+        run_on_terminal(Path(config.load.model).stem, stream, params, args.system)
     return 0
 
 

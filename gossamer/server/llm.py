@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
-from gossamer.core import EngineDead, EngineStats, InvalidRequest, SamplingParams
+from gossamer.core import EngineDead, EngineStats, InvalidRequest, RequestFailed, SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
-from gossamer.server.outputs import OutputProcessor, RequestOutput
+from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,7 +63,7 @@ class LLM:
         self._show_progress = not config.disable_progress
         with progress_on_terminal(self._show_progress) as on_progress:
             self._engine, self.info = build_engine(config, on_progress)
-        self._ids = count()
+        self._ids = itertools.count()
 
     def generate(
         self,
@@ -88,7 +88,29 @@ class LLM:
             self._engine.limits.check_params(params)
             text, token_ids, cache_salt = self._read_prompt(prompt, index)
             jobs.append(_Job(text, token_ids, params, cache_salt))
-        return self._run(jobs, use_tqdm)
+        results: dict[int, RequestOutput] = {}
+        show_progress = use_tqdm and self._show_progress
+        with (
+            count_on_terminal("Generating", len(jobs), show_progress) as show,
+            contextlib.closing(self._run(jobs, "final")) as steps,
+        ):
+            for step in steps:
+                results.update(step)
+                show(len(results))
+        return [results[index] for index in range(len(jobs))]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
+        """The text of a prompt's first output, as it comes. Closing the generator ends the request.
+
+        Raises: InvalidRequest if the prompt cannot be served, RequestFailed if a step of it failed.
+        """
+        params = sampling_params or self._default_sampling
+        text, token_ids, cache_salt = self._read_prompt(prompt, 0)
+        with contextlib.closing(self._run([_Job(text, token_ids, params, cache_salt)], "delta")) as steps:
+            for _, output in itertools.chain.from_iterable(steps):
+                yield from (choice.text for choice in output.outputs)
+                if output.error is not None:
+                    raise RequestFailed(output.error)
 
     def chat(
         self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -154,7 +176,8 @@ class LLM:
             )
         return text, list(token_ids), salt
 
-    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, jobs: list[_Job], mode: OutputMode) -> Generator[list[tuple[int, RequestOutput]], None, None]:
+        """After each step of the engine, what is new: a job's index with its output."""
         for job in jobs:
             self._engine.limits.check(job.token_ids, job.params)
         processor = OutputProcessor(self._tokenizer)
@@ -163,20 +186,16 @@ class LLM:
         for index, job in enumerate(jobs):
             request_id = f"llm-{next(self._ids)}"
             index_of[request_id] = index
-            children = processor.add_request(request_id, job.text, job.token_ids, job.params, mode="final")
+            children = processor.add_request(request_id, job.text, job.token_ids, job.params, mode=mode)
             samples.extend((child, params, job) for child, params in children)
-        results: dict[int, RequestOutput] = {}
         try:
-            with count_on_terminal("Generating", len(jobs), use_tqdm and self._show_progress) as show:
-                while index_of:
-                    self._feed(samples)
-                    finished, to_abort = processor.process(self._engine.step())
-                    for child in to_abort:
-                        self._engine.abort(child)
-                    for state in finished:
-                        output = state.take()
-                        results[index_of.pop(output.request_id)] = output
-                    show(len(results))
+            while processor.num_unfinished:
+                self._feed(samples)
+                states, to_abort = processor.process(self._engine.step())
+                for child in to_abort:
+                    self._engine.abort(child)
+                outputs = [state.take() for state in states]
+                yield [(index_of[output.request_id], output) for output in outputs]
         finally:
             # After an error or Ctrl-C too, the engine is left empty and usable.
             for request_id in index_of:
@@ -185,7 +204,6 @@ class LLM:
             with contextlib.suppress(EngineDead):
                 while self._engine.has_work():
                     self._engine.step()
-        return [results[index] for index in range(len(jobs))]
 
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one."""
