@@ -61,7 +61,7 @@ def build_engine(
     cost = StepCost(model, ATTENTION_KINDS[model.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
     page_bytes = layout.page_bytes(config.cache.page_size) * model.num_kv_layers
-    paged_runner = _paged_runner(config, decoder) if decoder.paged else None
+    paged_runner = CudaRunner(decoder, config) if decoder.paged else None
     measured: dict[str, int] | None = None
     if paged_runner is not None and fmt.device.type == "cuda":
         report("Compiling kernels", 0.0)
@@ -90,18 +90,6 @@ def build_engine(
     best = ceilings.load(config.cache_dir, hardware, config.load.dtype)
     info = EngineInfo(config, model, limits, plan.num_pages, list(plan.entries), hardware.name, best)
     return engine, info
-
-
-def _paged_runner(config: EngineConfig, decoder: Decoder) -> CudaRunner:
-    scheduler = config.scheduler
-    return CudaRunner(
-        decoder,
-        max_num_seqs=scheduler.max_num_seqs or 1,
-        max_num_tokens=scheduler.max_num_batched_tokens or 1,
-        max_model_len=config.load.max_model_len or 1,
-        page_size=config.cache.page_size,
-        enforce_eager=config.enforce_eager or config.ops_backend == "reference",
-    )
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

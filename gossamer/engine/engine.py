@@ -58,14 +58,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.limits = limits
-        self.scheduler = Scheduler(
-            config.scheduler,
-            num_pages=num_pages,
-            page_size=config.cache.page_size,
-            max_model_len=limits.max_model_len,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-            num_drafts=config.load.num_speculative_tokens,
-        )
+        self.scheduler = Scheduler(config, num_pages)
         self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
         self.result_queue: SimpleQueue[Submitted] = SimpleQueue()
         submit = executor.submit

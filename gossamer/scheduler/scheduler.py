@@ -7,14 +7,13 @@ scheduled before the results of the one before it are known.
 import dataclasses
 from collections import deque
 
-from gossamer.config import SchedulerConfig
+from gossamer.config import EngineConfig
 from gossamer.core import (
     EngineStats,
     InvalidRequest,
     Request,
     RequestStatus,
     ScheduledBatch,
-    StartupError,
     StepResult,
     TokenLogprobs,
     TokenOutput,
@@ -37,34 +36,16 @@ class Scheduler:
     scheduled after that is computed for nothing and its result is discarded.
     """
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        *,
-        num_pages: int,
-        page_size: int,
-        max_model_len: int,
-        enable_prefix_caching: bool,
-        num_drafts: int = 0,
-    ) -> None:
-        if config.max_num_seqs is None or config.max_num_batched_tokens is None:
+    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+        """`config` is resolved."""
+        scheduler, capacity = config.scheduler, num_pages * config.cache.page_size
+        if scheduler.max_num_seqs is None or scheduler.max_num_batched_tokens is None:
             raise ValueError("the scheduler needs a resolved config")
-        if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
-            raise StartupError(
-                f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len "
-                f"{max_model_len}, and chunked prefill is off.\nRaise --max-num-batched-tokens to {max_model_len}."
-            )
-        self._budget = config.max_num_batched_tokens
-        self._chunked = config.enable_chunked_prefill
-        self._max_model_len = min(max_model_len, num_pages * page_size)
-        self._sequences = Sequences(
-            num_slots=config.max_num_seqs,
-            num_pages=num_pages,
-            page_size=page_size,
-            enable_prefix_caching=enable_prefix_caching,
-            lookahead=num_drafts,
-        )
-        self._num_drafts = num_drafts
+        self._budget = scheduler.max_num_batched_tokens
+        self._chunked = scheduler.enable_chunked_prefill
+        self._num_drafts = config.load.num_speculative_tokens
+        self._max_model_len = min(config.load.max_model_len or capacity, capacity)
+        self._sequences = Sequences(config.cache, scheduler.max_num_seqs, num_pages, lookahead=self._num_drafts)
         self._in_flight: deque[ScheduledBatch] = deque()
         self._num_void = 0
         """Oldest batches in flight whose results are discarded, for an earlier one failed."""

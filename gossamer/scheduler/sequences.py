@@ -7,6 +7,7 @@ tokens is decided in prefill.py and decode.py.
 import heapq
 from bisect import bisect_left, insort
 
+from gossamer.config import CacheConfig
 from gossamer.core import AdmittedSequence, Request, RequestStatus
 from gossamer.kv_cache.pages import PagePool
 from gossamer.kv_cache.prefix import PrefixCache, page_digest, root_digest
@@ -22,14 +23,12 @@ def arrival(request: Request) -> tuple[float, int]:
 class Sequences:
     """All unfinished requests and the pages and slots they hold. `waiting` and `running` are in order of arrival."""
 
-    def __init__(
-        self, *, num_slots: int, num_pages: int, page_size: int, enable_prefix_caching: bool, lookahead: int = 0
-    ) -> None:
+    def __init__(self, config: CacheConfig, num_slots: int, num_pages: int, *, lookahead: int) -> None:
         """lookahead: of how many tokens behind a page its content is made too (a draft layer's KV: 1)."""
-        self.page_size = page_size
+        self.page_size = config.page_size
         self._lookahead = lookahead
         self.pool = PagePool(num_pages)
-        self.prefix_cache = PrefixCache(self.pool) if enable_prefix_caching else None
+        self.prefix_cache = PrefixCache(self.pool) if config.enable_prefix_caching else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.by_id: dict[str, Request] = {}
