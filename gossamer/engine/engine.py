@@ -159,8 +159,7 @@ class Engine:
         return self._commit(batch, future.result())
 
     def stats(self) -> EngineStats:
-        stats = self.scheduler.stats()
-        return stats if self._account is None else self._account.fill(stats)
+        return self.scheduler.stats()
 
     def experts_touched(self) -> tuple[int, int] | None:
         """Distinct experts, summed over MoE layers and steps, and the number of terms; None without count_experts."""
@@ -181,7 +180,7 @@ class Engine:
         except ValueError as error:
             return self._fail(batch, error)
         if self._account is not None:
-            self._account.add(batch, result)
+            self._account.add(batch, result, self.scheduler.counted)
         if self._trace is not None:
             self._trace.step(batch, result)
             self._trace_counters(self._trace)

@@ -50,7 +50,8 @@ class Scheduler:
         self._num_void = 0
         """Oldest batches in flight whose results are discarded, for an earlier one failed."""
         self._next_step_id = 0
-        self._counted = EngineStats(num_pages=num_pages)
+        self.counted = self._sequences.counted
+        """Totals so far; `stats` adds what is so at the moment."""
 
     @property
     def num_waiting(self) -> int:
@@ -122,20 +123,20 @@ class Scheduler:
         if result.step_id != batch.step_id or len(result.token_ids) != len(batch.rows):
             raise ValueError(f"result of step {result.step_id} does not match batch {batch.step_id}")
         void = self._pop_oldest(batch)
-        self._counted.num_steps += 1
-        self._counted.device_seconds += result.device_seconds
+        self.counted.num_steps += 1
+        self.counted.device_seconds += result.device_seconds
         if void:
             return []
         outputs = []
         for index, (row, request) in enumerate(zip(batch.rows, batch.requests, strict=True)):
             if row.token_ids:
                 prompt_end = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
-                self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
+                self.counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
             bonus = -1
             if result.bonus_ids is not None:
                 bonus = result.bonus_ids[index]
-                self._counted.spec_decode_num_drafts += row.drafts
-                self._counted.spec_decode_num_accepted_tokens += bonus >= 0
+                self.counted.spec_decode_num_drafts += row.drafts
+                self.counted.spec_decode_num_accepted_tokens += bonus >= 0
             if request.status is RequestStatus.FINISHED:
                 continue
             entries = result.prompt_logprobs[index] if result.prompt_logprobs is not None else None
@@ -155,7 +156,7 @@ class Scheduler:
         the content of the prefix cache.
         """
         void = self._pop_oldest(batch)
-        self._counted.num_steps += 1
+        self.counted.num_steps += 1
         if void:
             return []
         unfinished = [request for request in batch.requests if request.status is not RequestStatus.FINISHED]
@@ -171,16 +172,8 @@ class Scheduler:
         return outputs
 
     def stats(self) -> EngineStats:
-        sequences = self._sequences
-        return dataclasses.replace(
-            self._counted,
-            num_running=len(sequences.running),
-            num_waiting=len(sequences.waiting),
-            num_pages_in_use=sequences.pool.num_in_use,
-            prefix_cache_queries=sequences.num_cache_queries,
-            prefix_cache_hits=sequences.num_cache_hits,
-            num_preemptions=sequences.num_preemptions,
-        )
+        running, waiting, in_use = self.num_running, self.num_waiting, self._sequences.pool.num_in_use
+        return dataclasses.replace(self.counted, num_running=running, num_waiting=waiting, num_pages_in_use=in_use)
 
     def _pop_oldest(self, batch: ScheduledBatch) -> bool:
         """Takes a batch out of flight; true if its result is void."""
@@ -203,7 +196,7 @@ class Scheduler:
             if request.finish_reason is not None:
                 break
         token_ids = request.output_token_ids[output_index:]
-        self._counted.num_generation_tokens += len(token_ids)
+        self.counted.num_generation_tokens += len(token_ids)
         if request.status is RequestStatus.RUNNING:
             request.num_computed_tokens += len(token_ids) - 1
             self._sequences.register_full_pages(request)

@@ -8,7 +8,7 @@ import heapq
 from bisect import bisect_left, insort
 
 from gossamer.config import CacheConfig
-from gossamer.core import AdmittedSequence, Request, RequestStatus
+from gossamer.core import AdmittedSequence, EngineStats, Request, RequestStatus
 from gossamer.kv_cache.pages import PagePool
 from gossamer.kv_cache.prefix import PrefixCache, page_digest, root_digest
 
@@ -33,9 +33,7 @@ class Sequences:
         self.running: list[Request] = []
         self.by_id: dict[str, Request] = {}
         self.free_slots = list(range(num_slots))
-        self.num_preemptions = 0
-        self.num_cache_queries = 0
-        self.num_cache_hits = 0
+        self.counted = EngineStats(num_pages=num_pages)
         self._num_arrivals = 0
 
     def enqueue(self, request: Request) -> None:
@@ -92,8 +90,8 @@ class Sequences:
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = request.num_computed_tokens
             if self.prefix_cache is not None and not _needs_prompt_logprobs(request):
-                self.num_cache_queries += request.num_prompt_tokens
-                self.num_cache_hits += request.num_computed_tokens
+                self.counted.prefix_cache_queries += request.num_prompt_tokens
+                self.counted.prefix_cache_hits += request.num_computed_tokens
         return AdmittedSequence(
             request.slot, request.request_id, request.prompt_token_ids, request.output_token_ids.copy(),
             request.params, request.seed, request.stop_token_ids,
@@ -113,7 +111,7 @@ class Sequences:
         self._leave(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        self.counted.num_preemptions += 1
         insort(self.waiting, request, key=arrival)
 
     def finish(self, request: Request) -> None:
