@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -75,7 +75,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events. Closes `source`, which feeds `events`, as soon as the client leaves.
 
     Closing `events` alone would not do: a generator that has not been started yet runs no clean-up.
@@ -84,36 +84,25 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with contextlib.suppress(ClientDisconnect):
-                await unless_disconnected(receive, self._send_all(send))
+                await unless_disconnected(receive, self.stream_response(send))
         except asyncio.CancelledError:
             await _last_words(send({"type": "http.response.body", "body": error_event(SHUTTING_DOWN)}))
         finally:
             await self._events.aclose()
             await self._source.aclose()
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-class Interruptible:
+def interruptible(app: ASGIApp) -> ASGIApp:
     """Answers 503 to a request that is cancelled because the server will not wait for it any longer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -122,10 +111,12 @@ class Interruptible:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched_send)
+            await app(scope, receive, watched_send)
         except asyncio.CancelledError:
             if not started:
                 await _last_words(SHUTTING_DOWN.response()(scope, receive, send))
+
+    return call
 
 
 async def _last_words(sending: Awaitable[None]) -> None:
