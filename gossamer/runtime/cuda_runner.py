@@ -25,8 +25,7 @@ from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, tok
 from gossamer.runtime.device_sampler import DeviceSampler
 from gossamer.runtime.drafts import pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, PromptLogprobs, step_result
-from gossamer.runtime.prompt_logprobs import prompt_logprobs
-from gossamer.runtime.sampler import Sampler
+from gossamer.runtime.sampler import Sampler, prompt_logprobs
 from gossamer.runtime.step_inputs import RING, StepInputs
 
 logger = logging.getLogger(__name__)

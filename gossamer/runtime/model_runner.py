@@ -12,8 +12,7 @@ from gossamer.models.decoder import Decoder
 from gossamer.ops.sampling import argmax
 from gossamer.runtime.drafts import is_draft, pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, step_result
-from gossamer.runtime.prompt_logprobs import prompt_logprobs
-from gossamer.runtime.sampler import Sampler
+from gossamer.runtime.sampler import Sampler, prompt_logprobs
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, AttentionBatch]
 

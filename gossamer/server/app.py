@@ -105,9 +105,6 @@ class _Server:
             # A model that has not loaded, or an engine that has died, leaves nothing to drain.
             self._http.force_exit = self._http.force_exit or not self._llm.is_ready
             await serving
-        await self._leave()
-
-    async def _leave(self) -> None:
         if self._signals > 1:
             # Still open requests are cut off; the status says so.
             raise SystemExit(1)

@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from gossamer.models.source import inspect_model
 from gossamer.runtime.hardware import detect
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
-from gossamer.server.eval.longcontext_plot import need_matplotlib, plot
 from gossamer.server.eval.perplexity import beginning, print_table
 from gossamer.server.llm import LLM
 
@@ -261,3 +261,37 @@ def _prepare(options: EvalConfig, texts: Sequence[str], llm: LLM, seed: int) -> 
                 f"{longest}.\nGive a longer file, or set {len(ids)} or less."
             )
     return trials(options, token_ids, beginning(tokenizer), encode, seed)
+
+
+def need_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise StartupError("--plot needs matplotlib, which is not installed: pip install 'gossamer[plot]'.")
+
+
+def plot(path: str, details: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """By configuration and case, as `figures` returns it: each kind against its lengths, and keys against depth.
+
+    Raises StartupError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 7.0), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    kinds = {"perplexity": "tokens before", "needle": "tokens of context", "keys": "tokens of context"}
+    for axis, (kind, label) in zip(axes, kinds.items(), strict=False):
+        for name, cases in details.items():
+            values = {case.removeprefix(f"{kind} "): row["figure"] for case, row in cases.items() if kind in case}
+            axis.plot([*values], [*values.values()], marker="o", label=name)
+        axis.set(title=kind if kind == "perplexity" else f"{kind}: share answered", xlabel=label)
+    last = [case for case in next(iter(details.values())) if case.startswith("keys")][-1]
+    for name, cases in details.items():
+        shares = cases[last]["by depth"]
+        axes[-1].plot([float(depth) for depth in shares], [*shares.values()], marker="o", label=name)
+    axes[-1].set(title=f"{last}: share answered", xlabel="depth of the key")
+    for axis in axes[1:]:
+        axis.set_ylim(-0.05, 1.05)
+    axes[0].legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=80)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"--plot {path}: {error}.") from error
