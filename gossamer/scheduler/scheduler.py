@@ -8,16 +8,7 @@ import dataclasses
 from collections import deque
 
 from gossamer.config import EngineConfig
-from gossamer.core import (
-    EngineStats,
-    InvalidRequest,
-    Request,
-    RequestStatus,
-    ScheduledBatch,
-    StepResult,
-    TokenLogprobs,
-    TokenOutput,
-)
+from gossamer.core import EngineStats, InvalidRequest, Request, RequestStatus, ScheduledBatch, StepResult, TokenOutput
 from gossamer.scheduler.decode import schedule_decodes
 from gossamer.scheduler.prefill import schedule_prefills
 from gossamer.scheduler.sequences import Sequences
@@ -144,9 +135,7 @@ class Scheduler:
                 # Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before.
                 request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
             if row.samples:
-                logprobs = result.logprobs[index] if result.logprobs is not None else None
-                token_ids = [result.token_ids[index], bonus] if bonus >= 0 else [result.token_ids[index]]
-                outputs.append(self._append(request, token_ids, logprobs))
+                outputs.append(self._append(request, result, index, bonus))
         return outputs
 
     def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
@@ -184,7 +173,9 @@ class Scheduler:
         self._num_void -= void
         return void
 
-    def _append(self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _append(self, request: Request, result: StepResult, index: int, bonus: int) -> TokenOutput:
+        """Takes in what row `index` sampled, and the token behind its draft."""
+        token_ids = [result.token_ids[index], bonus] if bonus >= 0 else [result.token_ids[index]]
         if token_ids[0] < 0:
             self._sequences.distrust(request)
             return self._finish_with_error(request, _NO_TOKEN)
@@ -204,8 +195,9 @@ class Scheduler:
             self._sequences.finish(request)
         output = TokenOutput(request.request_id, token_ids, request.finish_reason, request.stop_reason)
         output.num_cached_tokens, output.queue_seconds = request.num_cached_tokens, request.queue_seconds
-        if logprobs is not None and request.params.logprobs is not None:
-            output.logprobs = [logprobs]
+        entry = None if result.logprobs is None else result.logprobs[index]
+        if entry is not None and request.params.logprobs is not None:
+            output.logprobs = [entry]
         if output_index == 0 and request.params.prompt_logprobs is not None:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         return output
