@@ -41,12 +41,9 @@ def build_engine(
     """
     report = on_progress or (lambda stage, fraction: None)
     report("Inspecting model", 0.0)
-    source = inspect_model(config.load)
-    hardware = detect(config.device)
-    model = with_attention(config, hardware, source.config)
-    source = dataclasses.replace(source, config=model)
     requested = config.load.max_model_len
-    config = resolve(config, hardware, model)
+    config, source, hardware = inspect(config)
+    model = source.config
     trace = Trace(config.profile_trace) if config.profile_trace else None
     # One thread until the worker runs: OpenMP keeps a team of threads for each thread that ever used several, and
     # with more team members than cores its barriers stop spinning, which makes a decode step three times slower.
@@ -90,6 +87,16 @@ def build_engine(
     best = ceilings.load(config.cache_dir, hardware, config.load.dtype)
     info = EngineInfo(config, model, limits, plan.num_pages, list(plan.entries), hardware.name, best)
     return engine, info
+
+
+def inspect(config: EngineConfig) -> tuple[EngineConfig, ModelSource, Hardware]:
+    """Finds the model and the device that the config names; resolves it for them, and puts the model under --attention.
+
+    Raises StartupError for what does not fit together.
+    """
+    source, hardware = inspect_model(config.load), detect(config.device)
+    model = with_attention(config, hardware, source.config)
+    return resolve(config, hardware, model), dataclasses.replace(source, config=model), hardware
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

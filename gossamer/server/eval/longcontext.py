@@ -4,6 +4,7 @@ Perplexity by position, needles in a haystack, and many keys of which one is ask
 from a window, the last does. Answers stand in the prompts, so one pass scores many and no token is decoded.
 """
 
+import dataclasses
 import math
 import random
 import sys
@@ -15,11 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gossamer.config import EngineConfig, resolve, with_attention
+from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.engine.build import inspect
 from gossamer.models.resolve import resolve_paths
-from gossamer.models.source import inspect_model
-from gossamer.runtime.hardware import detect
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.eval.perplexity import beginning, print_table
@@ -216,8 +216,7 @@ def run_longcontext(options: EvalConfig, configs: Mapping[str, EngineConfig]) ->
     if options.plot is not None:
         need_matplotlib()
     for config in configs.values():  # a mistake in one should not cost the time that those before it take
-        hardware = detect(config.device)
-        resolve(config, hardware, with_attention(config, hardware, inspect_model(resolve_paths(config.load)).config))
+        inspect(dataclasses.replace(config, load=resolve_paths(config.load)))
     texts, details, device, what = options.read(), {}, "", ""
     for flags, config in configs.items():
         with LLM(config=config) as llm:
