@@ -101,12 +101,14 @@ class Engine:
             )
         room = self.limits.max_model_len - len(prompt_token_ids)
         stop_token_ids = frozenset(params.stop_token_ids or ())
+        digest = hashlib.blake2b(f"{self.config.load.seed}:{self._num_requests}".encode(), digest_size=8).digest()
+        own_seed = int.from_bytes(digest, "little") & MAX_SEED
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
-            seed=self._draw_seed() if params.seed is None else params.seed,
+            seed=own_seed if params.seed is None else params.seed,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
             arrival_time=time.time() if arrival_time is None else arrival_time,
             cache_salt=cache_salt,
@@ -201,7 +203,3 @@ class Engine:
     def _trace_counters(self, trace: Trace) -> None:
         queues = {"input queue": self.input_queue.qsize(), "result queue": self.result_queue.qsize()}
         trace.counters(**queues, running=self.scheduler.num_running, waiting=self.scheduler.num_waiting)
-
-    def _draw_seed(self) -> int:
-        text = f"{self.config.load.seed}:{self._num_requests}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & MAX_SEED

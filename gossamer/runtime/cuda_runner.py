@@ -186,8 +186,7 @@ class CudaRunner:
         slot.tokens[:num_sampling].copy_(sampled[:num_sampling], non_blocking=True)
         if bonus is not None:
             slot.tokens[len(slot.tokens) // 2 :][:num_sampling].copy_(bonus[:num_sampling], non_blocking=True)
-        if slot.end is not None:
-            slot.end.record()
+        _record(slot.end)
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         slot.in_use = True
         return _StepFuture(slot, lambda: self.finish(batch, slot, logprobs, prompt, host_start), self.diagnose)

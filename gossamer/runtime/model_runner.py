@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future
+from itertools import accumulate
 
 import torch
 
@@ -125,11 +126,8 @@ class ModelRunner:
         """The hidden states of the last token of each row that samples."""
         if hidden.shape[0] == len(rows) and all(row.samples for row in rows):
             return hidden
-        last, end = [], 0
-        for row in rows:
-            end += row.num_tokens
-            if row.samples:
-                last.append(end - 1)
+        ends = accumulate(row.num_tokens for row in rows)
+        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         return hidden[torch.tensor(last, device=self.device)]
 
     def _remember(self, rows: list[ScheduledRow], sampled: torch.Tensor) -> None:
