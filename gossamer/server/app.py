@@ -58,8 +58,7 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
         try:
             import uvloop
 
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_Server(server, engine, llm, listener).run())
+            uvloop.run(_Server(server, engine, llm, listener).run())
         finally:
             llm.close()
     finally:

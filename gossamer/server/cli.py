@@ -136,16 +136,12 @@ def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> Engin
         raise UsageError(f"Two models: {options['model']!r} and --model {alias!r}. Give one.")
     if not options.get("model"):
         options["model"] = default_model() if need_model else ""
-    options.setdefault("download_dir", _hub_cache())
+    # Where the Hugging Face tools keep models.
+    home = os.environ.get("HF_HOME")
+    options.setdefault("download_dir", os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None))
     if os.environ.get("XDG_CACHE_HOME"):
         options.setdefault("cache_dir", str(Path(os.environ["XDG_CACHE_HOME"]) / "gossamer"))
     return make_engine_config(**options)
-
-
-def _hub_cache() -> str | None:
-    """Where the Hugging Face tools keep models, as their environment variables say."""
-    home = os.environ.get("HF_HOME")
-    return os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None)
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

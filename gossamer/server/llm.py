@@ -82,12 +82,13 @@ class LLM:
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if sampling_params is None:
             sampling_params = self._default_sampling
-        jobs = []
-        for index, (prompt, params) in enumerate(zip(listed, _spread(sampling_params, len(listed)), strict=True)):
-            # Cheap checks first: a prompt is encoded only for parameters that can be served.
-            self._engine.limits.check_params(params)
-            text, token_ids, cache_salt = self._read_prompt(prompt, index)
-            jobs.append(_Job(text, token_ids, params, cache_salt))
+        spread = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(spread) != len(listed):
+            raise InvalidRequest(
+                f"There are {len(listed)} prompts but {len(spread)} sampling_params. Give one, or one for each prompt.",
+                "sampling_params",
+            )
+        jobs = [self._job(i, prompt, params) for i, (prompt, params) in enumerate(zip(listed, spread, strict=True))]
         results: dict[int, RequestOutput] = {}
         show_progress = use_tqdm and self._show_progress
         with (
@@ -105,8 +106,7 @@ class LLM:
         Raises: InvalidRequest if the prompt cannot be served, RequestFailed if a step of it failed.
         """
         params = sampling_params or self._default_sampling
-        text, token_ids, cache_salt = self._read_prompt(prompt, 0)
-        with contextlib.closing(self._run([_Job(text, token_ids, params, cache_salt)], "delta")) as steps:
+        with contextlib.closing(self._run([self._job(0, prompt, params)], "delta")) as steps:
             for _, output in itertools.chain.from_iterable(steps):
                 yield from (choice.text for choice in output.outputs)
                 if output.error is not None:
@@ -160,7 +160,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _read_prompt(self, prompt: Prompt, index: int) -> tuple[str | None, list[int], str | None]:
+    def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
+        # Cheap checks first: a prompt is encoded only for parameters that can be served.
+        self._engine.limits.check_params(params)
         parts: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         unknown = set(parts) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
@@ -174,7 +176,7 @@ class LLM:
                 f"got {type(prompt).__name__}.",
                 "prompt",
             )
-        return text, list(token_ids), salt
+        return _Job(text, list(token_ids), params, salt)
 
     def _run(self, jobs: list[_Job], mode: OutputMode) -> Generator[list[tuple[int, RequestOutput]], None, None]:
         """After each step of the engine, what is new: a job's index with its output."""
@@ -212,14 +214,3 @@ class LLM:
             for _ in range(min(room, len(samples))):
                 child, params, job = samples.popleft()
                 self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
-
-
-def _spread(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if len(params) != num_prompts:
-        raise InvalidRequest(
-            f"There are {num_prompts} prompts but {len(params)} sampling_params. Give one, or one for each prompt.",
-            "sampling_params",
-        )
-    return list(params)

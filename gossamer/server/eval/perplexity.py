@@ -93,7 +93,12 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
             device, tokenizer = llm.info.device_name, llm.get_tokenizer()
             token_ids = token_ids or _encode(text, options, tokenizer)
             prefix = beginning(tokenizer)
-            _check_context(options, len(prefix), llm.info)
+            need, longest = options.context + len(prefix) + 1, llm.info.limits.max_model_len
+            if need > longest:
+                raise StartupError(
+                    f"--context {options.context} needs a --max-model-len of {need}; it is {longest}.\n"
+                    f"Set --context {longest - len(prefix) - 1} or less."
+                )
             prediction = predict(llm, token_ids, prefix, options, on_progress or (lambda stage, fraction: None))
         base = base or prediction
         name = _name(llm.info)
@@ -120,15 +125,6 @@ def _encode(text: str, options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
     if len(token_ids) < 2:
         raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
     return token_ids
-
-
-def _check_context(options: EvalConfig, num_prefix: int, info: EngineInfo) -> None:
-    need = options.context + num_prefix + 1
-    if need > info.limits.max_model_len:
-        raise StartupError(
-            f"--context {options.context} needs a --max-model-len of {need}; it is {info.limits.max_model_len}.\n"
-            f"Set --context {info.limits.max_model_len - num_prefix - 1} or less."
-        )
 
 
 def _name(info: EngineInfo) -> str:
