@@ -139,13 +139,13 @@ class RequestLimits:
                 "min_tokens",
             )
 
-    def check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
+    def check_prompt(self, prompt_token_ids: Sequence[int], param: str = "prompt") -> None:
         if len(prompt_token_ids) == 0:
-            raise InvalidRequest("The prompt is empty: give at least one token.", "prompt")
+            raise InvalidRequest("The prompt is empty: give at least one token.", param)
         for token in (min(prompt_token_ids), max(prompt_token_ids)):
             if not 0 <= token < self.vocab_size:
                 known = f"the vocabulary has ids 0 to {self.vocab_size - 1}"
-                raise InvalidRequest(f"Token id {token} is out of range: {known}.", "prompt")
+                raise InvalidRequest(f"Token id {token} is out of range: {known}.", param)
 
     def check_params(self, p: SamplingParams) -> None:
         """The checks that need no prompt: ranges, caps, consistency. Runs in microseconds whatever the values."""

@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gossamer import __version__
@@ -176,14 +175,8 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
 
     from gossamer.server.http import HttpProtocol
 
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            # Ours to handle: uvicorn would raise them again at the end, before the engine is stopped.
-            yield
-
     protocol = functools.partial(HttpProtocol, receive_timeout=config.receive_timeout, send_timeout=config.send_timeout)
-    return Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=protocol,  # type: ignore[arg-type]
@@ -197,6 +190,9 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
             timeout_graceful_shutdown=math.ceil(config.drain_timeout),
         )
     )
+    # Ours to handle: uvicorn would raise them again at the end, before the engine is stopped.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    return server
 
 
 def _set_up_logging(level: str) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -111,28 +111,20 @@ class HttpBackend:
     def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]:
         body = {"model": self.name, "messages": messages, "stream": True, **_changed(params)}
         source = self._endpoint.events("/v1/chat/completions", body)
+
+        async def following() -> dict[str, Any] | None:
+            return await anext(source, None)
+
         try:
-            with asyncio.Runner() as runner, contextlib.closing(_iterate(runner, source)) as events:
-                for event in events:
-                    for choice in event.get("choices") or ():
-                        yield choice["delta"].get("content") or ""
+            with asyncio.Runner() as runner:
+                try:
+                    while (event := runner.run(following())) is not None:
+                        for choice in event.get("choices") or ():
+                            yield choice["delta"].get("content") or ""
+                finally:  # closed with this generator, or where Ctrl-C interrupts it
+                    runner.run(source.aclose())
         except (OSError, ValueError) as error:
             raise GossamerError(f"{self._endpoint.url}: {error}") from error
-
-
-def _iterate(
-    runner: asyncio.Runner, source: AsyncGenerator[dict[str, Any], None]
-) -> Generator[dict[str, Any], None, None]:
-    """What an asynchronous generator yields; it is closed with this one, or where Ctrl-C interrupts it."""
-
-    async def following() -> dict[str, Any] | None:
-        return await anext(source, None)
-
-    try:
-        while (item := runner.run(following())) is not None:
-            yield item
-    finally:
-        runner.run(source.aclose())
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The text passes through the engine itself, in this process: what is measured is 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -91,7 +92,10 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
     for flags, config in configs.items():
         with LLM(config=config) as llm, progress_on_terminal(not config.disable_progress) as on_progress:
             device, tokenizer = llm.info.device_name, llm.get_tokenizer()
-            token_ids = token_ids or _encode(text, options, tokenizer)
+            encode = partial(tokenizer.encode, add_special_tokens=False, parse_special=False)
+            token_ids = token_ids or encode(text)[: options.max_tokens]
+            if len(token_ids) < 2:
+                raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
             prefix = beginning(tokenizer)
             need, longest = options.context + len(prefix) + 1, llm.info.limits.max_model_len
             if need > longest:
@@ -118,13 +122,6 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """What stands before every text: a BOS token, if the model wants one."""
     return [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
-
-
-def _encode(text: str, options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
-    token_ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)[: options.max_tokens]
-    if len(token_ids) < 2:
-        raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
-    return token_ids
 
 
 def _name(info: EngineInfo) -> str:
