@@ -140,39 +140,32 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._watch_headers()
+        self._watch(self._on_header_timeout, self._receive_timeout)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch_headers()
+        self._watch(self._on_header_timeout, None if self._answering else self._receive_timeout)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_timer(self._send_timeout, self._on_stall)
+        self._watch(self._on_stall, self._send_timeout)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_timer(self._on_stall)
+        self._watch(self._on_stall, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer(self._on_header_timeout)
-        self._cancel_timer(self._on_stall)
+        self._watch(self._on_header_timeout, None)
+        self._watch(self._on_stall, None)
         super().connection_lost(exc)
 
-    def _watch_headers(self) -> None:
-        if self._answering:
-            self._cancel_timer(self._on_header_timeout)
-        else:
-            self._start_timer(self._receive_timeout, self._on_header_timeout)
-
-    def _start_timer(self, seconds: float, action: Callable[[], None]) -> None:
-        if action not in self._timers:
+    def _watch(self, action: Callable[[], None], seconds: float | None) -> None:
+        """`action` follows in so many seconds, if it is not to follow already; None: it will not."""
+        if seconds is None:
+            if (timer := self._timers.pop(action, None)) is not None:
+                timer.cancel()
+        elif action not in self._timers:
             self._timers[action] = self.loop.call_later(seconds, action)
-
-    def _cancel_timer(self, action: Callable[[], None]) -> None:
-        timer = self._timers.pop(action, None)
-        if timer is not None:
-            timer.cancel()
 
     def _on_header_timeout(self) -> None:
         self._timers.pop(self._on_header_timeout)
