@@ -51,17 +51,12 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
     """
     _check(server)
     _set_up_logging(server.log_level)
-    listener = claim_port(server)
-    try:
+    with claim_port(server) as listener:
         llm = AsyncLLM(config=engine, chat_template=server.chat_template, factory=factory, log_level=server.log_level)
-        try:
+        with contextlib.closing(llm):
             import uvloop
 
             uvloop.run(_Server(server, engine, llm, listener).run())
-        finally:
-            llm.close()
-    finally:
-        listener.close()
 
 
 class _Server:
@@ -91,7 +86,7 @@ class _Server:
             await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
-                dying = asyncio.create_task(self._llm.wait_dead())
+                dying = asyncio.create_task(self._llm.dead.wait())
                 await asyncio.wait({serving, dying, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 dying.cancel()
                 if not stopping.done() and not serving.done():

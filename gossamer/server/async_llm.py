@@ -82,7 +82,7 @@ class AsyncLLM:
         self._tokenizer: Tokenizer | None = None
         self._processor = OutputProcessor(None)
         self._streams: dict[str, _OutputStream] = {}
-        self._dead = asyncio.Event()
+        self.dead = asyncio.Event()
         self.max_prompt_chars = 0
         """A longer text cannot fit into the context, whatever its tokens are."""
         self.stats = EngineStats()
@@ -157,10 +157,6 @@ class AsyncLLM:
     def observe(self, observer: Observer) -> None:
         """Tells `observer` of the times of every sample from now on."""
         self._processor.observer = observer
-
-    async def wait_dead(self) -> None:
-        """Returns when the engine has died."""
-        await self._dead.wait()
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, *,
@@ -276,7 +272,7 @@ class AsyncLLM:
         logger.error("%s", why)
         self.death = why
         self._fail_all(why)
-        self._dead.set()
+        self.dead.set()
 
     def _fail_all(self, why: str) -> None:
         for request_id in list(self._streams):

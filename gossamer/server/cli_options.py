@@ -150,11 +150,10 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
     elif get_origin(kind) is Literal:
         choices = get_args(kind)
         options |= {"type": _choice_parser(choices), "metavar": "{" + ",".join(choices) + "}"}
+    elif kind is int and size:
+        options |= {"type": parse_size, "metavar": "SIZE"}
     elif kind is int:
-        options |= {
-            "type": parse_size if size else _number_parser(int, "a whole number"),
-            "metavar": "SIZE" if size else "N",
-        }
+        options |= {"type": _number_parser(int, "a whole number"), "metavar": "N"}
     elif kind is float:
         options |= {"type": _number_parser(float, "a number"), "metavar": "X"}
     elif kind is str:

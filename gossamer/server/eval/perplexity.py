@@ -12,7 +12,7 @@ from typing import Self
 
 from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
-from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.info import ProgressCallback
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.llm import LLM
@@ -105,7 +105,9 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
                 )
             prediction = predict(llm, token_ids, prefix, options, on_progress or (lambda stage, fraction: None))
         base = base or prediction
-        name = _name(llm.info)
+        load, cache = llm.info.config.load, llm.info.config.cache
+        weights = load.dtype if load.quantization == "none" else load.quantization
+        name = f"{weights} weights, {cache.kv_cache_dtype} KV cache"
         found[name if name not in found else f"{name}, {flags}"] = prediction.against(base)
     print_table(found)
     if options.output_json is not None:
@@ -122,12 +124,6 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """What stands before every text: a BOS token, if the model wants one."""
     return [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
-
-
-def _name(info: EngineInfo) -> str:
-    load = info.config.load
-    weights = load.dtype if load.quantization == "none" else load.quantization
-    return f"{weights} weights, {info.config.cache.kv_cache_dtype} KV cache"
 
 
 def print_table(rows: Mapping[str, Mapping[str, float]]) -> None:
