@@ -46,18 +46,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        executor: Executor,
-        *,
-        num_pages: int,
-        limits: RequestLimits,
-        eos_token_ids: tuple[int, ...],
-        worker_mode: Literal["thread", "inline"] = "thread",
-        observer: StepObserver | None = None,
-        account: StepAccount | None = None,
-        trace: Trace | None = None,
-    ) -> None:
+        self, config: EngineConfig, executor: Executor, *, num_pages: int, limits: RequestLimits,
+        eos_token_ids: tuple[int, ...], worker_mode: Literal["thread", "inline"] = "thread",
+        observer: StepObserver | None = None, account: StepAccount | None = None, trace: Trace | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.limits = limits
         self.scheduler = Scheduler(config, num_pages)
@@ -81,14 +73,9 @@ class Engine:
         self._stopped = False
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        cache_salt: str | None = None,
-        arrival_time: float | None = None,
-    ) -> None:
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
+        cache_salt: str | None = None, arrival_time: float | None = None,
+    ) -> None:  # fmt: skip
         """Queues one sequence (`params.n` is the caller's to expand).
 
         `max_tokens=None` means all the context that is left. Without a seed of its own a request gets one derived

@@ -66,11 +66,9 @@ class LLM:
         self._ids = itertools.count()
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Completes every prompt; results come in the order of the prompts.
 
         Args:
