@@ -241,7 +241,12 @@ class AsyncLLM:
             case messages.Outputs():
                 self._on_outputs(message)
             case messages.Refused():
-                self._on_refused(message)
+                error: Exception = RequestFailed(message.message)
+                if message.status == 400:
+                    error = InvalidRequest(message.message, message.param, message.code)
+                elif message.status == 503:
+                    error = EngineOverloaded(message.message, message.retry_after)
+                self._fail(self._processor.request_of(message.request_id), error)
             case _:
                 logger.debug("unexpected message: %r", message)
 
@@ -259,14 +264,6 @@ class AsyncLLM:
             stream = self._streams.get(state.known.request_id)
             if stream is not None:
                 stream.put(state)
-
-    def _on_refused(self, message: messages.Refused) -> None:
-        error: Exception = RequestFailed(message.message)
-        if message.status == 400:
-            error = InvalidRequest(message.message, message.param, message.code)
-        elif message.status == 503:
-            error = EngineOverloaded(message.message, message.retry_after)
-        self._fail(self._processor.request_of(message.request_id), error)
 
     def _on_death(self, why: str) -> None:
         logger.error("%s", why)

@@ -8,7 +8,6 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
@@ -121,13 +120,10 @@ class LLM:
         Raises: InvalidRequest for malformed messages or a model without a chat template.
         """
         conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
-        encode = partial(
-            self.get_tokenizer().apply_chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        prompts = [{"prompt_token_ids": encode(conversation)} for conversation in conversations]
+        options: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        options["add_generation_prompt"] = add_generation_prompt
+        apply = self.get_tokenizer().apply_chat_template
+        prompts = [{"prompt_token_ids": apply(conversation, **options)} for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
