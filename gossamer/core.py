@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -139,13 +139,13 @@ class RequestLimits:
                 "min_tokens",
             )
 
-    def check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
+    def check_prompt(self, prompt_token_ids: Sequence[int], param: str = "prompt") -> None:
         if len(prompt_token_ids) == 0:
-            raise InvalidRequest("The prompt is empty: give at least one token.", "prompt")
+            raise InvalidRequest("The prompt is empty: give at least one token.", param)
         for token in (min(prompt_token_ids), max(prompt_token_ids)):
             if not 0 <= token < self.vocab_size:
                 known = f"the vocabulary has ids 0 to {self.vocab_size - 1}"
-                raise InvalidRequest(f"Token id {token} is out of range: {known}.", "prompt")
+                raise InvalidRequest(f"Token id {token} is out of range: {known}.", param)
 
     def check_params(self, p: SamplingParams) -> None:
         """The checks that need no prompt: ranges, caps, consistency. Runs in microseconds whatever the values."""
@@ -159,17 +159,13 @@ class RequestLimits:
             raise InvalidRequest("top_p must be in (0, 1], got 0.", "top_p")
         _range("top_k", p.top_k, -1, 2**31 - 1)
         _range("min_p", p.min_p, 0.0, 1.0)
-        if p.max_tokens is not None:
-            _range("max_tokens", p.max_tokens, 1, 2**31 - 1)
+        _range("max_tokens", p.max_tokens, 1, 2**31 - 1, optional=True)
         _range("min_tokens", p.min_tokens, 0, self.max_model_len)
         if p.max_tokens is not None and p.min_tokens > p.max_tokens:
             raise InvalidRequest(f"min_tokens={p.min_tokens} is greater than max_tokens={p.max_tokens}.", "min_tokens")
-        if p.seed is not None:
-            _range("seed", p.seed, -MAX_SEED, MAX_SEED)
-        if p.logprobs is not None:
-            _range("logprobs", p.logprobs, 0, self.max_logprobs)
-        if p.prompt_logprobs is not None:
-            _range("prompt_logprobs", p.prompt_logprobs, 0, self.max_logprobs)
+        _range("seed", p.seed, -MAX_SEED, MAX_SEED, optional=True)
+        _range("logprobs", p.logprobs, 0, self.max_logprobs, optional=True)
+        _range("prompt_logprobs", p.prompt_logprobs, 0, self.max_logprobs, optional=True)
         if p.greedy and p.n > 1:
             raise InvalidRequest("n must be 1 with greedy sampling (temperature 0): all n would be equal.", "n")
         self._check_stop(p)
@@ -209,8 +205,10 @@ class RequestLimits:
             _range("logit_bias", bias, -100.0, 100.0)
 
 
-def _range(name: str, value: float, low: float, high: float) -> None:
+def _range(name: str, value: Any, low: float, high: float, *, optional: bool = False) -> None:
     """Bounds that are integers ask for an integer."""
+    if value is None and optional:
+        return
     is_number = isinstance(value, int if isinstance(low, int) else int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value!r}.", name)

@@ -23,12 +23,11 @@ class StepAccount:
 
     def __init__(self, cost: CostOfStep, uses: Sequence[ExpertUse] = ()) -> None:
         self._cost, self._uses = cost, uses
-        self._flops = self._bytes = 0.0
-        self._decode_seconds = self._idle_seconds = 0.0
         self._free_since: float | None = None
         """When the device was done with the step before, if that step only decoded."""
 
-    def add(self, batch: ScheduledBatch, result: StepResult) -> None:
+    def add(self, batch: ScheduledBatch, result: StepResult, stats: EngineStats) -> None:
+        """Adds a step to the totals in `stats`."""
         rows = batch.rows
         starts = [row.start_pos + 1 for row in rows if row.num_tokens > 1 and row.drafts]  # a draft is a row of its own
         num_drafts = len(starts)
@@ -40,18 +39,13 @@ class StepAccount:
             num_decode = num_drafts + batch.num_decode_rows
             lengths = [1] * num_decode + [row.num_tokens for row in rows[batch.num_decode_rows :]]
             cost = self._cost(num_decode, starts, lengths, num_drafts + sum([row.samples for row in rows]))
-        self._flops += cost.flops
-        self._bytes += cost.bytes
+        stats.model_flops += cost.flops
+        stats.model_bytes += cost.bytes
         if decodes and self._free_since is not None:
             # A pure decode step's requests ran in the step before, so the device could have gone on at once.
-            self._decode_seconds += result.device_seconds
-            self._idle_seconds += max(0.0, result.start_time - self._free_since)
+            stats.decode_seconds += result.device_seconds
+            stats.decode_idle_seconds += max(0.0, result.start_time - self._free_since)
         self._free_since = result.start_time + result.device_seconds if decodes else None
-
-    def fill(self, stats: EngineStats) -> EngineStats:
-        stats.model_flops, stats.model_bytes = self._flops, self._bytes
-        stats.decode_seconds, stats.decode_idle_seconds = self._decode_seconds, self._idle_seconds
-        return stats
 
     def experts_touched(self) -> tuple[int, int] | None:
         """Distinct experts, summed over MoE layers and steps, and the number of terms. Waits for the device."""

@@ -41,12 +41,9 @@ def build_engine(
     """
     report = on_progress or (lambda stage, fraction: None)
     report("Inspecting model", 0.0)
-    source = inspect_model(config.load)
-    hardware = detect(config.device)
-    model = with_attention(config, hardware, source.config)
-    source = dataclasses.replace(source, config=model)
     requested = config.load.max_model_len
-    config = resolve(config, hardware, model)
+    config, source, hardware = inspect(config)
+    model = source.config
     trace = Trace(config.profile_trace) if config.profile_trace else None
     # One thread until the worker runs: OpenMP keeps a team of threads for each thread that ever used several, and
     # with more team members than cores its barriers stop spinning, which makes a decode step three times slower.
@@ -61,7 +58,7 @@ def build_engine(
     cost = StepCost(model, ATTENTION_KINDS[model.attention], fmt, layout.itemsize)
     account = StepAccount(cost, _count_experts(decoder) if config.count_experts else [])
     page_bytes = layout.page_bytes(config.cache.page_size) * model.num_kv_layers
-    paged_runner = _paged_runner(config, decoder) if decoder.paged else None
+    paged_runner = CudaRunner(decoder, config) if decoder.paged else None
     measured: dict[str, int] | None = None
     if paged_runner is not None and fmt.device.type == "cuda":
         report("Compiling kernels", 0.0)
@@ -92,16 +89,14 @@ def build_engine(
     return engine, info
 
 
-def _paged_runner(config: EngineConfig, decoder: Decoder) -> CudaRunner:
-    scheduler = config.scheduler
-    return CudaRunner(
-        decoder,
-        max_num_seqs=scheduler.max_num_seqs or 1,
-        max_num_tokens=scheduler.max_num_batched_tokens or 1,
-        max_model_len=config.load.max_model_len or 1,
-        page_size=config.cache.page_size,
-        enforce_eager=config.enforce_eager or config.ops_backend == "reference",
-    )
+def inspect(config: EngineConfig) -> tuple[EngineConfig, ModelSource, Hardware]:
+    """Finds the model and the device that the config names; resolves it for them, and puts the model under --attention.
+
+    Raises StartupError for what does not fit together.
+    """
+    source, hardware = inspect_model(config.load), detect(config.device)
+    model = with_attention(config, hardware, source.config)
+    return resolve(config, hardware, model), dataclasses.replace(source, config=model), hardware
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

@@ -7,10 +7,12 @@ With overlap two batches are in flight, without it one; tokens are the same. In-
 
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
+from typing import Literal, TypeAlias
 
 from gossamer.config import EngineConfig
 from gossamer.core import (
@@ -27,13 +29,13 @@ from gossamer.core import (
 )
 from gossamer.engine.account import StepAccount
 from gossamer.engine.trace import Trace
-from gossamer.engine.worker import Submitted, Worker, WorkerMode
 from gossamer.runtime.executor import Executor
 from gossamer.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 StepObserver = Callable[[ScheduledBatch, StepResult | None], None]
+Submitted: TypeAlias = tuple[ScheduledBatch, "Future[StepResult]"]
 
 
 class Engine:
@@ -44,38 +46,26 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        executor: Executor,
-        *,
-        num_pages: int,
-        limits: RequestLimits,
-        eos_token_ids: tuple[int, ...],
-        worker_mode: WorkerMode = "thread",
-        observer: StepObserver | None = None,
-        account: StepAccount | None = None,
-        trace: Trace | None = None,
-    ) -> None:
+        self, config: EngineConfig, executor: Executor, *, num_pages: int, limits: RequestLimits,
+        eos_token_ids: tuple[int, ...], worker_mode: Literal["thread", "inline"] = "thread",
+        observer: StepObserver | None = None, account: StepAccount | None = None, trace: Trace | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.limits = limits
-        self.scheduler = Scheduler(
-            config.scheduler,
-            num_pages=num_pages,
-            page_size=config.cache.page_size,
-            max_model_len=limits.max_model_len,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-            num_drafts=config.load.num_speculative_tokens,
-        )
+        self.scheduler = Scheduler(config, num_pages)
         self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
         self.result_queue: SimpleQueue[Submitted] = SimpleQueue()
-        submit = executor.submit
+        self._submit = executor.submit
         self._schedule, self._commit_step = self.scheduler.schedule, self.scheduler.commit
         if trace is not None:
-            submit = trace.timed("submit", submit)
+            self._submit = trace.timed("submit", self._submit)
             self._schedule = trace.timed("schedule", self._schedule)
             self._commit_step = trace.timed("commit", self._commit_step)
         self._executor, self._observer, self._account, self._trace = executor, observer, account, trace
-        self._worker = Worker(submit, self.input_queue, self.result_queue, worker_mode)
+        self._worker: threading.Thread | None = None
+        if worker_mode == "thread":
+            self._worker = threading.Thread(target=self._work, name="gossamer-worker", daemon=True)
+            self._worker.start()
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_in_flight = 2 if config.scheduler.overlap else 1
         self._awaited: Submitted | None = None
@@ -83,14 +73,9 @@ class Engine:
         self._stopped = False
 
     def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        cache_salt: str | None = None,
-        arrival_time: float | None = None,
-    ) -> None:
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
+        cache_salt: str | None = None, arrival_time: float | None = None,
+    ) -> None:  # fmt: skip
         """Queues one sequence (`params.n` is the caller's to expand).
 
         `max_tokens=None` means all the context that is left. Without a seed of its own a request gets one derived
@@ -108,12 +93,14 @@ class Engine:
             )
         room = self.limits.max_model_len - len(prompt_token_ids)
         stop_token_ids = frozenset(params.stop_token_ids or ())
+        digest = hashlib.blake2b(f"{self.config.load.seed}:{self._num_requests}".encode(), digest_size=8).digest()
+        own_seed = int.from_bytes(digest, "little") & MAX_SEED
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else params.max_tokens,
-            seed=self._draw_seed() if params.seed is None else params.seed,
+            seed=own_seed if params.seed is None else params.seed,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
             arrival_time=time.time() if arrival_time is None else arrival_time,
             cache_salt=cache_salt,
@@ -151,7 +138,9 @@ class Engine:
             self._trace_counters(self._trace)
         if not self.scheduler.num_in_flight:
             return []
-        self._worker.pump()
+        while self._worker is None and self.input_queue.qsize():
+            if (batch := self.input_queue.get()) is not None:
+                self._carry(batch)
         if self._awaited is None:
             self._awaited = self.result_queue.get()
         batch, future = self._awaited
@@ -166,8 +155,7 @@ class Engine:
         return self._commit(batch, future.result())
 
     def stats(self) -> EngineStats:
-        stats = self.scheduler.stats()
-        return stats if self._account is None else self._account.fill(stats)
+        return self.scheduler.stats()
 
     def experts_touched(self) -> tuple[int, int] | None:
         """Distinct experts, summed over MoE layers and steps, and the number of terms; None without count_experts."""
@@ -177,10 +165,29 @@ class Engine:
         """Ends the worker after the batches it has been given, then shuts the executor down. Idempotent."""
         if not self._stopped:
             self._stopped = True
-            self._worker.stop()
+            if self._worker is not None:
+                self.input_queue.put(None)
+                self._worker.join()
             self._executor.shutdown()
             if self._trace is not None:
                 self._trace.write()
+
+    def _work(self) -> None:
+        """The worker: a thread, so that the engine schedules while the executor computes; None in its queue ends it.
+
+        Without one (for an executor that lives on a virtual clock) `step` carries the batches itself.
+        """
+        for batch in iter(self.input_queue.get, None):
+            self._carry(batch)
+
+    def _carry(self, batch: ScheduledBatch) -> None:
+        """Submits a batch and puts it, with its future, on the result queue."""
+        try:
+            future = self._submit(batch)
+        except BaseException as error:  # whatever it is, the engine must hear of it: it waits for this batch
+            future = Future()
+            future.set_exception(error)
+        self.result_queue.put((batch, future))
 
     def _commit(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         try:
@@ -188,7 +195,7 @@ class Engine:
         except ValueError as error:
             return self._fail(batch, error)
         if self._account is not None:
-            self._account.add(batch, result)
+            self._account.add(batch, result, self.scheduler.counted)
         if self._trace is not None:
             self._trace.step(batch, result)
             self._trace_counters(self._trace)
@@ -209,7 +216,3 @@ class Engine:
     def _trace_counters(self, trace: Trace) -> None:
         queues = {"input queue": self.input_queue.qsize(), "result queue": self.result_queue.qsize()}
         trace.counters(**queues, running=self.scheduler.num_running, waiting=self.scheduler.num_waiting)
-
-    def _draw_seed(self) -> int:
-        text = f"{self.config.load.seed}:{self._num_requests}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & MAX_SEED

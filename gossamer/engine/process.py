@@ -81,20 +81,16 @@ class EngineServer:
             except zmq.Again:
                 return took_any
             message = self._decoder.decode(frames)
-            if message is not None:
-                took_any = True
-                self._handle(message)
-
-    def _handle(self, message: messages.ToEngine) -> None:
-        match message:
-            case messages.AddRequest():
-                if (refusal := self._add(message)) is not None:
-                    self._outputs.send(messages.encode(refusal))
-            case messages.AbortRequests():
-                for request_id in message.request_ids:
-                    self._engine.abort(request_id)
-            case messages.Shutdown():
-                self._stopping = True
+            took_any = took_any or message is not None
+            match message:
+                case messages.AddRequest():
+                    if (refusal := self._add(message)) is not None:
+                        self._outputs.send(messages.encode(refusal))
+                case messages.AbortRequests():
+                    for request_id in message.request_ids:
+                        self._engine.abort(request_id)
+                case messages.Shutdown():
+                    self._stopping = True
 
     def _add(self, message: messages.AddRequest) -> messages.Refused | None:
         request_id = message.request_id

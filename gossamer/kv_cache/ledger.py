@@ -61,15 +61,12 @@ def plan_memory(
         + "".join(f" - {human(size)} {name}" for name, size in others.items())
     )
     if room < page_bytes:
+        fewer = "a smaller --max-num-batched-tokens or --max-num-seqs"
+        if hardware.device == "cpu":
+            fewer = "--quantization int4, a smaller --max-num-batched-tokens"
         raise StartupError(
             f"The model does not fit on {hardware.name}: no memory is left for the KV cache.\n{sums} = {human(room)}.\n"
-            + (
-                "Use --quantization int4, a smaller --max-num-batched-tokens, a larger --gpu-memory-utilization, "
-                "or a smaller model."
-                if hardware.device == "cpu"
-                else "Use a smaller --max-num-batched-tokens or --max-num-seqs, a larger --gpu-memory-utilization, "
-                "or a smaller model."
-            )
+            f"Use {fewer}, a larger --gpu-memory-utilization, or a smaller model."
         )
     longest = config.load.max_model_len or model.max_position_embeddings
     wanted = cache.kv_cache_memory_bytes

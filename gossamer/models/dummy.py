@@ -1,21 +1,24 @@
-"""Seeded random weights: what `--load-format dummy` runs, and the routers of an upcycled model.
+"""Weights that no checkpoint has: seeded random ones for `--load-format dummy`, and the experts of an upcycled model.
 
 A weight depends on the seed, its own name and the kind of device it is drawn on only: every rank and order of loading
 draws the same. Activations keep their scale from layer to layer, so that tokens spread over the experts.
 """
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from statistics import NormalDist
 
 import torch
 
 from gossamer.config import ModelConfig, MoEConfig, zipf_exponent
 from gossamer.models.shapes import Shape, expected_shapes
+from gossamer.ops.weights import Weight
 
 BIAS_STD = 0.02
 # The likeliest expert under zipf: a top-k choice cannot take one more often than always.
 MAX_POPULARITY = 0.98
+_MLP = re.compile(r"^layers\.(\d+)\.mlp\.(gate|up|down)\.weight$")
 
 
 def dummy_weights(
@@ -91,6 +94,35 @@ def _add_popularity(weight: torch.Tensor, name: str, moe: MoEConfig, seed: int, 
         chances = popularity(moe.num_experts, moe.top_k, exponent)
         bias = torch.tensor([NormalDist().inv_cdf(p) for p in chances]) * variance**0.5
         weight[expert_ranks(layer, moe.num_experts, seed), 0] = bias.to(weight)
+
+
+def upcycle(
+    dense: Iterable[tuple[str, Weight]], config: ModelConfig, seed: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Weight]]:
+    """The stream of `config`, with its MoEConfig, from that of a dense checkpoint: experts are copies of its MLP.
+
+    All experts of a layer share one tensor. The output equals the dense model's whatever the router, which is random,
+    does, so routing, permutation and expert parallelism can be proved with real weights.
+    """
+    moe = config.moe
+    if moe is None:
+        raise ValueError("upcycle needs a config with experts")
+    held: dict[str, Weight] = {}
+    for name, weight in dense:
+        match = _MLP.match(name)
+        if match is None:
+            yield name, weight
+            continue
+        held[match[2]] = weight
+        if len(held) < 3:
+            continue
+        prefix = f"layers.{match[1]}.moe."
+        router = f"{prefix}router.weight"
+        yield router, dummy_weight(router, (moe.num_experts, config.hidden_size), seed, dtype)
+        for expert in range(moe.num_experts):
+            for part in ("gate", "up", "down"):
+                yield f"{prefix}experts.{expert}.{part}.weight", held[part]
+        held = {}
 
 
 def _number(text: str) -> int:

@@ -56,7 +56,6 @@ class GGUFFile:
     """A parsed header. Metadata values are int, float, bool, str, or lists of these."""
 
     path: Path
-    version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
     _map: mmap.mmap = field(repr=False)
@@ -104,7 +103,11 @@ class _Reader:
         self._pos = 4
 
     def read(self, path: Path) -> GGUFFile:
-        version = self._version()
+        version = int(self._scalar("<I"))
+        if version and version & 0xFFFF == 0:
+            raise _Corrupt("it is big-endian; only little-endian files are supported")
+        if version not in (2, 3):
+            raise _Corrupt(f"its version is {version}; versions 2 and 3 are supported")
         num_tensors = self._count("tensor count", MAX_TENSORS)
         num_metadata = self._count("metadata count", MAX_METADATA)
         metadata: dict[str, Any] = {}
@@ -114,27 +117,16 @@ class _Reader:
                 raise _Corrupt(f"the metadata key {key!r} occurs twice")
             metadata[key] = self._values(key, self._scalar("<I"), 1)[0]
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        start = self._data_start(metadata)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise _Corrupt(f"general.alignment is {alignment!r}, not a power of two")
+        start = -(-self._pos // alignment) * alignment
         tensors: dict[str, GGUFTensor] = {}
         for name, shape, type_id, relative in infos:
             if name in tensors:
                 raise _Corrupt(f"the tensor {name!r} occurs twice")
             tensors[name] = self._place(name, shape, type_id, start + relative)
-        return GGUFFile(path, version, metadata, tensors, self._buffer)
-
-    def _version(self) -> int:
-        version = int(self._scalar("<I"))
-        if version and version & 0xFFFF == 0:
-            raise _Corrupt("it is big-endian; only little-endian files are supported")
-        if version not in (2, 3):
-            raise _Corrupt(f"its version is {version}; versions 2 and 3 are supported")
-        return version
-
-    def _data_start(self, metadata: dict[str, Any]) -> int:
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise _Corrupt(f"general.alignment is {alignment!r}, not a power of two")
-        return -(-self._pos // alignment) * alignment
+        return GGUFFile(path, metadata, tensors, self._buffer)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._name("tensor name")

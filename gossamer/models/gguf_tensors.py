@@ -14,8 +14,9 @@ from gossamer.config import ModelConfig
 from gossamer.core import StartupError
 from gossamer.models.gguf_file import GGML_TYPES, GGUFFile
 from gossamer.models.shapes import Shape
-from gossamer.models.weight_names import Place, PlannedWeight, places
+from gossamer.models.weight_names import Place, PlannedWeight, places, plan_weights
 
+Stored = Literal["none", "int8", "int4"]
 FLOAT_TYPES = ("F32", "F16", "BF16")
 QUANTISED_TYPES = frozenset(name for name, block, _ in GGML_TYPES.values() if block > 1)
 # Frequencies are computed from the config, which these tensors were folded into; some converters still store them.
@@ -44,8 +45,8 @@ GGUF_WEIGHTS = places(
 }
 
 
-def stored_shapes(files: Iterable[GGUFFile]) -> dict[str, Shape]:
-    """Shapes by name over all parts; StartupError for a type that cannot be a weight or a name that occurs twice."""
+def plan_gguf(config: ModelConfig, files: Iterable[GGUFFile]) -> list[PlannedWeight]:
+    """Finds every weight in the parts; StartupError for a type that cannot be one or a name that occurs twice."""
     shapes: dict[str, Shape] = {}
     for file in files:
         for name, tensor in file.tensors.items():
@@ -54,27 +55,24 @@ def stored_shapes(files: Iterable[GGUFFile]) -> dict[str, Shape]:
             if name in shapes:
                 raise StartupError(f"The tensor {name} is in two parts of the model.")
             shapes[name] = tensor.shape
-    return shapes
+    return plan_weights(config, GGUF_WEIGHTS, shapes, GGUF_IGNORABLE)
 
 
-def suggested_quantization(files: Iterable[GGUFFile]) -> Literal["none", "int8", "int4"]:
+def suggested_quantization(files: Iterable[GGUFFile]) -> Stored:
     """What holds most of the matrices' elements best: int4 up to 5 bits an element, int8 above, none for floats.
 
     Embedding and head are left out: converters often keep them in more bits than the rest.
     """
-    elements = {"none": 0, "int8": 0, "int4": 0}
+    elements: dict[Stored, int] = {"int4": 0, "int8": 0, "none": 0}
     sizes = {name: 8 * block_bytes / block for name, block, block_bytes in GGML_TYPES.values()}
     for file in files:
         for name, tensor in file.tensors.items():
             if len(tensor.shape) < 2 or name in ("token_embd.weight", "output.weight"):
                 continue
             bits = sizes[tensor.ggml_type]
-            kind = "none" if tensor.ggml_type in FLOAT_TYPES else "int4" if bits <= 5 else "int8"
+            kind: Stored = "none" if tensor.ggml_type in FLOAT_TYPES else "int4" if bits <= 5 else "int8"
             elements[kind] += math.prod(tensor.shape)
-    for choice in ("int4", "int8"):
-        if elements[choice] and elements[choice] == max(elements.values()):
-            return "int4" if choice == "int4" else "int8"
-    return "none"
+    return max(elements, key=lambda kind: elements[kind]) if any(elements.values()) else "none"
 
 
 def stored_rows(

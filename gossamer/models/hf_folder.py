@@ -138,7 +138,10 @@ def read_headers(files: Iterable[Path]) -> SafetensorsHeaders:
     where, shapes, dtypes = dict[str, Path](), dict[str, Shape](), dict[str, str]()
     for path in files:
         try:
-            _refuse_pointer(path)
+            with path.open("rb") as f:
+                if f.read(23) == b"version https://git-lfs":
+                    what = "is a Git LFS pointer, not the file itself"
+                    raise StartupError(f"{path} {what}.\nRun `git lfs pull` in its folder.")
             with safe_open(path, framework="numpy") as shard:
                 names: list[str] = shard.keys()
                 for name in names:
@@ -152,9 +155,3 @@ def read_headers(files: Iterable[Path]) -> SafetensorsHeaders:
                 f"It has {path.stat().st_size} bytes; compare with the published size and download it again."
             ) from e
     return SafetensorsHeaders(where, shapes, dtypes)
-
-
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as f:
-        if f.read(23) == b"version https://git-lfs":
-            raise StartupError(f"{path} is a Git LFS pointer, not the file itself.\nRun `git lfs pull` in its folder.")

@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from gossamer.config import LoadConfig
 from gossamer.core import StartupError
 from gossamer.models.checkpoint_fp8 import FP8_DTYPE, Fp8Scheme, scale_rows
-from gossamer.models.dummy import dummy_weights
+from gossamer.models.dummy import dummy_weights, upcycle
 from gossamer.models.gguf_tensors import stored_rows
 from gossamer.models.source import ModelSource, inspect_model
-from gossamer.models.upcycle import upcycle
 from gossamer.models.weight_names import PlannedWeight
 from gossamer.ops.weights import Fp8Tensor, QuantizedTensor, Weight
 

@@ -96,8 +96,7 @@ def _download(model: str, cache: Path, problem: str, load_format: str) -> Path:
         # Takes half a second to import and is needed only here.
         from huggingface_hub import snapshot_download
 
-        weights = [] if load_format == "dummy" else _WANTED_WEIGHTS
-        wanted = [*_WANTED_METADATA, *weights]
+        wanted = _WANTED_METADATA + ([] if load_format == "dummy" else _WANTED_WEIGHTS)
         return Path(snapshot_download(model, cache_dir=cache, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except Exception as e:  # whatever the hub's client raises, the user needs the same answer
         reason = str(e).strip().splitlines()

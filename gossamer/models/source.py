@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,13 +11,7 @@ from gossamer.core import StartupError
 from gossamer.models.checkpoint_fp8 import FP8_DTYPE, Fp8Scheme, check_scales, fp8_scheme, without_scales
 from gossamer.models.gguf_config import hf_config_of_gguf, open_gguf
 from gossamer.models.gguf_file import GGUFFile
-from gossamer.models.gguf_tensors import (
-    GGUF_IGNORABLE,
-    GGUF_WEIGHTS,
-    interleaved_heads,
-    stored_shapes,
-    suggested_quantization,
-)
+from gossamer.models.gguf_tensors import interleaved_heads, plan_gguf, suggested_quantization
 from gossamer.models.hf_config import ConfigReader, merge_token_ids
 from gossamer.models.hf_folder import SafetensorsHeaders, read_headers, read_json, tokenizer_end, weight_files
 from gossamer.models.registry import family_of_hf
@@ -60,29 +52,18 @@ def inspect_model(load: LoadConfig) -> ModelSource:
     Reads headers and JSON only: no weights, no torch.
     """
     path = resolve_model(load.model, load.download_dir, load.load_format)
-    if path.is_dir():
-        with _naming(path):
-            source = _inspect_folder(path, load)
-    elif load.load_format == "safetensors":
+    if load.load_format == "safetensors" and not path.is_dir():
         raise StartupError(f"--load-format safetensors, but {path} is a GGUF file.\nUse --load-format auto.")
-    else:
-        with _naming(path):
-            source = _inspect_gguf(path, load)
-    if load.upcycle_experts is not None:
-        moe = _upcycled(source.stored_config, load.upcycle_experts, load.upcycle_topk)
-        source = dataclasses.replace(source, config=dataclasses.replace(source.config, moe=moe))
-    return source
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Prefixes errors that do not say which model they are about."""
     try:
-        yield
+        source = _inspect_folder(path, load) if path.is_dir() else _inspect_gguf(path, load)
     except StartupError as e:
         if str(path) in str(e):
             raise
         raise StartupError(f"{path}: {e}") from e
+    if load.upcycle_experts is not None:
+        moe = _upcycled(source.stored_config, load.upcycle_experts, load.upcycle_topk)
+        source = dataclasses.replace(source, config=dataclasses.replace(source.config, moe=moe))
+    return source
 
 
 def _with_drafts(config: ModelConfig, num: int) -> ModelConfig:
@@ -136,7 +117,7 @@ def _inspect_gguf(path: Path, load: LoadConfig) -> ModelSource:
         return ModelSource("dummy", path, config, config)
     return ModelSource(
         "gguf", path, config, config, quantization=suggested_quantization(files),
-        plan=tuple(plan_weights(config, GGUF_WEIGHTS, stored_shapes(files), GGUF_IGNORABLE)), gguf=tuple(files),
+        plan=tuple(plan_gguf(config, files)), gguf=tuple(files),
         interleaved_heads=interleaved_heads(files[0].metadata["general.architecture"], config),
     )  # fmt: skip
 

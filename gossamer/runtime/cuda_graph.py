@@ -58,7 +58,8 @@ class GraphPool:
         attends: list[Attend] = []
         result: list[Any] = []
         iterator = pieces(result)
-        with self._pool_kept():
+        torch.cuda.empty_cache()  # what is cached is then free for the captures
+        try:
             while True:
                 graph = torch.cuda.CUDAGraph()
                 with self._capturing(graph):
@@ -68,6 +69,9 @@ class GraphPool:
                     break
                 attends.append(attend)
             self._graphs[key] = (graphs, attends, result[0])
+        finally:
+            if not self._graphs:  # a capture that failed ended the pool with it
+                self._pool = torch.cuda.graph_pool_handle()
 
     def replay(self, key: Key, plan: Any = None) -> Any:
         """Runs the pieces with the attention of this step's plan between them; what they computed, filled anew."""
@@ -84,16 +88,6 @@ class GraphPool:
         self._graphs.clear()
         # A pool ends with its last graph.
         self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def _pool_kept(self) -> Iterator[None]:
-        """Around the captures of a bucket: gives them the memory that is cached, and survives their failure."""
-        torch.cuda.empty_cache()
-        try:
-            yield
-        finally:
-            if not len(self):
-                self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gossamer.config import EngineConfig
 from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, ScheduledRow, StepResult
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import Attend, Chunks, PagedPlan
@@ -24,8 +25,7 @@ from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, tok
 from gossamer.runtime.device_sampler import DeviceSampler
 from gossamer.runtime.drafts import pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, PromptLogprobs, step_result
-from gossamer.runtime.prompt_logprobs import prompt_logprobs
-from gossamer.runtime.sampler import Sampler
+from gossamer.runtime.sampler import Sampler, prompt_logprobs
 from gossamer.runtime.step_inputs import RING, StepInputs
 
 logger = logging.getLogger(__name__)
@@ -56,16 +56,15 @@ class _Slot:
 
 
 class CudaRunner:
-    """Runs batches in order on one device. `max_num_tokens` is the scheduler's token budget."""
+    """Runs batches in order on one device. `config` is resolved."""
 
-    def __init__(
-        self, decoder: Decoder, *, max_num_seqs: int, max_num_tokens: int, max_model_len: int, page_size: int,
-        enforce_eager: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+        max_num_seqs, max_num_tokens = config.scheduler.max_num_seqs or 1, config.scheduler.max_num_batched_tokens or 1
+        self._max_num_tokens, self._max_model_len = max_num_tokens, config.load.max_model_len or 1
         self.decoder = decoder
         self.device = device = decoder.fmt.device
         self._on_gpu = device.type == "cuda"
-        max_pages = -(-max_model_len // page_size)
+        max_pages = -(-self._max_model_len // config.cache.page_size)
         self._drafts = decoder.drafter is not None
         self._width = 1 + self._drafts
         max_rows = max_num_seqs * self._width
@@ -76,11 +75,11 @@ class CudaRunner:
         # Last tokens, drafts, and what nobody reads; one slot more than there are is that of padding.
         self._tokens = torch.zeros(3, max_num_seqs + 1, dtype=torch.int64, device=device)
         self.last_token, self.draft_token, self._unread = self._tokens[:, :max_num_seqs]
-        self._max_model_len, self._max_num_tokens = max_model_len, max_num_tokens
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
         self._buckets = decode_buckets(max_num_seqs)
         self._token_buckets = token_buckets(min(MAX_PIECEWISE_TOKENS, max_num_tokens))
-        self._graphs = GraphPool(device) if self._on_gpu and not enforce_eager else None
+        eager = config.enforce_eager or config.ops_backend == "reference"
+        self._graphs = GraphPool(device) if self._on_gpu and not eager else None
         self._uncaptured: set[tuple[str, int]] = set()
         self._workspace = ATTENTION_KINDS[decoder.config.attention].workspace(decoder.config, max_rows, device)
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
@@ -187,8 +186,7 @@ class CudaRunner:
         slot.tokens[:num_sampling].copy_(sampled[:num_sampling], non_blocking=True)
         if bonus is not None:
             slot.tokens[len(slot.tokens) // 2 :][:num_sampling].copy_(bonus[:num_sampling], non_blocking=True)
-        if slot.end is not None:
-            slot.end.record()
+        _record(slot.end)
         prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
         slot.in_use = True
         return _StepFuture(slot, lambda: self.finish(batch, slot, logprobs, prompt, host_start), self.diagnose)

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future
+from itertools import accumulate
 
 import torch
 
@@ -12,8 +13,7 @@ from gossamer.models.decoder import Decoder
 from gossamer.ops.sampling import argmax
 from gossamer.runtime.drafts import is_draft, pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, step_result
-from gossamer.runtime.prompt_logprobs import prompt_logprobs
-from gossamer.runtime.sampler import Sampler
+from gossamer.runtime.sampler import Sampler, prompt_logprobs
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, AttentionBatch]
 
@@ -126,11 +126,8 @@ class ModelRunner:
         """The hidden states of the last token of each row that samples."""
         if hidden.shape[0] == len(rows) and all(row.samples for row in rows):
             return hidden
-        last, end = [], 0
-        for row in rows:
-            end += row.num_tokens
-            if row.samples:
-                last.append(end - 1)
+        ends = accumulate(row.num_tokens for row in rows)
+        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         return hidden[torch.tensor(last, device=self.device)]
 
     def _remember(self, rows: list[ScheduledRow], sampled: torch.Tensor) -> None:

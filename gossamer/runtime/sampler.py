@@ -4,7 +4,7 @@ What most requests need lives in small host arrays; masks, biases and token coun
 for them. Randomness is a hash of (seed, output index), so a request's tokens depend on nothing but the request.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.core import AdmittedSequence, SamplingParams, ScheduledRow, TokenLogprobs
+from gossamer.models.decoder import Decoder
 from gossamer.ops.sampling import apply_penalties, argmax, sample, token_logprobs, uniform
-from gossamer.runtime.executor import Logprobs
+from gossamer.runtime.executor import Logprobs, PromptLogprobs
 
 _SLOT = np.dtype([
     ("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8"), ("seed", "u8"), ("min_tokens", "i8"),
     ("num_logprobs", "i8"), ("edited", "?"), ("simple", "?"),
 ])  # fmt: skip
 """Edited: its logits are changed before the draw. Simple: greedy, and nothing else is asked for."""
+
+_CHUNK = 64
+"""Rows of prompt log-probabilities at once: bounds the [rows, vocab_size] temporaries."""
 
 
 class Sampler:
@@ -203,6 +207,33 @@ class _PenaltyTable:
             for t in (self._prompt, self._counts)
         )
         self._free += range(old, old + extra)
+
+
+def prompt_logprobs(
+    decoder: Decoder, sampler: Sampler, sequences: Sequence[AdmittedSequence | None], hidden: torch.Tensor,
+    rows: list[ScheduledRow],
+) -> PromptLogprobs:  # fmt: skip
+    """Per row of the step, of each prompt token that follows a computed position; None if no request asks.
+
+    `sequences` by slot; `hidden` [num_tokens, hidden_size] of the packed rows.
+    """
+    result: PromptLogprobs = None
+    start = 0
+    for i, row in enumerate(rows):
+        first, start = start, start + row.num_tokens
+        sequence = sequences[row.slot]
+        if row.is_decode or sequence is None or sequence.params.prompt_logprobs is None:
+            continue
+        following = sequence.prompt_token_ids[row.start_pos + 1 : row.start_pos + row.num_tokens + 1]
+        entries: list[TokenLogprobs] = []
+        for low in range(0, len(following), _CHUNK):
+            part = following[low : low + _CHUNK]
+            logits = decoder.logits(hidden[first + low : first + low + len(part)])
+            entries += sampler.prompt_logprobs(logits, torch.tensor(part), sequence.params.prompt_logprobs)
+        if result is None:
+            result = [None] * len(rows)
+        result[i] = entries
+    return result
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:

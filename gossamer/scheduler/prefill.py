@@ -1,6 +1,6 @@
 """Prefill rows: who is admitted, and how the prompts being computed share what is left of the token budget."""
 
-from gossamer.core import AdmittedSequence, Request, ScheduledBatch, ScheduledRow
+from gossamer.core import Request, ScheduledBatch, ScheduledRow
 from gossamer.scheduler.sequences import Sequences
 
 # Requests that wait for another's prefix may be overtaken; a step looks past this many of them at most.
@@ -13,14 +13,13 @@ def schedule_prefills(sequences: Sequences, batch: ScheduledBatch, budget: int, 
     left = budget
     for request in prefills:
         left -= _share(request.num_prefill_tokens - request.num_computed_tokens, left, sequences.page_size)
-    admitted = _admit(sequences, left, chunked=chunked)
-    prefills += [request for request, _ in admitted]
+    num_begun = len(prefills)
+    prefills += _admit(sequences, batch, left, chunked=chunked)
     wanted = [request.num_prefill_tokens - request.num_computed_tokens for request in prefills]
     grants = split_budget(wanted, budget, sequences.page_size) if chunked else wanted
-    announced = {id(request): sequence for request, sequence in admitted}
-    for request, grant in zip(prefills, grants, strict=True):
+    for i, (request, grant) in enumerate(zip(prefills, grants, strict=True)):
         if grant:
-            _add_row(batch, request, grant, announced.get(id(request)))
+            _add_row(batch, request, grant, request.page_ids.copy() if i >= num_begun else [])
 
 
 def split_budget(wanted: list[int], budget: int, page_size: int) -> list[int]:
@@ -45,13 +44,13 @@ def _share(wanted: int, left: int, page_size: int) -> int:
     return min(wanted, max(left // 2, min(left, page_size)))
 
 
-def _admit(sequences: Sequences, budget: int, *, chunked: bool) -> list[tuple[Request, AdmittedSequence]]:
-    """Admits waiting requests in order of arrival while each of them gets tokens, a slot and all its pages.
+def _admit(sequences: Sequences, batch: ScheduledBatch, budget: int, *, chunked: bool) -> list[Request]:
+    """Admits waiting requests, in order of arrival, while each of them gets tokens, a slot and all its pages.
 
     The first that lacks pages ends it: a later, smaller one may not take them. A request whose next page a running
     prefill is about to compute waits for that page instead of computing it twice; it may be overtaken meanwhile.
     """
-    admitted: list[tuple[Request, AdmittedSequence]] = []
+    admitted: list[Request] = []
     overtaken = 0
     while budget > 0 and sequences.free_slots and overtaken < min(len(sequences.waiting), MAX_OVERTAKEN):
         request = sequences.waiting[overtaken]
@@ -65,19 +64,18 @@ def _admit(sequences: Sequences, budget: int, *, chunked: bool) -> list[tuple[Re
         num_tokens = request.num_known_tokens - len(cached) * sequences.page_size
         if (not chunked and num_tokens > budget) or not sequences.fits(request, cached):
             break
-        admitted.append((request, sequences.admit(request, cached)))
+        batch.admitted.append(sequences.admit(request, cached))
+        admitted.append(request)
         budget -= _share(num_tokens, budget, sequences.page_size) if chunked else num_tokens
     return admitted
 
 
-def _add_row(batch: ScheduledBatch, request: Request, num: int, admitted: AdmittedSequence | None) -> None:
+def _add_row(batch: ScheduledBatch, request: Request, num: int, new_page_ids: list[int]) -> None:
     start = request.num_computed_tokens
     stop = start + num
     samples, output_index = stop == request.num_prefill_tokens, len(request.output_token_ids)
-    token_ids, pages = request.known_token_ids(start, stop), request.page_ids.copy() if admitted is not None else []
-    batch.rows.append(ScheduledRow(request.slot, start, num, token_ids, pages, samples, output_index))
+    token_ids = request.known_token_ids(start, stop)
+    batch.rows.append(ScheduledRow(request.slot, start, num, token_ids, new_page_ids, samples, output_index))
     batch.requests.append(request)
-    if admitted is not None:
-        batch.admitted.append(admitted)
     request.num_computed_tokens = stop
     request.num_in_flight += samples

@@ -7,18 +7,8 @@ scheduled before the results of the one before it are known.
 import dataclasses
 from collections import deque
 
-from gossamer.config import SchedulerConfig
-from gossamer.core import (
-    EngineStats,
-    InvalidRequest,
-    Request,
-    RequestStatus,
-    ScheduledBatch,
-    StartupError,
-    StepResult,
-    TokenLogprobs,
-    TokenOutput,
-)
+from gossamer.config import EngineConfig
+from gossamer.core import EngineStats, InvalidRequest, Request, RequestStatus, ScheduledBatch, StepResult, TokenOutput
 from gossamer.scheduler.decode import schedule_decodes
 from gossamer.scheduler.prefill import schedule_prefills
 from gossamer.scheduler.sequences import Sequences
@@ -37,39 +27,22 @@ class Scheduler:
     scheduled after that is computed for nothing and its result is discarded.
     """
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        *,
-        num_pages: int,
-        page_size: int,
-        max_model_len: int,
-        enable_prefix_caching: bool,
-        num_drafts: int = 0,
-    ) -> None:
-        if config.max_num_seqs is None or config.max_num_batched_tokens is None:
+    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+        """`config` is resolved."""
+        scheduler, capacity = config.scheduler, num_pages * config.cache.page_size
+        if scheduler.max_num_seqs is None or scheduler.max_num_batched_tokens is None:
             raise ValueError("the scheduler needs a resolved config")
-        if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
-            raise StartupError(
-                f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-model-len "
-                f"{max_model_len}, and chunked prefill is off.\nRaise --max-num-batched-tokens to {max_model_len}."
-            )
-        self._budget = config.max_num_batched_tokens
-        self._chunked = config.enable_chunked_prefill
-        self._max_model_len = min(max_model_len, num_pages * page_size)
-        self._sequences = Sequences(
-            num_slots=config.max_num_seqs,
-            num_pages=num_pages,
-            page_size=page_size,
-            enable_prefix_caching=enable_prefix_caching,
-            lookahead=num_drafts,
-        )
-        self._num_drafts = num_drafts
+        self._budget = scheduler.max_num_batched_tokens
+        self._chunked = scheduler.enable_chunked_prefill
+        self._num_drafts = config.load.num_speculative_tokens
+        self._max_model_len = min(config.load.max_model_len or capacity, capacity)
+        self._sequences = Sequences(config.cache, scheduler.max_num_seqs, num_pages, lookahead=self._num_drafts)
         self._in_flight: deque[ScheduledBatch] = deque()
         self._num_void = 0
         """Oldest batches in flight whose results are discarded, for an earlier one failed."""
         self._next_step_id = 0
-        self._counted = EngineStats(num_pages=num_pages)
+        self.counted = self._sequences.counted
+        """Totals so far; `stats` adds what is so at the moment."""
 
     @property
     def num_waiting(self) -> int:
@@ -141,20 +114,20 @@ class Scheduler:
         if result.step_id != batch.step_id or len(result.token_ids) != len(batch.rows):
             raise ValueError(f"result of step {result.step_id} does not match batch {batch.step_id}")
         void = self._pop_oldest(batch)
-        self._counted.num_steps += 1
-        self._counted.device_seconds += result.device_seconds
+        self.counted.num_steps += 1
+        self.counted.device_seconds += result.device_seconds
         if void:
             return []
         outputs = []
         for index, (row, request) in enumerate(zip(batch.rows, batch.requests, strict=True)):
             if row.token_ids:
                 prompt_end = min(row.start_pos + row.num_tokens, request.num_prompt_tokens)
-                self._counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
+                self.counted.num_prompt_tokens += max(prompt_end - row.start_pos, 0)
             bonus = -1
             if result.bonus_ids is not None:
                 bonus = result.bonus_ids[index]
-                self._counted.spec_decode_num_drafts += row.drafts
-                self._counted.spec_decode_num_accepted_tokens += bonus >= 0
+                self.counted.spec_decode_num_drafts += row.drafts
+                self.counted.spec_decode_num_accepted_tokens += bonus >= 0
             if request.status is RequestStatus.FINISHED:
                 continue
             entries = result.prompt_logprobs[index] if result.prompt_logprobs is not None else None
@@ -162,9 +135,7 @@ class Scheduler:
                 # Entry j belongs to position start_pos + j: a recomputed chunk overwrites what it computed before.
                 request.prompt_logprobs[row.start_pos : row.start_pos + len(entries)] = entries
             if row.samples:
-                logprobs = result.logprobs[index] if result.logprobs is not None else None
-                token_ids = [result.token_ids[index], bonus] if bonus >= 0 else [result.token_ids[index]]
-                outputs.append(self._append(request, token_ids, logprobs))
+                outputs.append(self._append(request, result, index, bonus))
         return outputs
 
     def fail(self, batch: ScheduledBatch, message: str) -> list[TokenOutput]:
@@ -174,7 +145,7 @@ class Scheduler:
         the content of the prefix cache.
         """
         void = self._pop_oldest(batch)
-        self._counted.num_steps += 1
+        self.counted.num_steps += 1
         if void:
             return []
         unfinished = [request for request in batch.requests if request.status is not RequestStatus.FINISHED]
@@ -190,16 +161,8 @@ class Scheduler:
         return outputs
 
     def stats(self) -> EngineStats:
-        sequences = self._sequences
-        return dataclasses.replace(
-            self._counted,
-            num_running=len(sequences.running),
-            num_waiting=len(sequences.waiting),
-            num_pages_in_use=sequences.pool.num_in_use,
-            prefix_cache_queries=sequences.num_cache_queries,
-            prefix_cache_hits=sequences.num_cache_hits,
-            num_preemptions=sequences.num_preemptions,
-        )
+        running, waiting, in_use = self.num_running, self.num_waiting, self._sequences.pool.num_in_use
+        return dataclasses.replace(self.counted, num_running=running, num_waiting=waiting, num_pages_in_use=in_use)
 
     def _pop_oldest(self, batch: ScheduledBatch) -> bool:
         """Takes a batch out of flight; true if its result is void."""
@@ -210,7 +173,9 @@ class Scheduler:
         self._num_void -= void
         return void
 
-    def _append(self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _append(self, request: Request, result: StepResult, index: int, bonus: int) -> TokenOutput:
+        """Takes in what row `index` sampled, and the token behind its draft."""
+        token_ids = [result.token_ids[index], bonus] if bonus >= 0 else [result.token_ids[index]]
         if token_ids[0] < 0:
             self._sequences.distrust(request)
             return self._finish_with_error(request, _NO_TOKEN)
@@ -222,7 +187,7 @@ class Scheduler:
             if request.finish_reason is not None:
                 break
         token_ids = request.output_token_ids[output_index:]
-        self._counted.num_generation_tokens += len(token_ids)
+        self.counted.num_generation_tokens += len(token_ids)
         if request.status is RequestStatus.RUNNING:
             request.num_computed_tokens += len(token_ids) - 1
             self._sequences.register_full_pages(request)
@@ -230,8 +195,9 @@ class Scheduler:
             self._sequences.finish(request)
         output = TokenOutput(request.request_id, token_ids, request.finish_reason, request.stop_reason)
         output.num_cached_tokens, output.queue_seconds = request.num_cached_tokens, request.queue_seconds
-        if logprobs is not None and request.params.logprobs is not None:
-            output.logprobs = [logprobs]
+        entry = None if result.logprobs is None else result.logprobs[index]
+        if entry is not None and request.params.logprobs is not None:
+            output.logprobs = [entry]
         if output_index == 0 and request.params.prompt_logprobs is not None:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         return output

@@ -7,7 +7,8 @@ tokens is decided in prefill.py and decode.py.
 import heapq
 from bisect import bisect_left, insort
 
-from gossamer.core import AdmittedSequence, Request, RequestStatus
+from gossamer.config import CacheConfig
+from gossamer.core import AdmittedSequence, EngineStats, Request, RequestStatus
 from gossamer.kv_cache.pages import PagePool
 from gossamer.kv_cache.prefix import PrefixCache, page_digest, root_digest
 
@@ -22,21 +23,17 @@ def arrival(request: Request) -> tuple[float, int]:
 class Sequences:
     """All unfinished requests and the pages and slots they hold. `waiting` and `running` are in order of arrival."""
 
-    def __init__(
-        self, *, num_slots: int, num_pages: int, page_size: int, enable_prefix_caching: bool, lookahead: int = 0
-    ) -> None:
+    def __init__(self, config: CacheConfig, num_slots: int, num_pages: int, *, lookahead: int) -> None:
         """lookahead: of how many tokens behind a page its content is made too (a draft layer's KV: 1)."""
-        self.page_size = page_size
+        self.page_size = config.page_size
         self._lookahead = lookahead
         self.pool = PagePool(num_pages)
-        self.prefix_cache = PrefixCache(self.pool) if enable_prefix_caching else None
+        self.prefix_cache = PrefixCache(self.pool) if config.enable_prefix_caching else None
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.by_id: dict[str, Request] = {}
         self.free_slots = list(range(num_slots))
-        self.num_preemptions = 0
-        self.num_cache_queries = 0
-        self.num_cache_hits = 0
+        self.counted = EngineStats(num_pages=num_pages)
         self._num_arrivals = 0
 
     def enqueue(self, request: Request) -> None:
@@ -93,8 +90,8 @@ class Sequences:
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = request.num_computed_tokens
             if self.prefix_cache is not None and not _needs_prompt_logprobs(request):
-                self.num_cache_queries += request.num_prompt_tokens
-                self.num_cache_hits += request.num_computed_tokens
+                self.counted.prefix_cache_queries += request.num_prompt_tokens
+                self.counted.prefix_cache_hits += request.num_computed_tokens
         return AdmittedSequence(
             request.slot, request.request_id, request.prompt_token_ids, request.output_token_ids.copy(),
             request.params, request.seed, request.stop_token_ids,
@@ -114,7 +111,7 @@ class Sequences:
         self._leave(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        self.counted.num_preemptions += 1
         insort(self.waiting, request, key=arrival)
 
     def finish(self, request: Request) -> None:

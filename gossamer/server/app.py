@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gossamer import __version__
@@ -52,18 +51,12 @@ def run_server(server: ServerConfig, engine: EngineConfig, *, factory: str = DEF
     """
     _check(server)
     _set_up_logging(server.log_level)
-    listener = claim_port(server)
-    try:
+    with claim_port(server) as listener:
         llm = AsyncLLM(config=engine, chat_template=server.chat_template, factory=factory, log_level=server.log_level)
-        try:
+        with contextlib.closing(llm):
             import uvloop
 
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_Server(server, engine, llm, listener).run())
-        finally:
-            llm.close()
-    finally:
-        listener.close()
+            uvloop.run(_Server(server, engine, llm, listener).run())
 
 
 class _Server:
@@ -93,7 +86,7 @@ class _Server:
             await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
-                dying = asyncio.create_task(self._llm.wait_dead())
+                dying = asyncio.create_task(self._llm.dead.wait())
                 await asyncio.wait({serving, dying, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 dying.cancel()
                 if not stopping.done() and not serving.done():
@@ -105,9 +98,6 @@ class _Server:
             # A model that has not loaded, or an engine that has died, leaves nothing to drain.
             self._http.force_exit = self._http.force_exit or not self._llm.is_ready
             await serving
-        await self._leave()
-
-    async def _leave(self) -> None:
         if self._signals > 1:
             # Still open requests are cut off; the status says so.
             raise SystemExit(1)
@@ -180,14 +170,8 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
 
     from gossamer.server.http import HttpProtocol
 
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            # Ours to handle: uvicorn would raise them again at the end, before the engine is stopped.
-            yield
-
     protocol = functools.partial(HttpProtocol, receive_timeout=config.receive_timeout, send_timeout=config.send_timeout)
-    return Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=protocol,  # type: ignore[arg-type]
@@ -201,6 +185,9 @@ def _uvicorn_server(app: object, config: ServerConfig) -> uvicorn.Server:
             timeout_graceful_shutdown=math.ceil(config.drain_timeout),
         )
     )
+    # Ours to handle: uvicorn would raise them again at the end, before the engine is stopped.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    return server
 
 
 def _set_up_logging(level: str) -> None:

@@ -14,15 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
-from gossamer.core import (
-    EngineDead,
-    EngineOverloaded,
-    EngineStats,
-    FinishReason,
-    InvalidRequest,
-    RequestFailed,
-    SamplingParams,
-)
+from gossamer.core import EngineDead, EngineOverloaded, EngineStats, InvalidRequest, RequestFailed, SamplingParams
 from gossamer.engine import messages
 from gossamer.engine.client import EngineClient
 from gossamer.engine.info import EngineInfo, ProgressCallback
@@ -90,7 +82,7 @@ class AsyncLLM:
         self._tokenizer: Tokenizer | None = None
         self._processor = OutputProcessor(None)
         self._streams: dict[str, _OutputStream] = {}
-        self._dead = asyncio.Event()
+        self.dead = asyncio.Event()
         self.max_prompt_chars = 0
         """A longer text cannot fit into the context, whatever its tokens are."""
         self.stats = EngineStats()
@@ -166,10 +158,6 @@ class AsyncLLM:
         """Tells `observer` of the times of every sample from now on."""
         self._processor.observer = observer
 
-    async def wait_dead(self) -> None:
-        """Returns when the engine has died."""
-        await self._dead.wait()
-
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, *,
         cache_salt: str | None = None, mode: OutputMode = "cumulative",
@@ -224,7 +212,7 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request, if it still runs: its pages are free before the engine's next step."""
-        self._fail(request_id, RequestFailed(f"The request {request_id!r} was aborted."), "abort")
+        self._fail(request_id, RequestFailed(f"The request {request_id!r} was aborted."), aborted=True)
         self._streams.pop(request_id, None)
 
     async def shutdown(self, timeout: float = 5.0) -> None:
@@ -253,7 +241,12 @@ class AsyncLLM:
             case messages.Outputs():
                 self._on_outputs(message)
             case messages.Refused():
-                self._on_refused(message)
+                error: Exception = RequestFailed(message.message)
+                if message.status == 400:
+                    error = InvalidRequest(message.message, message.param, message.code)
+                elif message.status == 503:
+                    error = EngineOverloaded(message.message, message.retry_after)
+                self._fail(self._processor.request_of(message.request_id), error)
             case _:
                 logger.debug("unexpected message: %r", message)
 
@@ -264,7 +257,7 @@ class AsyncLLM:
         errors = {self._processor.request_of(o.request_id): o.error for o in message.outputs if o.error is not None}
         states, stopped = self._processor.process(message.outputs)
         for request_id, error in errors.items():
-            self._fail(request_id, RequestFailed(error), "error")
+            self._fail(request_id, RequestFailed(error))
         if stopped:
             self._client.abort(stopped)
         for state in states:
@@ -272,29 +265,21 @@ class AsyncLLM:
             if stream is not None:
                 stream.put(state)
 
-    def _on_refused(self, message: messages.Refused) -> None:
-        error: Exception = RequestFailed(message.message)
-        if message.status == 400:
-            error = InvalidRequest(message.message, message.param, message.code)
-        elif message.status == 503:
-            error = EngineOverloaded(message.message, message.retry_after)
-        self._fail(self._processor.request_of(message.request_id), error, "error")
-
     def _on_death(self, why: str) -> None:
         logger.error("%s", why)
         self.death = why
         self._fail_all(why)
-        self._dead.set()
+        self.dead.set()
 
     def _fail_all(self, why: str) -> None:
         for request_id in list(self._streams):
-            self._fail(request_id, EngineDead(why), "error")
+            self._fail(request_id, EngineDead(why))
 
-    def _fail(self, request_id: str | None, error: Exception, reason: FinishReason) -> None:
+    def _fail(self, request_id: str | None, error: Exception, *, aborted: bool = False) -> None:
         """Ends a request early, if it still runs: in the engine, in the output processor, and for its reader."""
         if request_id is None:
             return
-        children = self._processor.abort(request_id, reason)
+        children = self._processor.abort(request_id, "abort" if aborted else "error")
         if children:
             self._client.abort(children)
         stream = self._streams.get(request_id)

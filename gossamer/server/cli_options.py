@@ -7,6 +7,7 @@ library and the config are imported: `--help` must be instant.
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import shutil
 import types
@@ -61,7 +62,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None = None) -> None:
         usage = f"{prog} [MODEL] [flags]"
-        super().__init__(prog, usage, description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        width = min(110, shutil.get_terminal_size().columns)
+        formatter = functools.partial(argparse.HelpFormatter, max_help_position=36, width=width)
+        super().__init__(prog, usage, description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
         found = re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL)
@@ -75,12 +78,6 @@ class Parser(argparse.ArgumentParser):
     @property
     def flags(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str, **options: Any) -> None:
-        width = min(110, shutil.get_terminal_size().columns)
-        super().__init__(prog, max_help_position=36, width=width, **options)
 
 
 def parse_size(text: str) -> int:
@@ -153,11 +150,10 @@ def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any, *, size
     elif get_origin(kind) is Literal:
         choices = get_args(kind)
         options |= {"type": _choice_parser(choices), "metavar": "{" + ",".join(choices) + "}"}
+    elif kind is int and size:
+        options |= {"type": parse_size, "metavar": "SIZE"}
     elif kind is int:
-        options |= {
-            "type": parse_size if size else _number_parser(int, "a whole number"),
-            "metavar": "SIZE" if size else "N",
-        }
+        options |= {"type": _number_parser(int, "a whole number"), "metavar": "N"}
     elif kind is float:
         options |= {"type": _number_parser(float, "a number"), "metavar": "X"}
     elif kind is str:

@@ -86,7 +86,10 @@ def tokenizer_from_metadata(metadata: dict[str, Any], path: Path) -> TokenizerPa
             f"its tokenizer is of kind {kind!r}; gpt2 and llama are supported.\n"
             "Name a folder with the model's tokenizer.json with --tokenizer."
         )
-    _add_special(backend, tokens, types)
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _UNKNOWN)]
+    user = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in user])
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: get.special_id(key, len(tokens)) for name, key in names.items()}
     bos, end = ids["bos_token"], ids["eos_token"]
@@ -170,13 +173,6 @@ def _sentencepiece(get: _Metadata, tokens: list[str], types: list[int], vocab: d
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
-
-
-def _add_special(backend: Backend, tokens: list[str], types: list[int]) -> None:
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _UNKNOWN)]
-    user = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in user])
 
 
 def _chat_templates(metadata: dict[str, Any]) -> dict[str, str]:

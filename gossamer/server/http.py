@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -33,7 +33,7 @@ async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
         code="request_too_large",
         close=True,
     )
-    if "expect" in request.headers and _declared_length(request) > max_bytes:
+    if "expect" in request.headers and int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large
     body, size = bytearray(), 0
     try:
@@ -48,11 +48,6 @@ async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
     if size > max_bytes:
         raise too_large
     return bytes(body)
-
-
-def _declared_length(request: Request) -> int:
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() and len(declared) < 20 else 0
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -75,7 +70,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events. Closes `source`, which feeds `events`, as soon as the client leaves.
 
     Closing `events` alone would not do: a generator that has not been started yet runs no clean-up.
@@ -84,36 +79,25 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
         self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with contextlib.suppress(ClientDisconnect):
-                await unless_disconnected(receive, self._send_all(send))
+                await unless_disconnected(receive, self.stream_response(send))
         except asyncio.CancelledError:
             await _last_words(send({"type": "http.response.body", "body": error_event(SHUTTING_DOWN)}))
         finally:
             await self._events.aclose()
             await self._source.aclose()
 
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-class Interruptible:
+def interruptible(app: ASGIApp) -> ASGIApp:
     """Answers 503 to a request that is cancelled because the server will not wait for it any longer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -122,10 +106,12 @@ class Interruptible:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched_send)
+            await app(scope, receive, watched_send)
         except asyncio.CancelledError:
             if not started:
                 await _last_words(SHUTTING_DOWN.response()(scope, receive, send))
+
+    return call
 
 
 async def _last_words(sending: Awaitable[None]) -> None:
@@ -154,39 +140,32 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._watch_headers()
+        self._watch(self._on_header_timeout, self._receive_timeout)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch_headers()
+        self._watch(self._on_header_timeout, None if self._answering else self._receive_timeout)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_timer(self._send_timeout, self._on_stall)
+        self._watch(self._on_stall, self._send_timeout)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_timer(self._on_stall)
+        self._watch(self._on_stall, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer(self._on_header_timeout)
-        self._cancel_timer(self._on_stall)
+        self._watch(self._on_header_timeout, None)
+        self._watch(self._on_stall, None)
         super().connection_lost(exc)
 
-    def _watch_headers(self) -> None:
-        if self._answering:
-            self._cancel_timer(self._on_header_timeout)
-        else:
-            self._start_timer(self._receive_timeout, self._on_header_timeout)
-
-    def _start_timer(self, seconds: float, action: Callable[[], None]) -> None:
-        if action not in self._timers:
+    def _watch(self, action: Callable[[], None], seconds: float | None) -> None:
+        """`action` follows in so many seconds, if it is not to follow already; None: it will not."""
+        if seconds is None:
+            if (timer := self._timers.pop(action, None)) is not None:
+                timer.cancel()
+        elif action not in self._timers:
             self._timers[action] = self.loop.call_later(seconds, action)
-
-    def _cancel_timer(self, action: Callable[[], None]) -> None:
-        timer = self._timers.pop(action, None)
-        if timer is not None:
-            timer.cancel()
 
     def _on_header_timeout(self) -> None:
         self._timers.pop(self._on_header_timeout)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from gossamer import __version__
-from gossamer.config import EngineConfig, ModelConfig, resolve, with_attention
+from gossamer.config import EngineConfig, ModelConfig
 from gossamer.core import StartupError
-from gossamer.engine.build import estimate_weight_bytes, weight_format
+from gossamer.engine.build import estimate_weight_bytes, inspect, weight_format
 from gossamer.kv_cache.ledger import human, plan_memory
 from gossamer.models.decoder import ATTENTION_KINDS
-from gossamer.models.loader import inspect_model
 from gossamer.models.shapes import expected_shapes
 from gossamer.runtime import ceilings
 from gossamer.runtime.hardware import available_memory, detect, physical_cores
@@ -39,10 +38,8 @@ def model_report(config: EngineConfig) -> dict[str, Any]:
     A plan that does not fit is reported with its arithmetic (`refused`), not raised. Weight bytes are estimated from
     the shapes.
     """
-    source = inspect_model(config.load)
-    hardware = detect(config.device)
-    model = with_attention(config, hardware, source.config)
-    config = resolve(config, hardware, model)
+    config, source, hardware = inspect(config)
+    model = source.config
     fmt = weight_format(config, hardware, source)
     layout = ATTENTION_KINDS[model.attention].kv_layout(model, config.cache.kv_cache_dtype)
     weights = estimate_weight_bytes(model, fmt)

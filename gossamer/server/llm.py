@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from typing import Any, Self
 
 from gossamer.config import EngineConfig, make_engine_config
-from gossamer.core import EngineDead, EngineStats, InvalidRequest, SamplingParams
+from gossamer.core import EngineDead, EngineStats, InvalidRequest, RequestFailed, SamplingParams
 from gossamer.engine.build import build_engine
 from gossamer.models.hf_folder import default_sampling
 from gossamer.models.resolve import resolve_paths
-from gossamer.server.outputs import OutputProcessor, RequestOutput
+from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,14 +62,12 @@ class LLM:
         self._show_progress = not config.disable_progress
         with progress_on_terminal(self._show_progress) as on_progress:
             self._engine, self.info = build_engine(config, on_progress)
-        self._ids = count()
+        self._ids = itertools.count()
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Completes every prompt; results come in the order of the prompts.
 
         Args:
@@ -82,13 +79,35 @@ class LLM:
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if sampling_params is None:
             sampling_params = self._default_sampling
-        jobs = []
-        for index, (prompt, params) in enumerate(zip(listed, _spread(sampling_params, len(listed)), strict=True)):
-            # Cheap checks first: a prompt is encoded only for parameters that can be served.
-            self._engine.limits.check_params(params)
-            text, token_ids, cache_salt = self._read_prompt(prompt, index)
-            jobs.append(_Job(text, token_ids, params, cache_salt))
-        return self._run(jobs, use_tqdm)
+        spread = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(spread) != len(listed):
+            raise InvalidRequest(
+                f"There are {len(listed)} prompts but {len(spread)} sampling_params. Give one, or one for each prompt.",
+                "sampling_params",
+            )
+        jobs = [self._job(i, prompt, params) for i, (prompt, params) in enumerate(zip(listed, spread, strict=True))]
+        results: dict[int, RequestOutput] = {}
+        show_progress = use_tqdm and self._show_progress
+        with (
+            count_on_terminal("Generating", len(jobs), show_progress) as show,
+            contextlib.closing(self._run(jobs, "final")) as steps,
+        ):
+            for step in steps:
+                results.update(step)
+                show(len(results))
+        return [results[index] for index in range(len(jobs))]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[str, None, None]:
+        """The text of a prompt's first output, as it comes. Closing the generator ends the request.
+
+        Raises: InvalidRequest if the prompt cannot be served, RequestFailed if a step of it failed.
+        """
+        params = sampling_params or self._default_sampling
+        with contextlib.closing(self._run([self._job(0, prompt, params)], "delta")) as steps:
+            for _, output in itertools.chain.from_iterable(steps):
+                yield from (choice.text for choice in output.outputs)
+                if output.error is not None:
+                    raise RequestFailed(output.error)
 
     def chat(
         self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -101,13 +120,10 @@ class LLM:
         Raises: InvalidRequest for malformed messages or a model without a chat template.
         """
         conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
-        encode = partial(
-            self.get_tokenizer().apply_chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        prompts = [{"prompt_token_ids": encode(conversation)} for conversation in conversations]
+        options: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        options["add_generation_prompt"] = add_generation_prompt
+        apply = self.get_tokenizer().apply_chat_template
+        prompts = [{"prompt_token_ids": apply(conversation, **options)} for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -138,7 +154,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _read_prompt(self, prompt: Prompt, index: int) -> tuple[str | None, list[int], str | None]:
+    def _job(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
+        # Cheap checks first: a prompt is encoded only for parameters that can be served.
+        self._engine.limits.check_params(params)
         parts: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         unknown = set(parts) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
@@ -152,9 +170,10 @@ class LLM:
                 f"got {type(prompt).__name__}.",
                 "prompt",
             )
-        return text, list(token_ids), salt
+        return _Job(text, list(token_ids), params, salt)
 
-    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, jobs: list[_Job], mode: OutputMode) -> Generator[list[tuple[int, RequestOutput]], None, None]:
+        """After each step of the engine, what is new: a job's index with its output."""
         for job in jobs:
             self._engine.limits.check(job.token_ids, job.params)
         processor = OutputProcessor(self._tokenizer)
@@ -163,20 +182,16 @@ class LLM:
         for index, job in enumerate(jobs):
             request_id = f"llm-{next(self._ids)}"
             index_of[request_id] = index
-            children = processor.add_request(request_id, job.text, job.token_ids, job.params, mode="final")
+            children = processor.add_request(request_id, job.text, job.token_ids, job.params, mode=mode)
             samples.extend((child, params, job) for child, params in children)
-        results: dict[int, RequestOutput] = {}
         try:
-            with count_on_terminal("Generating", len(jobs), use_tqdm and self._show_progress) as show:
-                while index_of:
-                    self._feed(samples)
-                    finished, to_abort = processor.process(self._engine.step())
-                    for child in to_abort:
-                        self._engine.abort(child)
-                    for state in finished:
-                        output = state.take()
-                        results[index_of.pop(output.request_id)] = output
-                    show(len(results))
+            while processor.num_unfinished:
+                self._feed(samples)
+                states, to_abort = processor.process(self._engine.step())
+                for child in to_abort:
+                    self._engine.abort(child)
+                outputs = [state.take() for state in states]
+                yield [(index_of[output.request_id], output) for output in outputs]
         finally:
             # After an error or Ctrl-C too, the engine is left empty and usable.
             for request_id in index_of:
@@ -185,7 +200,6 @@ class LLM:
             with contextlib.suppress(EngineDead):
                 while self._engine.has_work():
                     self._engine.step()
-        return [results[index] for index in range(len(jobs))]
 
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one."""
@@ -194,14 +208,3 @@ class LLM:
             for _ in range(min(room, len(samples))):
                 child, params, job = samples.popleft()
                 self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
-
-
-def _spread(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if len(params) != num_prompts:
-        raise InvalidRequest(
-            f"There are {num_prompts} prompts but {len(params)} sampling_params. Give one, or one for each prompt.",
-            "sampling_params",
-        )
-    return list(params)

@@ -21,7 +21,6 @@ MAX_CACHE_SALT = 128
 MAX_NEUTRAL_BYTES = 256
 _SAMPLING_FIELDS = frozenset(item.name for item in dataclasses.fields(SamplingParams))
 
-V = TypeVar("V")
 T = TypeVar("T")
 Q = TypeVar("Q", bound="_Request")
 
@@ -137,7 +136,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        if self.echo and self.stream and self.logprobs is not None and _or(self.n, 1) > 1:
+        if self.echo and self.stream and self.logprobs is not None and (self.n or 1) > 1:
             # The prompt is scored once, with the first sample; the others may stream before.
             raise InvalidRequest("echo with logprobs and n > 1 cannot be streamed.", "echo")
 
@@ -152,9 +151,9 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             raise InvalidRequest(f"prompt {what}. Give a string, strings, token ids, or lists of token ids.", "prompt")
         if kinds == {int}:
             return [[item for item in prompt if isinstance(item, int)]]
-        if len(prompt) * _or(self.n, 1) > MAX_SEQUENCES:
+        if len(prompt) * (self.n or 1) > MAX_SEQUENCES:
             raise InvalidRequest(
-                f"{len(prompt)} prompts with n={_or(self.n, 1)} are more than {MAX_SEQUENCES} sequences; "
+                f"{len(prompt)} prompts with n={self.n or 1} are more than {MAX_SEQUENCES} sequences; "
                 "send several requests.",
                 "prompt",
             )
@@ -224,7 +223,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._sampling(defaults, max_tokens, _or(self.top_logprobs, 0) if self.logprobs else None)
+        return self._sampling(defaults, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
     def check(self) -> None:
         super().check()
@@ -274,10 +273,6 @@ def _is_neutral(value: object, neutral: tuple[bytes, ...]) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError):
         # A Raw field's numbers and text were not looked at when the body was decoded.
         return False
-
-
-def _or(value: V | None, default: V) -> V:
-    return default if value is None else value
 
 
 _PATH = re.compile(r"`\$\.?([^`]*)`$")

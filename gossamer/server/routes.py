@@ -18,7 +18,7 @@ from gossamer.config import ServerConfig
 from gossamer.core import GossamerError
 from gossamer.server import serving_chat, serving_completion, serving_tokens
 from gossamer.server.errors import ApiError, api_error
-from gossamer.server.http import Interruptible, read_body
+from gossamer.server.http import interruptible, read_body
 from gossamer.server.metrics import CONTENT_TYPE
 from gossamer.server.openai_protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gossamer.server.serving import Serving, json_response
@@ -33,7 +33,7 @@ _POST_ROUTES: tuple[tuple[str, Handler, type[msgspec.Struct]], ...] = (
     ("/tokenize", serving_tokens.tokenize, TokenizeRequest),
     ("/detokenize", serving_tokens.detokenize, DetokenizeRequest),
 )
-_PROTECTED = ("/v1", "/tokenize", "/detokenize")
+_PROTECTED = ("/v1/", "/tokenize/", "/detokenize/")
 _REF = "#/components/schemas/{name}"
 
 
@@ -61,7 +61,7 @@ def create_app(state: AppState) -> ASGIApp:
     # /openapi.json describes the request types though FastAPI does not decode them.
     _, schemas = msgspec.json.schema_components([kind for _, _, kind in _POST_ROUTES], ref_template=_REF)
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-    return Interruptible(app if state.config.api_key is None else BearerAuth(app, state.config.api_key))
+    return interruptible(app if state.config.api_key is None else bearer_auth(app, state.config.api_key))
 
 
 def _add_post_route(
@@ -141,24 +141,22 @@ async def _on_exception(request: Request, exc: Exception) -> Response:
     return response
 
 
-class BearerAuth:
+def bearer_auth(app: ASGIApp, api_key: str) -> ASGIApp:
     """Refuses requests to the API without the right key, before their body is read."""
+    expected = f"Bearer {api_key}".encode()
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._is_protected(scope["path"]) and not self._has_key(scope):
-            message = "Missing or wrong API key. Send the header `Authorization: Bearer <key>`."
-            await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_protected(self, path: str) -> bool:
-        return any(path == prefix or path.startswith(prefix + "/") for prefix in _PROTECTED)
-
-    def _has_key(self, scope: dict[str, Any] | Scope) -> bool:
+    def is_allowed(scope: Scope) -> bool:
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith(_PROTECTED):
+            return True
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-        return hmac.compare_digest(scheme.capitalize() + b" " + key.strip(), self._expected)
+        return hmac.compare_digest(scheme.capitalize() + b" " + key.strip(), expected)
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if is_allowed(scope):
+            await app(scope, receive, send)
+        else:
+            message = "Missing or wrong API key. Send the header `Authorization: Bearer <key>`."
+            await ApiError(401, message, code="invalid_api_key").response()(scope, receive, send)
+
+    return call

@@ -44,13 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "small batches": {"max_num_seqs": 3},
     "preemption": {"kv_cache_memory_bytes": 9 * PAGE_BYTES},
     "CUDA graphs": {"enforce_eager": False},
-    "all together": {
-        "overlap": True,
-        "enable_prefix_caching": True,
-        "max_num_batched_tokens": 48,
-        "enforce_eager": False,
-    },
 }
+CASES["all together"] = CASES["overlap"] | CASES["prefix cache"] | CASES["chunked prefill"] | CASES["CUDA graphs"]
 CUDA_ONLY = "CUDA graphs"
 OUTPUT_LEN = 80
 TIE = 1e-4

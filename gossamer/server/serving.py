@@ -205,7 +205,7 @@ async def respond(
         # Until the first output an error can still be answered with its own HTTP status.
         first = await anext(outputs)
         if answer.request.stream:
-            return EventStream(_events(first, outputs, answer, answer.request.include_usage), outputs)
+            return EventStream(_events(first, outputs, answer), outputs)
         usage = _UsageCount()
         async with contextlib.aclosing(outputs):
             finished = [first, *[item async for item in outputs]]
@@ -217,9 +217,9 @@ async def respond(
 
 
 async def _events(
-    first: tuple[int, RequestOutput], rest: IndexedOutputs, answer: Answer[Any], include_usage: bool
+    first: tuple[int, RequestOutput], rest: IndexedOutputs, answer: Answer[Any]
 ) -> AsyncGenerator[bytes, None]:
-    usage = _UsageCount()
+    usage, include_usage = _UsageCount(), answer.request.include_usage
     item: tuple[int, RequestOutput] | None = first
     try:
         while item is not None:

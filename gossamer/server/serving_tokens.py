@@ -5,7 +5,6 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gossamer.core import InvalidRequest
 from gossamer.server.openai_protocol import DetokenizeRequest, TokenizeRequest, decode_body, decoder_of
 from gossamer.server.serving import Serving, json_response
 
@@ -31,9 +30,6 @@ async def detokenize(serving: Serving, body: bytes, http: Request) -> Response:
     request = decode_body(body, _detokenize_decoder)
     serving.check_model(request.model)
     if request.tokens:
-        try:
-            serving.llm.info.limits.check_prompt(request.tokens)
-        except InvalidRequest as exc:
-            raise InvalidRequest(str(exc), "tokens") from None
+        serving.llm.info.limits.check_prompt(request.tokens, "tokens")
     text = await asyncio.to_thread(serving.llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
     return json_response({"prompt": text})

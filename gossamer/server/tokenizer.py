@@ -90,7 +90,8 @@ class Tokenizer:
         text = self._token_texts.get(token_id)
         if text is None:
             # Some decoders drop a leading space, which belongs to the token: decode behind another one.
-            text = self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
+            anchor, anchor_text = self._anchor
+            text = self.decode([*anchor, token_id], skip_special_tokens=False)[len(anchor_text) :]
             self._token_texts[token_id] = text
         return text
 
@@ -103,7 +104,7 @@ class Tokenizer:
         Raises: InvalidRequest for malformed messages, a refusing template, or a model without one.
         """
         messages = normalize_messages(messages)
-        template = self._require_template()
+        template = self._template
         mark = new_mark()
         messages, tools, options = self._guard.apply([messages, tools, dict(chat_template_kwargs or {})], mark)
         try:
@@ -118,22 +119,20 @@ class Tokenizer:
             text = self._guard.pattern.sub(lambda m: self._plain.stand_ins[m.group()], text)
         return self._plain.encode(text.replace(mark, ""))
 
-    def _require_template(self) -> ChatTemplate:
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Raises InvalidRequest where there is none that works."""
         if not self._parts.chat_templates:
             raise InvalidRequest(
                 "This model has no chat template. Use completions instead of chat, or start with --chat-template FILE.",
                 "messages",
             )
         try:
-            return self._template
+            return ChatTemplate(self._parts.chat_templates, self._parts.special_tokens)
         except jinja2.TemplateError as e:
             raise InvalidRequest(
                 f"The model's chat template is not valid: {e}. Replace it with --chat-template FILE.", "messages"
             ) from e
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self._parts.chat_templates, self._parts.special_tokens)
 
     @cached_property
     def _guard(self) -> Guard:
@@ -144,12 +143,9 @@ class Tokenizer:
         return _PlainEncoder(self._backend)
 
     @cached_property
-    def _anchor(self) -> list[int]:
-        return self.encode("a", add_special_tokens=False)
-
-    @cached_property
-    def _anchor_text(self) -> str:
-        return self.decode(self._anchor, skip_special_tokens=False)
+    def _anchor(self) -> tuple[list[int], str]:
+        ids = self.encode("a", add_special_tokens=False)
+        return ids, self.decode(ids, skip_special_tokens=False)
 
 
 class _PlainEncoder:

@@ -62,7 +62,7 @@ def watch(engine: Engine) -> Drafts:
     if isinstance(runner, CudaRunner):
         runner._launch = watched
     else:
-        runner.submit = engine._worker._submit = watched
+        runner.submit = engine._submit = watched
     return drafts
 
 
@@ -366,7 +366,8 @@ def test_the_kernels_take_two_rows_of_a_slot(name: str, tmp_path: Path) -> None:
         fmt = WeightFormat(torch.float32, cpu, kernels=backend == "triton")
         decoder = Decoder(source.config, fmt, 64, backend, True)
         decoder.load(iter_weights(source, load))
-        runner = CudaRunner(decoder, max_num_seqs=4, max_num_tokens=32, max_model_len=64, page_size=16)
+        sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 16}
+        runner = CudaRunner(decoder, make_engine_config(**sizes))
         runner.attach(KVPool(source.config.num_kv_layers, kind.kv_layout(source.config, "fp8"), 12, 16, cpu))
         prompts, params = [list(range(3, 16)), [9, 8, 7]], SamplingParams(temperature=0.0)
         admitted = [AdmittedSequence(i + 1, str(i), prompts[i], [], params, 0, frozenset()) for i in range(2)]

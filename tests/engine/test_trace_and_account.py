@@ -58,13 +58,12 @@ def test_account_counts_every_step_and_the_gaps_between_decode_steps(overlap: bo
 
 
 def test_waiting_around_a_prefill_is_not_idle_time() -> None:
-    account = StepAccount(count_cost)
+    account, stats = StepAccount(count_cost), EngineStats()
     decode, prefill = ScheduledRow(0, 4, 1, [], [], True), ScheduledRow(1, 0, 2, [1, 2], [], True)
     for step, (rows, start) in enumerate(
         [([decode], 0.0), ([decode, prefill], 5.0), ([decode], 9.0), ([decode], 11.0)]
     ):
-        account.add(ScheduledBatch(step, [], rows), StepResult(step, [1] * len(rows), None, None, 1.0, start))
-    stats = account.fill(EngineStats())
+        account.add(ScheduledBatch(step, [], rows), StepResult(step, [1] * len(rows), None, None, 1.0, start), stats)
     assert (stats.decode_seconds, stats.decode_idle_seconds) == (1.0, 1.0)
 
 
@@ -79,7 +78,7 @@ def test_a_draft_counts_as_a_row() -> None:
     rows = [ScheduledRow(0, 4, 2, [], [], True), ScheduledRow(2, 9, 1, [], [], True)]
     chunk = ScheduledRow(1, 2, 3, [1, 2, 3], [], False)
     for batch in (rows, [*rows, chunk]):
-        account.add(ScheduledBatch(0, [], batch), StepResult(0, [1] * len(batch)))
+        account.add(ScheduledBatch(0, [], batch), StepResult(0, [1] * len(batch)), EngineStats())
     assert seen == [(3, [4, 5, 9], [], [1, 1, 1], 3), (3, [4, 5, 9], [2], [1, 1, 1, 3], 3)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fakes import DeviceFailed, FakeExecutor, expected
 from invariants import check_drained, check_scheduler
 
-from gossamer.config import SchedulerConfig
+from gossamer.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from gossamer.core import Request, SamplingParams, ScheduledBatch, StepResult, TokenLogprobs, TokenOutput
 from gossamer.scheduler.scheduler import Scheduler
 
@@ -58,16 +58,14 @@ class Driver:
         self.chunked = chunked
         self.max_len = max_len or num_pages * page_size
         self.budget = budget if chunked else max(budget, self.max_len)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
+        config = EngineConfig(
+            load=LoadConfig(max_model_len=self.max_len, num_speculative_tokens=int(drafts)),
+            cache=CacheConfig(page_size=page_size, enable_prefix_caching=cached),
+            scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=self.budget, enable_chunked_prefill=chunked
             ),
-            num_pages=num_pages,
-            page_size=page_size,
-            max_model_len=self.max_len,
-            enable_prefix_caching=cached,
-            num_drafts=int(drafts),
         )
+        self.scheduler = Scheduler(config, num_pages)
         self.executor = FakeExecutor(num_pages, page_size, max_num_seqs, drafts=drafts)
         self.in_flight: list[tuple[ScheduledBatch, Future[StepResult]]] = []
         self.tracked: dict[str, Tracked] = {}

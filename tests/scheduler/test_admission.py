@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from driver import Driver, grants, prompt
 
-from gossamer.config import SchedulerConfig
+from gossamer.config import Hardware, ModelConfig, make_engine_config, resolve
 from gossamer.core import InvalidRequest, Request, RequestStatus, SamplingParams, StartupError
-from gossamer.scheduler.scheduler import Scheduler
 
 
 def test_a_long_prompt_leaves_half_of_the_budget_to_those_behind_it():
@@ -58,9 +57,11 @@ def test_without_chunking_prompts_are_whole_and_a_large_one_is_not_overtaken():
 
 
 def test_chunking_off_needs_a_budget_for_the_longest_prompt():
-    config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, enable_chunked_prefill=False)
+    options = {"max_model_len": 32, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+    config = make_engine_config(model="m", enable_chunked_prefill=False, **options)
+    model = ModelConfig("llama", 100, 64, 96, 2, 4, 2, 16, max_position_embeddings=64)
     with pytest.raises(StartupError, match="--max-num-batched-tokens"):
-        Scheduler(config, num_pages=8, page_size=4, max_model_len=32, enable_prefix_caching=True)
+        resolve(config, Hardware("cpu", "a CPU", 1 << 34, 2), model)
 
 
 def test_first_come_first_served_by_arrival_time_even_when_added_late():

@@ -8,7 +8,7 @@ import pytest
 from driver import Driver, prompt
 from fakes import expected
 
-from gossamer.config import SchedulerConfig
+from gossamer.config import EngineConfig, LoadConfig, SchedulerConfig
 from gossamer.core import Request, RequestStatus, SamplingParams, StepResult
 from gossamer.scheduler.scheduler import Scheduler
 
@@ -166,7 +166,7 @@ def test_stats_count_everything():
 @pytest.mark.parametrize("length", [64, 8000])
 def test_a_decode_step_of_32_takes_well_under_half_a_millisecond_however_long_the_contexts(length):
     config = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=300_000)
-    scheduler = Scheduler(config, num_pages=5000, page_size=64, max_model_len=10_000, enable_prefix_caching=True)
+    scheduler = Scheduler(EngineConfig(load=LoadConfig(max_model_len=10_000), scheduler=config), num_pages=5000)
     for i in range(32):
         tokens = [i, *range(length - 1)]
         scheduler.add(Request(f"r{i}", tokens, SamplingParams(max_tokens=1000), 1000, 0))

@@ -235,7 +235,7 @@ def test_death_reaches_every_reader(model):
             await llm.check_health()
         with pytest.raises(EngineDead, match="SIGKILL"):
             await collect(llm, "HAL")
-        await llm.wait_dead()
+        await llm.dead.wait()
 
     with_llm(model, scenario)
 

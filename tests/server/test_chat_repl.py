@@ -14,8 +14,6 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=16)
 class FakeBackend:
     """Answers with the number of messages; raises what it is told to after the first piece."""
 
-    name = "fake"
-
     def __init__(self, fails_with=None):
         self.asked = []
         self.closed = 0
@@ -44,7 +42,7 @@ def converse(backend, *lines, system=None):
             raise line
         return line
 
-    ChatLoop(backend, PARAMS, system, read=read, write=written.append).run()
+    ChatLoop(backend.stream, PARAMS, system, read=read, write=written.append).run()
     return "".join(written)
 
 

@@ -16,7 +16,7 @@ from server_process import write_byte_tokenizer
 
 from gossamer.core import SamplingParams, StartupError
 from gossamer.server.cli import main
-from gossamer.server.eval import EvalConfig, longcontext_plot
+from gossamer.server.eval import EvalConfig, longcontext
 from gossamer.server.eval.longcontext import (
     MOST_ASKED,
     Fact,
@@ -257,6 +257,6 @@ def test_a_text_that_is_too_short_says_by_how_much(checkpoint: Path, text: Path,
 
 
 def test_a_plot_needs_the_extra_before_anything_runs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(longcontext_plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(longcontext, "find_spec", lambda name: None)
     with pytest.raises(StartupError, match=r"pip install 'gossamer\[plot\]'"):
-        longcontext_plot.need_matplotlib()
+        longcontext.need_matplotlib()

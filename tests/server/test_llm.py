@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import deque
+from contextlib import closing
 
 import pytest
 from test_tokenizer import hf_folder, model_file
@@ -14,6 +16,7 @@ from gossamer.core import (
     EngineOverloaded,
     EngineStats,
     InvalidRequest,
+    RequestFailed,
     RequestLimits,
     SamplingParams,
     StartupError,
@@ -186,6 +189,42 @@ def test_ctrl_c_leaves_the_engine_empty_and_usable(llm: LLM) -> None:
     assert not llm._engine.has_work()
     assert llm._engine.aborted
     assert llm.generate("hello", LONG)[0].outputs[0].text == "hello"
+
+
+def test_streams_and_goes_on_after_a_stream_was_closed(llm: LLM) -> None:
+    pieces = llm.stream("hello you", LONG)
+    assert "".join(pieces) == "hello you"
+    with closing(llm.stream("hello " * 9, LONG)) as stream:
+        assert next(stream)
+        assert llm._engine.has_work()
+    assert not llm._engine.has_work()
+    assert "".join(llm.stream({"prompt": "xy"}, LONG)) == "xy"
+
+
+def test_ctrl_c_ends_a_stream_alone(llm: LLM) -> None:
+    llm._engine.interrupt_at = 3
+    stream = llm.stream("hello " * 9, LONG)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert not llm._engine.has_work()
+    assert "".join(llm.stream("xy", LONG)) == "xy"
+
+
+def test_an_error_of_a_stream_reaches_the_reader(llm: LLM, monkeypatch) -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        list(llm.stream("abc", SamplingParams(max_tokens=5000)))
+    with pytest.raises(InvalidRequest, match="unknown key 'prompts'"):
+        list(llm.stream({"prompts": "abc"}))
+    step = llm._engine.step
+    failed = {"finish_reason": "error", "error": "the step failed"}
+    monkeypatch.setattr(llm._engine, "step", lambda: [dataclasses.replace(out, **failed) for out in step()])
+    with pytest.raises(RequestFailed, match="the step failed"):
+        list(llm.stream("abc", LONG))
+    monkeypatch.undo()
+    assert "".join(llm.stream("a", LONG)) == "a"
+    llm.shutdown()
+    with pytest.raises(EngineDead):
+        list(llm.stream("abc"))
 
 
 def test_chat(llm: LLM) -> None:

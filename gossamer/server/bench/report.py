@@ -1,6 +1,5 @@
 """From the times of tokens to the figures that people compare, and the JSON that documents are made of."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -9,7 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,17 @@ def figures(records: Sequence[Record], seconds: float) -> Figures:
 
 def engine_figures(before: EngineStats, after: EngineStats, ceilings: DeviceCeilings | None) -> Figures:
     """What the engine's own counters say of the time between two snapshots; nothing that was not measured."""
-
-    def grown(name: str) -> float:
-        return float(getattr(after, name) - getattr(before, name))
-
+    grown = EngineStats(*(b - a for a, b in zip(astuple(before), astuple(after), strict=True)))
     found = {}
-    if grown("prefix_cache_queries"):
-        found["prefix_hit_rate"] = grown("prefix_cache_hits") / grown("prefix_cache_queries")
-    if grown("spec_decode_num_drafts"):
-        found["draft_acceptance_rate"] = grown("spec_decode_num_accepted_tokens") / grown("spec_decode_num_drafts")
-    waited, busy, computed = grown("decode_idle_seconds"), grown("decode_seconds"), grown("device_seconds")
-    if waited + busy:
-        found["device_idle_fraction"] = waited / (waited + busy)
-    if ceilings is not None and computed:
-        found["mfu"] = grown("model_flops") / computed / ceilings.flops_per_second
-        found["mbu"] = grown("model_bytes") / computed / ceilings.bytes_per_second
+    if grown.prefix_cache_queries:
+        found["prefix_hit_rate"] = grown.prefix_cache_hits / grown.prefix_cache_queries
+    if grown.spec_decode_num_drafts:
+        found["draft_acceptance_rate"] = grown.spec_decode_num_accepted_tokens / grown.spec_decode_num_drafts
+    if grown.device_idle_fraction is not None:
+        found["device_idle_fraction"] = grown.device_idle_fraction
+    if ceilings is not None and grown.device_seconds:
+        found["mfu"] = grown.model_flops / grown.device_seconds / ceilings.flops_per_second
+        found["mbu"] = grown.model_bytes / grown.device_seconds / ceilings.bytes_per_second
     return found
 
 
@@ -94,7 +89,7 @@ def publish(runs: list[Figures], model: str, bench: BenchConfig, device: str) ->
     for name, value in median.items():
         print(f"{name:<28}{value:>14,.4g}")
     if bench.output_json is not None:
-        shapes = {"model": model, **{k: v for k, v in dataclasses.asdict(bench).items() if v is not None}}
+        shapes = {"model": model, **{k: v for k, v in asdict(bench).items() if v is not None}}
         report = {**environment(device), "shapes": shapes, "repeats": len(runs), "median": median, "all": runs}
         write_report(bench.output_json, report)
     return median

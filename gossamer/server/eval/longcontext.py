@@ -4,24 +4,24 @@ Perplexity by position, needles in a haystack, and many keys of which one is ask
 from a window, the last does. Answers stand in the prompts, so one pass scores many and no token is decoded.
 """
 
+import dataclasses
 import math
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gossamer.config import EngineConfig, resolve, with_attention
+from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
+from gossamer.engine.build import inspect
 from gossamer.models.resolve import resolve_paths
-from gossamer.models.source import inspect_model
-from gossamer.runtime.hardware import detect
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
-from gossamer.server.eval.longcontext_plot import need_matplotlib, plot
 from gossamer.server.eval.perplexity import beginning, print_table
 from gossamer.server.llm import LLM
 
@@ -216,8 +216,7 @@ def run_longcontext(options: EvalConfig, configs: Mapping[str, EngineConfig]) ->
     if options.plot is not None:
         need_matplotlib()
     for config in configs.values():  # a mistake in one should not cost the time that those before it take
-        hardware = detect(config.device)
-        resolve(config, hardware, with_attention(config, hardware, inspect_model(resolve_paths(config.load)).config))
+        inspect(dataclasses.replace(config, load=resolve_paths(config.load)))
     texts, details, device, what = options.read(), {}, "", ""
     for flags, config in configs.items():
         with LLM(config=config) as llm:
@@ -261,3 +260,37 @@ def _prepare(options: EvalConfig, texts: Sequence[str], llm: LLM, seed: int) -> 
                 f"{longest}.\nGive a longer file, or set {len(ids)} or less."
             )
     return trials(options, token_ids, beginning(tokenizer), encode, seed)
+
+
+def need_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise StartupError("--plot needs matplotlib, which is not installed: pip install 'gossamer[plot]'.")
+
+
+def plot(path: str, details: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """By configuration and case, as `figures` returns it: each kind against its lengths, and keys against depth.
+
+    Raises StartupError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 7.0), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    kinds = {"perplexity": "tokens before", "needle": "tokens of context", "keys": "tokens of context"}
+    for axis, (kind, label) in zip(axes, kinds.items(), strict=False):
+        for name, cases in details.items():
+            values = {case.removeprefix(f"{kind} "): row["figure"] for case, row in cases.items() if kind in case}
+            axis.plot([*values], [*values.values()], marker="o", label=name)
+        axis.set(title=kind if kind == "perplexity" else f"{kind}: share answered", xlabel=label)
+    last = [case for case in next(iter(details.values())) if case.startswith("keys")][-1]
+    for name, cases in details.items():
+        shares = cases[last]["by depth"]
+        axes[-1].plot([float(depth) for depth in shares], [*shares.values()], marker="o", label=name)
+    axes[-1].set(title=f"{last}: share answered", xlabel="depth of the key")
+    for axis in axes[1:]:
+        axis.set_ylim(-0.05, 1.05)
+    axes[0].legend(fontsize="small")
+    try:
+        figure.savefig(path, dpi=80)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"--plot {path}: {error}.") from error

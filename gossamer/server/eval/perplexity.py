@@ -6,12 +6,13 @@ The text passes through the engine itself, in this process: what is measured is 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from gossamer.config import EngineConfig
 from gossamer.core import GossamerError, SamplingParams, StartupError
-from gossamer.engine.info import EngineInfo, ProgressCallback
+from gossamer.engine.info import ProgressCallback
 from gossamer.server.bench.report import environment, write_report
 from gossamer.server.eval import EvalConfig
 from gossamer.server.llm import LLM
@@ -91,12 +92,22 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
     for flags, config in configs.items():
         with LLM(config=config) as llm, progress_on_terminal(not config.disable_progress) as on_progress:
             device, tokenizer = llm.info.device_name, llm.get_tokenizer()
-            token_ids = token_ids or _encode(text, options, tokenizer)
+            encode = partial(tokenizer.encode, add_special_tokens=False, parse_special=False)
+            token_ids = token_ids or encode(text)[: options.max_tokens]
+            if len(token_ids) < 2:
+                raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
             prefix = beginning(tokenizer)
-            _check_context(options, len(prefix), llm.info)
+            need, longest = options.context + len(prefix) + 1, llm.info.limits.max_model_len
+            if need > longest:
+                raise StartupError(
+                    f"--context {options.context} needs a --max-model-len of {need}; it is {longest}.\n"
+                    f"Set --context {longest - len(prefix) - 1} or less."
+                )
             prediction = predict(llm, token_ids, prefix, options, on_progress or (lambda stage, fraction: None))
         base = base or prediction
-        name = _name(llm.info)
+        load, cache = llm.info.config.load, llm.info.config.cache
+        weights = load.dtype if load.quantization == "none" else load.quantization
+        name = f"{weights} weights, {cache.kv_cache_dtype} KV cache"
         found[name if name not in found else f"{name}, {flags}"] = prediction.against(base)
     print_table(found)
     if options.output_json is not None:
@@ -113,28 +124,6 @@ def run_perplexity(options: EvalConfig, configs: Mapping[str, EngineConfig]) -> 
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """What stands before every text: a BOS token, if the model wants one."""
     return [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
-
-
-def _encode(text: str, options: EvalConfig, tokenizer: Tokenizer) -> list[int]:
-    token_ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)[: options.max_tokens]
-    if len(token_ids) < 2:
-        raise StartupError(f"--text has {len(token_ids)} tokens; at least 2 are needed.")
-    return token_ids
-
-
-def _check_context(options: EvalConfig, num_prefix: int, info: EngineInfo) -> None:
-    need = options.context + num_prefix + 1
-    if need > info.limits.max_model_len:
-        raise StartupError(
-            f"--context {options.context} needs a --max-model-len of {need}; it is {info.limits.max_model_len}.\n"
-            f"Set --context {info.limits.max_model_len - num_prefix - 1} or less."
-        )
-
-
-def _name(info: EngineInfo) -> str:
-    load = info.config.load
-    weights = load.dtype if load.quantization == "none" else load.quantization
-    return f"{weights} weights, {info.config.cache.kv_cache_dtype} KV cache"
 
 
 def print_table(rows: Mapping[str, Mapping[str, float]]) -> None:
