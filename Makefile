@@ -49,7 +49,7 @@ chat: $(VENV)/.run $(VENV)/.model    ## set up from nothing and chat with the de
 	@$(BIN)/gossamer chat $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.model check   ## set up from nothing, then lint, types, import contracts and all tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev   ## lint, types and import contracts
 	$(BIN)/ruff check .
