@@ -7,12 +7,10 @@ With overlap two batches are in flight, without it one; tokens are the same. In-
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from queue import SimpleQueue
-from typing import Literal, TypeAlias
 
 from gossamer.config import EngineConfig
 from gossamer.core import (
@@ -29,13 +27,13 @@ from gossamer.core import (
 )
 from gossamer.engine.account import StepAccount
 from gossamer.engine.trace import Trace
+from gossamer.engine.worker import Submitted, Worker, WorkerMode
 from gossamer.runtime.executor import Executor
 from gossamer.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 StepObserver = Callable[[ScheduledBatch, StepResult | None], None]
-Submitted: TypeAlias = tuple[ScheduledBatch, "Future[StepResult]"]
 
 
 class Engine:
@@ -47,7 +45,7 @@ class Engine:
 
     def __init__(
         self, config: EngineConfig, executor: Executor, *, num_pages: int, limits: RequestLimits,
-        eos_token_ids: tuple[int, ...], worker_mode: Literal["thread", "inline"] = "thread",
+        eos_token_ids: tuple[int, ...], worker_mode: WorkerMode = "thread",
         observer: StepObserver | None = None, account: StepAccount | None = None, trace: Trace | None = None,
     ) -> None:  # fmt: skip
         self.config = config
@@ -55,17 +53,14 @@ class Engine:
         self.scheduler = Scheduler(config, num_pages)
         self.input_queue: SimpleQueue[ScheduledBatch | None] = SimpleQueue()
         self.result_queue: SimpleQueue[Submitted] = SimpleQueue()
-        self._submit = executor.submit
+        submit = executor.submit
         self._schedule, self._commit_step = self.scheduler.schedule, self.scheduler.commit
         if trace is not None:
-            self._submit = trace.timed("submit", self._submit)
+            submit = trace.timed("submit", submit)
             self._schedule = trace.timed("schedule", self._schedule)
             self._commit_step = trace.timed("commit", self._commit_step)
         self._executor, self._observer, self._account, self._trace = executor, observer, account, trace
-        self._worker: threading.Thread | None = None
-        if worker_mode == "thread":
-            self._worker = threading.Thread(target=self._work, name="gossamer-worker", daemon=True)
-            self._worker.start()
+        self._worker = Worker(submit, self.input_queue, self.result_queue, worker_mode)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_in_flight = 2 if config.scheduler.overlap else 1
         self._awaited: Submitted | None = None
@@ -138,9 +133,7 @@ class Engine:
             self._trace_counters(self._trace)
         if not self.scheduler.num_in_flight:
             return []
-        while self._worker is None and self.input_queue.qsize():
-            if (batch := self.input_queue.get()) is not None:
-                self._carry(batch)
+        self._worker.pump()
         if self._awaited is None:
             self._awaited = self.result_queue.get()
         batch, future = self._awaited
@@ -165,29 +158,10 @@ class Engine:
         """Ends the worker after the batches it has been given, then shuts the executor down. Idempotent."""
         if not self._stopped:
             self._stopped = True
-            if self._worker is not None:
-                self.input_queue.put(None)
-                self._worker.join()
+            self._worker.stop()
             self._executor.shutdown()
             if self._trace is not None:
                 self._trace.write()
-
-    def _work(self) -> None:
-        """The worker: a thread, so that the engine schedules while the executor computes; None in its queue ends it.
-
-        Without one (for an executor that lives on a virtual clock) `step` carries the batches itself.
-        """
-        for batch in iter(self.input_queue.get, None):
-            self._carry(batch)
-
-    def _carry(self, batch: ScheduledBatch) -> None:
-        """Submits a batch and puts it, with its future, on the result queue."""
-        try:
-            future = self._submit(batch)
-        except BaseException as error:  # whatever it is, the engine must hear of it: it waits for this batch
-            future = Future()
-            future.set_exception(error)
-        self.result_queue.put((batch, future))
 
     def _commit(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
         try:

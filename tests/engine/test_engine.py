@@ -334,7 +334,7 @@ def test_abort_is_silent_and_at_once(engine):
 @pytest.mark.parametrize("worker_mode", ["thread", "inline"])
 def test_shutdown_ends_thread_and_executor_and_refuses_more(worker_mode):
     engine = make_engine(worker_mode=worker_mode)
-    worker = engine._worker
+    worker = engine._worker._thread
     assert (worker is not None) == (worker_mode == "thread")
     engine.add_request("a", [1], params(50))
     engine.step()

@@ -62,7 +62,7 @@ def watch(engine: Engine) -> Drafts:
     if isinstance(runner, CudaRunner):
         runner._launch = watched
     else:
-        runner.submit = engine._submit = watched
+        runner.submit = engine._worker._submit = watched
     return drafts
 
 
