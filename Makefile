@@ -12,6 +12,8 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 # Further flags: make serve ARGS='--max-num-seqs 16'; make test ARGS='-k scheduler'
 ARGS   ?=
+# Whole steps of kernels in the interpreter and the like, which take minutes: make test SLOW= runs them too.
+SLOW   ?= -m "not slow"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -48,8 +50,8 @@ serve: $(VENV)/.run $(VENV)/.model   ## set up from nothing and serve the defaul
 chat: $(VENV)/.run $(VENV)/.model    ## set up from nothing and chat with the default model in the terminal
 	@$(BIN)/gossamer chat $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.model check   ## set up from nothing, then lint, types, import contracts and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.dev $(VENV)/.model check   ## set up from nothing, then lint, types, import contracts and tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(SLOW) $(ARGS)
 
 check: $(VENV)/.dev   ## lint, types and import contracts
 	$(BIN)/ruff check .

@@ -119,7 +119,9 @@ def test_the_compressed_branch_comes_with_the_selected(decode: bool, dtype: torc
 
 
 @on_cpu
-@pytest.mark.parametrize("name", ["shared", "independent", "normed over all heads"])
+@pytest.mark.parametrize(
+    "name", ["shared", "independent", pytest.param("normed over all heads", marks=pytest.mark.slow)]
+)
 def test_a_layer_of_kernels(name: str) -> None:
     """Prefill in two chunks and decode beside it; the oracle of the layer is float64 on the same route."""
     config = dataclasses.replace(CONFIGS[name], sparse=dataclasses.replace(BASE.sparse, num_blocks=4))
