@@ -208,14 +208,17 @@ def test_all_of_a_steps_kernels_interpreted(kv: str, tmp_path: Path) -> None:
         pytest.skip("tests of the paged executor do this, compiled")
     small = {"num_hidden_layers": 2, "layer_types": M3["layer_types"][:2], "mlp_layer_types": ["dense", "sparse"]}
     make_model("minimax_m3", **small, index_topk_blocks=2).save_pretrained(tmp_path)
-    load = LoadConfig(model=str(tmp_path))
+    config = make_engine_config(
+        model=str(tmp_path), max_num_seqs=3, max_num_batched_tokens=40, max_model_len=64, page_size=16
+    )
+    load = config.load
     source = inspect_model(load)
     cpu, found, pages = torch.device("cpu"), [], [3, 2, 4, 1]
     for backend in ("reference", "triton"):
         fmt = WeightFormat(torch.float32, cpu, kernels=backend == "triton")
         decoder = Decoder(source.config, fmt, 64, backend, True)
         decoder.load(iter_weights(source, load))
-        runner = CudaRunner(decoder, max_num_seqs=3, max_num_tokens=40, max_model_len=64, page_size=16)
+        runner = CudaRunner(decoder, config)
         runner.attach(KVPool(2, msa.kv_layout(source.config, kv), 5, 16, cpu))
         ids, params = prompt(40), SamplingParams(temperature=0.0)
         admitted = [AdmittedSequence(1, "0", ids, [], params, 0, frozenset())]
