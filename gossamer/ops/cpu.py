@@ -11,7 +11,7 @@ _PIECE = 1 << 22
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether torch multiplies bf16 in hardware here (AVX-512 BF16, AMX, Arm's BF16).
+    """Whether oneDNN multiplies bf16 here (AVX-512, AMX, Arm's BF16).
 
     Elsewhere its bf16 products of more than some ten rows are 2 to 17 times slower than fp32 ones, the operands'
     conversion included.

@@ -297,10 +297,8 @@ def sparse_decode(
     within = summarise and scored and entries.tail > page_size
     if summarise and not within:
         write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
-    selected = None
-    pages = slots.new_empty(num_rows, num_kv_heads, rule.num_blocks * rule.pages)
-    if scored:
-        selected = pages, rule.dense_below, rule.pages
+    pages = slots.new_empty(num_rows * scored, num_kv_heads, rule.num_blocks * rule.pages)
+    selected = (pages, rule.dense_below, rule.pages) if scored else None
     if scored and index_q is not None:
         where = page_table, slots, seq_lens
         num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
