@@ -38,6 +38,7 @@ RULE = Selection(num_blocks=32, first=1, local=8, dense_below=8192)
 SHORT_RULE = RULE._replace(dense_below=RULE.num_blocks * PAGE)
 ENTRIES = page_entries(RULE, PAGE)
 NSA_RULE = Selection(num_blocks=16, first=1, local=2, dense_below=0)
+MSA_RULE = Selection(num_blocks=16, first=0, local=1, dense_below=2048, pages=2)
 CHUNK = 8192
 """Tokens of a prefill step."""
 PREFILL = {"4k": 1 << 12, "16k": 1 << 14, "64k": 1 << 16, "256k": 1 << 18}
@@ -72,6 +73,7 @@ class Cache:
             self.scales = {n: torch.ones(total, KV_HEADS, device="cuda") for n in ("k_scales", "v_scales")}
         self.page_table = torch.randperm(total, device="cuda").to(torch.int32).view(num_rows, num_pages)
         self.summaries = (torch.empty(total, KV_HEADS, 1, DIM, dtype=torch.bfloat16, device="cuda"),)
+        self.index_keys = torch.randn(total, 1, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
         self.slots = torch.arange(num_rows, dtype=torch.int32, device="cuda")
         self.seq_lens = torch.full_like(self.slots, length)
         ends = torch.arange(PAGE - 1, length, PAGE, dtype=torch.int32, device="cuda")
@@ -112,12 +114,21 @@ def decode_cases(length: int, num_rows: int, kv: str) -> dict[str, Callable[[int
             values=values_of, compressed=compressed, **cache.scales,
         )  # fmt: skip
 
+    index_q = torch.randn(num_rows, KV_HEADS, DIM, dtype=q.dtype, device="cuda")
+
+    def msa(_: int) -> None:
+        sparse_decode(
+            *keys, (cache.index_keys,), *rows, MSA_RULE, ENTRIES, SCALE, out, workspace=workspace, max_seq_len=length,
+            index_q=index_q, **cache.scales,
+        )  # fmt: skip
+
     return {
         "dense": dense,
         "sparse": sparse,
         "sparse, sized for 1M": lambda i: sparse(i, 1 << 20),
         "sparse from 8k": lambda i: sparse(i, length, RULE),
         "NSA, two branches": nsa,
+        "MSA": msa,
     }
 
 
@@ -129,6 +140,7 @@ def run_decode(results: dict[str, dict[str, float | str]], details: Report, kv: 
         }
         medians = {case: statistics.median(values) for case, values in times.items()}
         per_row = {"dense": length * 4, "NSA, two branches": NSA_RULE.num_blocks * PAGE * 4 + length // PAGE * 16}
+        per_row["MSA"] = MSA_RULE.num_blocks * MSA_RULE.pages * PAGE * 4 + length // 2  # index keys
         attended = min(length, RULE.num_blocks * PAGE) * 4 + length // PAGE * 2
         floors = {c: common.floor_us(num_rows * KV_HEADS * DIM * per_row.get(c, attended)) for c in times}
         results[f"decode {name}"] = {
@@ -139,32 +151,41 @@ def run_decode(results: dict[str, dict[str, float | str]], details: Report, kv: 
         torch.cuda.empty_cache()
 
 
-def prefill_inputs(length: int) -> tuple[torch.Tensor, ...]:
-    """Slots and positions of all tokens; and the bounds and the length of the first chunk as a row."""
-    positions, first = torch.arange(length, dtype=torch.int32), min(length, CHUNK)
+def prefill_inputs(length: int, rule: Selection) -> tuple[torch.Tensor, ...]:
+    """Slots and positions of all tokens; and the bounds and the length of those that see all, as a row."""
+    positions, first = torch.arange(length, dtype=torch.int32), min(length, rule.dense_below)
     bounds, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, first], [first]))
     return tuple(x.cuda() for x in (torch.zeros_like(positions), positions, bounds, lens))
 
 
-def sparse_prefill(cache: Cache, q: torch.Tensor, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
-    """A prompt in chunks, as the engine computes it: the first one dense, with the write of summaries."""
-    length, rule = len(q), RULE
+def sparse_prefill(
+    cache: Cache, q: torch.Tensor, out: torch.Tensor, inputs: tuple[torch.Tensor, ...],
+    index_q: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """A prompt in chunks, as the engine computes it: the first tokens dense, with the write of summaries.
+
+    With queries of an indexer, MSA's.
+    """
+    length, rule = len(q), RULE if index_q is None else MSA_RULE
     slots, positions, bounds, lens = inputs
     for low in range(0, length, CHUNK):
         high = min(low + CHUNK, length)
         part = slice(low, high)
         where = cache.page_table, slots[part], positions[part]
-        cache.summarise(slots[part], positions[part])
+        if index_q is None:
+            cache.summarise(slots[part], positions[part])
         if low < rule.dense_below:
+            first = slice(0, min(length, rule.dense_below))
             paged_prefill(
-                q[part], cache.k_pages, cache.v_pages, cache.page_table, cache.slots, bounds, lens, high - low, SCALE,
-                out[part], **cache.scales,
+                q[first], cache.k_pages, cache.v_pages, cache.page_table, cache.slots, bounds, lens, first.stop, SCALE,
+                out[first], **cache.scales,
             )  # fmt: skip
         if high > rule.dense_below:
+            scored = {"index_q": None if index_q is None else index_q[part], "max_seq_len": high, **cache.scales}
+            summaries = cache.summaries if index_q is None else (cache.index_keys,)
             sparse_attention(
-                q[part], cache.k_pages, cache.v_pages, cache.summaries, *where, rule, ENTRIES, SCALE, out[part],
-                max_seq_len=high, **cache.scales,
-            )  # fmt: skip
+                q[part], cache.k_pages, cache.v_pages, summaries, *where, rule, ENTRIES, SCALE, out[part], **scored
+            )
 
 
 def timed_us(call: Callable[[], object], repeats: int) -> list[float]:
@@ -199,14 +220,17 @@ def run_prefill(results: dict[str, dict[str, float | str]], details: Report, kv:
         cache = Cache(length, 1, kv)
         q = torch.randn(length, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
         out = torch.empty_like(q)
-        inputs = prefill_inputs(length)
+        index_q = torch.randn(length, KV_HEADS, DIM, dtype=q.dtype, device="cuda")
+        inputs, index_inputs = (prefill_inputs(length, rule) for rule in (RULE, MSA_RULE))
         repeats = 15 if length <= 1 << 16 else 5
         times = {
             "sparse": timed_us(lambda: sparse_prefill(cache, q, out, inputs), repeats),  # noqa: B023
+            "MSA": timed_us(lambda: sparse_prefill(cache, q, out, index_inputs, index_q), repeats),  # noqa: B023
             "cuDNN, dense": timed_us(cudnn(length), repeats),
         }
         medians[name] = {case: statistics.median(values) for case, values in times.items()}
-        flops = {"cuDNN, dense": 2.0 * Q_HEADS * DIM * length**2, "sparse": sparse_flops(length)}
+        flops = {"cuDNN, dense": 2.0 * Q_HEADS * DIM * length**2, "sparse": sparse_flops(length),
+                 "MSA": sparse_flops(length, MSA_RULE)}  # fmt: skip
         results[f"prefill {name}"] = {
             **medians[name], "faster": medians[name]["cuDNN, dense"] / medians[name]["sparse"],
             "dense TFLOP/s": flops["cuDNN, dense"] / medians[name]["cuDNN, dense"] / 1e6,
@@ -217,20 +241,20 @@ def run_prefill(results: dict[str, dict[str, float | str]], details: Report, kv:
             details[f"prefill {name}, {case}"] = {"median": medians[name][case], "all": values, "floor": floor}
         torch.cuda.empty_cache()
     exponent = {case: slope([(PREFILL[n], m[case]) for n, m in medians.items() if PREFILL[n] > CHUNK])
-                for case in ("sparse", "cuDNN, dense")}  # fmt: skip
+                for case in ("sparse", "MSA", "cuDNN, dense")}  # fmt: skip
     print("time against length, exponent from 16k on:", exponent)
     details["exponent from 16k on"] = dict(exponent)
 
 
-def sparse_flops(length: int) -> float:
-    """As `layers/attention/block_topk.cost` counts."""
+def sparse_flops(length: int, rule: Selection = RULE) -> float:
+    """As the attention kinds' `cost` counts: a page scores once for each query head, MSA's tokens for each KV head."""
     pairs = scored = 0
     for page in range(length // PAGE):
-        dense = (page + 1) * PAGE <= RULE.dense_below
-        pages = page if dense else min(page, RULE.num_blocks - 1)
+        dense = (page + 1) * PAGE <= rule.dense_below
+        pages = page if dense else min(page, rule.num_blocks * rule.pages - 1)
         pairs += PAGE * pages * PAGE + PAGE * (PAGE + 1) // 2
-        scored += 0 if dense else PAGE * max(0, page + 1 - RULE.local - RULE.first)
-    return Q_HEADS * DIM * (4.0 * pairs + 2.0 * scored)
+        scored += 0 if dense else PAGE * max(0, page + 1 - rule.local * rule.pages - rule.first)
+    return Q_HEADS * DIM * 4.0 * pairs + DIM * 2.0 * scored * (KV_HEADS * PAGE if rule is MSA_RULE else Q_HEADS)
 
 
 def slope(points: list[tuple[int, float]]) -> float:

@@ -258,7 +258,8 @@ def msa_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_the_schedule_leaves_tokens_of_msa_alone(msa_folder: Path, executor: tuple[bool, str]) -> None:
     expected = run(msa_folder, enable_prefix_caching=False, max_num_batched_tokens=512, max_num_seqs=1)
     assert run(msa_folder, executor) == expected
-    assert run(msa_folder, executor, page_size=8) == expected  # blocks of two pages
+    if executor[1] == "cpu":  # kernels ask for pages of 16 tokens, which are this model's blocks
+        assert run(msa_folder, executor, page_size=8) == expected  # blocks of two pages
     assert run(msa_folder, executor, max_num_batched_tokens=24) == expected
     assert run(msa_folder, executor, kv_cache_memory_bytes=20 * page_bytes(msa_folder, {})) == expected
     assert run.preemptions > 0  # type: ignore[attr-defined]
