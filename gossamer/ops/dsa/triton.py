@@ -14,8 +14,10 @@ from gossamer.ops.mla.triton import check_pages, decode_cut
 
 _SCORE_BYTES = 1 << 28  # of scores and candidates at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
-# Scores that a choosing program holds at once, at least, and how many of a longer row tell it which those are.
-_HELD, _SAMPLE = 8192, 4096
+# Scores that a choosing program holds at once, at least, and how many of a longer row tell which those are.
+_HELD, _SAMPLE = 4096, 4096
+_GATHER = 2048  # scores that a gathering program looks at at a time
+_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, where rows are few
 _MAX_SPLITS = 32
 
 
@@ -177,72 +179,98 @@ def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _bound(held, scores, end, wanted, BITS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr):
-    """The largest number that at least `wanted` keys reach, of which STEPS x BITS leading bits are looked for."""
+def _bound(held, scores, end, wanted, most, BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """A number that at least `wanted` keys reach, found from its leading bits on: `most` at most, or it is the largest."""
     digit = tl.arange(0, 1 << BITS)
     least = tl.zeros([1], tl.uint32)
-    for step in range(STEPS):
-        shift = 32 - BITS - step * BITS
-        enough = _num_at_least(least + (digit.to(tl.uint32) << shift), held, scores, end, WHOLE) >= wanted
-        least += tl.max(tl.where(enough, digit, 0), 0).to(tl.uint32) << shift
+    count, shift = most + 1, 32 - BITS
+    while (shift >= 0) & (count > most):
+        many = _num_at_least(least + (digit.to(tl.uint32) << shift), held, scores, end, WHOLE)
+        least += tl.max(tl.where(many >= wanted, digit, 0), 0).to(tl.uint32) << shift
+        count = tl.min(tl.where(many >= wanted, many, 2147483647), 0)
+        shift -= BITS
     return least
 
 
 @triton.jit
-def _list(i, key, present, least, room, before, equals, table, chosen, PAGE: tl.constexpr):
+def _rows(i, present, table, PAGE: tl.constexpr):
+    return tl.load(table + i // PAGE, mask=present, other=0) * PAGE + i % PAGE
+
+
+@triton.jit
+def _list(key, row, present, least, room, before, equals, chosen):
     """Lists those above `least`, and the first `room` that equal it; returns how many are listed, and equals seen."""
     equal = present & (key == least)
     rank = equals + tl.cumsum(equal.to(tl.int32), 0)
     taken = present & ((key > least) | (equal & (rank <= room)))
     at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-    page = tl.load(table + i // PAGE, mask=taken, other=0)
-    tl.store(chosen + at, page * PAGE + i % PAGE, mask=taken)
+    tl.store(chosen + at, row, mask=taken)
     return before + tl.sum(taken.to(tl.int32), 0), equals + tl.sum(equal.to(tl.int32), 0)
 
 
-@triton.jit
-def _gather_candidates(scores, candidates, end, TOP: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr):
-    """Lists at least TOP and at most HELD of the best scores in order, if a sample tells where they begin.
-
-    Returns how many there are: others than those many after a few attempts.
-    """
-    j = tl.arange(0, HELD)
+@triton.jit(
+    do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["scores", "token_slots", "positions"]
+)
+def _gather_kernel(
+    scores, candidates, counts, token_slots, positions, score_stride, parts,
+    TOP: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: a part of one token's scores. Lists those among, by a sample of the row, its 1.5 TOP best."""
+    token, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    slot = tl.load(token_slots + token)
+    end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
+    scores += token * score_stride
+    candidates += (token * parts + part) * HELD
+    share = tl.cdiv(tl.cdiv(end, parts), BLOCK) * BLOCK
     stride = tl.cdiv(end, SAMPLE)
-    at = tl.arange(0, SAMPLE) * stride
-    sample = _keys(scores, at, at < end)
-    wanted = tl.maximum(2 * TOP // stride, 1)
-    count, attempt = 0, 0
-    while (attempt < 4) & ((count < TOP) | (count > HELD)):
-        bound = _bound(sample, scores, end, wanted, 4, 5, True)
+    wanted = tl.maximum(3 * TOP // (2 * stride), 1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if end > HELD:
+        at = tl.arange(0, SAMPLE) * stride
+        bound = _bound(_keys(scores, at, at < end), scores, end, wanted, wanted + wanted // 16, 2, True)
         count = 0
-        for low in range(0, end, HELD):
-            hit = (low + j < end) & (_keys(scores, low + j, low + j < end) >= bound)
+        for low in range(part * share, tl.minimum(part * share + share, end), BLOCK):
+            i = low + tl.arange(0, BLOCK)
+            hit = (i < end) & (_keys(scores, i, i < end) >= bound)
             to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            tl.store(candidates + to, low + j, mask=hit & (to < HELD))
+            tl.store(candidates + to, i, mask=hit & (to < HELD))
             count += tl.sum(hit.to(tl.int32), 0)
-        wanted = tl.where(count < TOP, 2 * wanted, tl.maximum(wanted * 3 // 4, 1))
-        attempt += 1
-    tl.debug_barrier()  # threads read what others have listed
-    return count
+        tl.store(counts + token * parts + part, count)
+
+
+@triton.jit
+def _candidate(j, candidates, counts, parts, HELD: tl.constexpr, PARTS: tl.constexpr):
+    """Candidates j of all parts laid end to end, and how many there are."""
+    p = tl.arange(0, PARTS)
+    many = tl.load(counts + p, mask=p < parts, other=0)
+    first = tl.cumsum(many, 0) - many
+    part = tl.zeros_like(j)
+    half: tl.constexpr = PARTS // 2
+    for bit in tl.static_range(5):
+        later = part + (half >> bit)
+        part = tl.where(tl.gather(first, later, 0) <= j, later, part)
+    count = tl.sum(many, 0)
+    return tl.load(candidates + part * HELD + j - tl.gather(first, part, 0), mask=j < count, other=0), count
 
 
 @triton.jit(
-    do_not_specialize=["score_stride"], do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"]
+    do_not_specialize=["score_stride", "parts"],
+    do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"],
 )
 def _choose_kernel(
-    scores, candidates, page_table, token_slots, positions, chosen, table_stride, score_stride,
-    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, LONG: tl.constexpr,
-    PDL: tl.constexpr,
+    scores, candidates, counts, page_table, token_slots, positions, chosen, table_stride, score_stride, parts,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token. The least score that is chosen is found by its bits; equal ones from the earliest on.
 
-    Of rows that are LONG it is looked for among candidates, or where those are too many among all.
+    Of rows that are LONG it is looked for among candidates, or where those are too few or too many among all.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slots + token)
     end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
     scores += token * score_stride
-    candidates += token * HELD
     chosen += token * TOP
     table = page_table + slot.to(tl.int64) * table_stride
     if PDL:
@@ -252,25 +280,23 @@ def _choose_kernel(
     i, count = j, end
     if LONG:  # noqa: SIM102 - a constant
         if end > HELD:
-            count = _gather_candidates(scores, candidates, end, TOP, HELD, SAMPLE)
-            i = tl.load(candidates + j, mask=j < count, other=0)
+            i, count = _candidate(j, candidates + token * parts * HELD, counts + token * parts, parts, HELD, 32)
     least = tl.zeros([1], tl.uint32)
     room = TOP
     before, equals = 0, 0
     if (count <= HELD) & ((count >= TOP) | (end <= TOP)):
-        key = _keys(scores, i, j < count)
+        key, row = _keys(scores, i, j < count), _rows(i, j < count, table, PAGE)
         if end > TOP:
-            least = _bound(key, scores, end, TOP, 4, 8, True)
+            least = _bound(key, scores, end, TOP, TOP, 2, True)
             room = TOP - tl.sum((key > least).to(tl.int32), 0)
-        before, equals = _list(i, key, j < count, least, room, before, equals, table, chosen, PAGE)
+        before, equals = _list(key, row, j < count, least, room, before, equals, chosen)
     else:
-        least = _bound(j, scores, end, TOP, 4, 8, False)
+        least = _bound(j, scores, end, TOP, TOP, 4, False)
         room = TOP - tl.sum(_num_at_least(least + 1, j, scores, end, False), 0)
         for low in range(0, end, HELD):
-            key = _keys(scores, low + j, low + j < end)
-            before, equals = _list(
-                low + j, key, low + j < end, least, room, before, equals, table, chosen, PAGE
-            )  # fmt: skip
+            inside = low + j < end
+            key, row = _keys(scores, low + j, inside), _rows(low + j, inside, table, PAGE)
+            before, equals = _list(key, row, inside, least, room, before, equals, chosen)
     for low in range(0, TOP, HELD):
         tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= before) & (low + j < TOP))
 
@@ -297,24 +323,30 @@ def choose_tokens(
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
-    held = max(_HELD, triton.next_power_of_2(2 * top_k))
-    long = max_seq_len > held
+    held, sms = max(_HELD, triton.next_power_of_2(2 * top_k)), _num_sms(q.device)
+    long, options = max_seq_len > held, overlap_options(q)
     step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len + held * long))))
+    parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_SPLITS)
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    candidates = chosen.new_empty(step * long, held)
+    candidates, counts = chosen.new_empty(step * long, parts, held), chosen.new_empty(step * long, parts)
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
         where, num = (token_slots[rows], positions[rows]), min(step, num_tokens - low)
         tiles = triton.cdiv(num, tokens)
-        splits = min(triton.cdiv(4 * _num_sms(q.device), tiles), triton.cdiv(max_seq_len, _BLOCK_N), _MAX_SPLITS)
+        splits = min(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _BLOCK_N))
         _score_kernel[(tiles * splits,)](
             q[rows], weights[rows], key_pages, page_table, *where, scores, num, page_table.stride(0), max_seq_len,
             splits, NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
-            PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **overlap_options(q),
+            PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
+        if long:
+            _gather_kernel[(num * parts,)](
+                scores, candidates, counts, *where, max_seq_len, parts, TOP=top_k, HELD=held, SAMPLE=_SAMPLE,
+                BLOCK=_GATHER, num_warps=8, **options,
+            )  # fmt: skip
         _choose_kernel[(num,)](
-            scores, candidates, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, TOP=top_k,
-            PAGE=page_size, HELD=held, SAMPLE=_SAMPLE, LONG=long, num_warps=16, **overlap_options(q),
+            scores, candidates, counts, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, parts,
+            TOP=top_k, PAGE=page_size, HELD=held, LONG=long, num_warps=16, **options,
         )  # fmt: skip
 
 
