@@ -198,14 +198,10 @@ def test_scores_that_are_no_numbers_still_give_a_list(nan: int, held: int) -> No
     table = torch.randperm(9, device=DEVICE)[None].int()
     zeros, positions = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor([99, 60], device=DEVICE).int()
     chosen = torch.full((4, 7), -7, dtype=torch.int32, device=DEVICE)
-    where, candidates, counts = (zeros, positions), chosen.new_empty(2, 3, held), chosen.new_empty(2, 3)
-    triton._gather_kernel[(6,)](
-        scores, candidates, counts, *where, 100, 3, TOP=7, HELD=held, SAMPLE=16, BLOCK=16, PDL=False
-    )
-    triton._choose_kernel[(2,)](
-        scores, candidates, counts, table, *where, chosen, 9, 100, 3, TOP=7, PAGE=16, HELD=held, LONG=held < 100,
-        PDL=False,
-    )  # fmt: skip
+    where, buffers = (table, zeros, positions), (chosen.new_empty(2, 3, 2, held), chosen.new_empty(2, 3))
+    sizes = {"TOP": 7, "PAGE": 16, "HELD": held, "PDL": False}
+    triton._gather_kernel[(6,)](scores, *buffers, *where, 9, 100, 3, SAMPLE=16, BLOCK=16, **sizes)
+    triton._choose_kernel[(2,)](scores, *buffers, *where, chosen, 9, 100, 3, **sizes)
     assert chosen[:2].tolist() == [(table[0, 0] * 16 + torch.arange(7, device=DEVICE)).tolist()] * 2
     assert (chosen[2:] == -7).all()
 

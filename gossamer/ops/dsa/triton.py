@@ -3,22 +3,25 @@
 A decode row and a token of a chunk are served alike, each with a list of its own; few rows are split over programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
+from gossamer.ops.attention.triton import PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.mla.triton import check_pages, decode_cut
+from gossamer.ops.mla.triton import latent_decode
 
 _SCORE_BYTES = 1 << 28  # of scores and candidates at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
 # Scores that a choosing program holds at once, at least, and how many of a longer row tell which those are.
-_HELD, _SAMPLE = 4096, 4096
+_HELD, _SAMPLE = 8192, 4096
 _GATHER = 2048  # scores that a gathering program looks at at a time
-_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, where rows are few
-_MAX_SPLITS = 32
+_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, at least
+_SCORED = 1024  # keys of a scoring program of one token, at most
+_MAX_PARTS = tl.constexpr(32)
 
 
 @triton.jit
@@ -167,28 +170,28 @@ def _keys(scores, i, present):
 
 @triton.jit
 def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
-    """How many keys are at least each of `bound`: of those held, which are all if WHOLE, or of scores 0 .. end - 1."""
-    if WHOLE:
-        many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
-    else:
-        many = tl.zeros_like(bound).to(tl.int32)
+    """How many keys are at least `bound`: of those held, which are all if WHOLE, or of scores 0 .. end - 1."""
+    many = (held >= bound).to(tl.int32)
+    if not WHOLE:
+        many = tl.zeros_like(held).to(tl.int32)
         for low in range(0, end, held.shape[0]):
             i = low + tl.arange(0, held.shape[0])
-            many += tl.sum((_keys(scores, i, i < end)[None, :] >= bound[:, None]).to(tl.int32), 1)
-    return many
+            many += (_keys(scores, i, i < end) >= bound).to(tl.int32)
+    return tl.sum(many, 0)
 
 
 @triton.jit
-def _bound(held, scores, end, wanted, most, BITS: tl.constexpr, WHOLE: tl.constexpr):
-    """A number that at least `wanted` keys reach, found from its leading bits on: `most` at most, or it is the largest."""
-    digit = tl.arange(0, 1 << BITS)
-    least = tl.zeros([1], tl.uint32)
-    count, shift = most + 1, 32 - BITS
-    while (shift >= 0) & (count > most):
-        many = _num_at_least(least + (digit.to(tl.uint32) << shift), held, scores, end, WHOLE)
-        least += tl.max(tl.where(many >= wanted, digit, 0), 0).to(tl.uint32) << shift
-        count = tl.min(tl.where(many >= wanted, many, 2147483647), 0)
-        shift -= BITS
+def _bound(held, scores, end, wanted, most, WHOLE: tl.constexpr):
+    """A number that at least `wanted` keys reach, and at most `most`, or it is the largest."""
+    least, largest = tl.full([], 1, tl.uint32), tl.full([], 0xFF800000, tl.uint32)
+    if WHOLE:
+        least, largest = tl.min(tl.where(held == 0, 0xFFFFFFFF, held), 0), tl.max(held, 0)
+    count = most + 1
+    while (least < largest) & (count > most):
+        middle = largest - (largest - least) // 2
+        many = _num_at_least(middle, held, scores, end, WHOLE)
+        least, largest = tl.where(many >= wanted, middle, least), tl.where(many >= wanted, largest, middle - 1)
+        count = tl.where(many >= wanted, many, count)
     return least
 
 
@@ -198,61 +201,70 @@ def _rows(i, present, table, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _list(key, row, present, least, room, before, equals, chosen):
-    """Lists those above `least`, and the first `room` that equal it; returns how many are listed, and equals seen."""
-    equal = present & (key == least)
-    rank = equals + tl.cumsum(equal.to(tl.int32), 0)
-    taken = present & ((key > least) | (equal & (rank <= room)))
-    at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(chosen + at, row, mask=taken)
-    return before + tl.sum(taken.to(tl.int32), 0), equals + tl.sum(equal.to(tl.int32), 0)
+def _list(key, row, present, least, room, above, equal, chosen):
+    """Lists those above `least`, and the first `room` that equal it, behind as many of both; returns those with these."""
+    more, same = present & (key > least), present & (key == least)
+    seen = more.to(tl.int32) + (same.to(tl.int32) << 16)
+    until, many = tl.cumsum(seen, 0), tl.sum(seen, 0)
+    rank = equal + (until >> 16)
+    at = above + (until & 0xFFFF) + tl.minimum(rank, room) - 1
+    tl.store(chosen + at, row, mask=more | (same & (rank <= room)))
+    return above + (many & 0xFFFF), equal + (many >> 16)
 
 
 @triton.jit(
     do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["scores", "token_slots", "positions"]
 )
 def _gather_kernel(
-    scores, candidates, counts, token_slots, positions, score_stride, parts,
-    TOP: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    scores, candidates, counts, page_table, token_slots, positions, table_stride, score_stride, parts,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of one token's scores. Lists those among, by a sample of the row, its 1.5 TOP best."""
+    """One program: a part of a token's scores. Lists key and row of those that are, by a sample, the row's 2 TOP best.
+
+    Or of all, if the row has no more than HELD.
+    """
     token, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     slot = tl.load(token_slots + token)
     end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
     scores += token * score_stride
-    candidates += (token * parts + part) * HELD
+    candidates += (token * parts + part) * 2 * HELD
+    table = page_table + slot.to(tl.int64) * table_stride
     share = tl.cdiv(tl.cdiv(end, parts), BLOCK) * BLOCK
     stride = tl.cdiv(end, SAMPLE)
-    wanted = tl.maximum(3 * TOP // (2 * stride), 1)
+    wanted = tl.maximum(2 * TOP // tl.maximum(stride, 1), 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    bound = tl.full([], 1, tl.uint32)
     if end > HELD:
         at = tl.arange(0, SAMPLE) * stride
-        bound = _bound(_keys(scores, at, at < end), scores, end, wanted, wanted + wanted // 16, 2, True)
-        count = 0
-        for low in range(part * share, tl.minimum(part * share + share, end), BLOCK):
-            i = low + tl.arange(0, BLOCK)
-            hit = (i < end) & (_keys(scores, i, i < end) >= bound)
-            to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            tl.store(candidates + to, i, mask=hit & (to < HELD))
-            count += tl.sum(hit.to(tl.int32), 0)
-        tl.store(counts + token * parts + part, count)
+        bound = _bound(_keys(scores, at, at < end), scores, end, wanted, wanted + wanted // 16, True)
+    count = 0
+    for low in range(part * share, tl.minimum(part * share + share, end), BLOCK):
+        i = low + tl.arange(0, BLOCK)
+        key, row = _keys(scores, i, i < end), _rows(i, i < end, table, PAGE)
+        hit = key >= bound
+        to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(candidates + to, key.to(tl.int32, bitcast=True), mask=hit & (to < HELD))
+        tl.store(candidates + HELD + to, row, mask=hit & (to < HELD))
+        count += tl.sum(hit.to(tl.int32), 0)
+    tl.store(counts + token * parts + part, count)
 
 
 @triton.jit
-def _candidate(j, candidates, counts, parts, HELD: tl.constexpr, PARTS: tl.constexpr):
-    """Candidates j of all parts laid end to end, and how many there are."""
-    p = tl.arange(0, PARTS)
+def _candidate(j, candidates, counts, parts, HELD: tl.constexpr):
+    """Key and row of candidates j, those of all parts laid end to end, and how many there are."""
+    p = tl.arange(0, _MAX_PARTS)
     many = tl.load(counts + p, mask=p < parts, other=0)
-    first = tl.cumsum(many, 0) - many
+    first, count = tl.cumsum(many, 0) - many, tl.sum(many, 0)
     part = tl.zeros_like(j)
-    half: tl.constexpr = PARTS // 2
     for bit in tl.static_range(5):
-        later = part + (half >> bit)
+        later = part + (_MAX_PARTS // 2 >> bit)
         part = tl.where(tl.gather(first, later, 0) <= j, later, part)
-    count = tl.sum(many, 0)
-    return tl.load(candidates + part * HELD + j - tl.gather(first, part, 0), mask=j < count, other=0), count
+    at = candidates + part * 2 * HELD + j - tl.gather(first, part, 0)
+    key = tl.load(at, mask=j < count, other=0).to(tl.uint32, bitcast=True)
+    return key, tl.load(at + HELD, mask=j < count, other=0), count
 
 
 @triton.jit(
@@ -261,11 +273,11 @@ def _candidate(j, candidates, counts, parts, HELD: tl.constexpr, PARTS: tl.const
 )
 def _choose_kernel(
     scores, candidates, counts, page_table, token_slots, positions, chosen, table_stride, score_stride, parts,
-    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, LONG: tl.constexpr, PDL: tl.constexpr,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a token. The least score that is chosen is found by its bits; equal ones from the earliest on.
+    """One program: a token. Among candidates the least key that is chosen is searched; equal ones from the earliest on.
 
-    Of rows that are LONG it is looked for among candidates, or where those are too few or too many among all.
+    Where they are too few, for the sample misled, or too many, it is searched among all.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slots + token)
@@ -277,28 +289,23 @@ def _choose_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     j = tl.arange(0, HELD)
-    i, count = j, end
-    if LONG:  # noqa: SIM102 - a constant
-        if end > HELD:
-            i, count = _candidate(j, candidates + token * parts * HELD, counts + token * parts, parts, HELD, 32)
-    least = tl.zeros([1], tl.uint32)
-    room = TOP
-    before, equals = 0, 0
-    if (count <= HELD) & ((count >= TOP) | (end <= TOP)):
-        key, row = _keys(scores, i, j < count), _rows(i, j < count, table, PAGE)
+    key, row, count = _candidate(j, candidates + token * parts * 2 * HELD, counts + token * parts, parts, HELD)
+    above, equal = 0, 0
+    if (count <= HELD) & (count >= tl.minimum(TOP, end)):
+        least, room = tl.full([], 0, tl.uint32), TOP
         if end > TOP:
-            least = _bound(key, scores, end, TOP, TOP, 2, True)
-            room = TOP - tl.sum((key > least).to(tl.int32), 0)
-        before, equals = _list(key, row, j < count, least, room, before, equals, chosen)
+            least = _bound(key, scores, end, TOP, TOP, True)
+            room = TOP - _num_at_least(least + 1, key, scores, end, True)
+        _list(key, row, j < count, least, room, above, equal, chosen)
     else:
-        least = _bound(j, scores, end, TOP, TOP, 4, False)
-        room = TOP - tl.sum(_num_at_least(least + 1, j, scores, end, False), 0)
+        least = _bound(key, scores, end, TOP, TOP, False)
+        room = TOP - _num_at_least(least + 1, key, scores, end, False)
         for low in range(0, end, HELD):
             inside = low + j < end
             key, row = _keys(scores, low + j, inside), _rows(low + j, inside, table, PAGE)
-            before, equals = _list(key, row, inside, least, room, before, equals, chosen)
+            above, equal = _list(key, row, inside, least, room, above, equal, chosen)
     for low in range(0, TOP, HELD):
-        tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= before) & (low + j < TOP))
+        tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= end) & (low + j < TOP))
 
 
 def _num_sms(device: torch.device) -> int:
@@ -323,114 +330,31 @@ def choose_tokens(
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
-    held, sms = max(_HELD, triton.next_power_of_2(2 * top_k)), _num_sms(q.device)
-    long, options = max_seq_len > held, overlap_options(q)
-    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len + held * long))))
-    parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_SPLITS)
+    held, sms, options = max(_HELD, triton.next_power_of_2(2 * top_k)), _num_sms(q.device), overlap_options(q)
+    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max_seq_len + 8 * held)))
+    parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_PARTS.value)
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    candidates, counts = chosen.new_empty(step * long, parts, held), chosen.new_empty(step * long, parts)
+    candidates, counts = chosen.new_empty(step, parts, 2, held), chosen.new_empty(step, parts)
+    shape: dict[str, Any] = {"TOP": top_k, "PAGE": page_size, "HELD": held, **options}
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
-        where, num = (token_slots[rows], positions[rows]), min(step, num_tokens - low)
+        where, num = (page_table, token_slots[rows], positions[rows]), min(step, num_tokens - low)
         tiles = triton.cdiv(num, tokens)
-        splits = min(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _BLOCK_N))
+        splits = max(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _SCORED) if tokens == 1 else 1)
+        splits = min(splits, triton.cdiv(max_seq_len, _BLOCK_N))
         _score_kernel[(tiles * splits,)](
-            q[rows], weights[rows], key_pages, page_table, *where, scores, num, page_table.stride(0), max_seq_len,
+            q[rows], weights[rows], key_pages, *where, scores, num, page_table.stride(0), max_seq_len,
             splits, NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
             PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
-        if long:
-            _gather_kernel[(num * parts,)](
-                scores, candidates, counts, *where, max_seq_len, parts, TOP=top_k, HELD=held, SAMPLE=_SAMPLE,
-                BLOCK=_GATHER, num_warps=8, **options,
-            )  # fmt: skip
-        _choose_kernel[(num,)](
-            scores, candidates, counts, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, parts,
-            TOP=top_k, PAGE=page_size, HELD=held, LONG=long, num_warps=16, **options,
+        _gather_kernel[(num * parts,)](
+            scores, candidates, counts, *where, page_table.stride(0), max_seq_len, parts, SAMPLE=_SAMPLE,
+            BLOCK=_GATHER, num_warps=16, **shape,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["chosen", "token_slots", "positions"])
-def _attend_kernel(
-    latent_q, rope_q, pages, scales, chosen, token_slots, positions, out, partials, lse,
-    row_stride, head_stride, splits, scale_log2,
-    TOP: tl.constexpr, NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, RANK: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: a block of GROUP heads of one token against a part of its list. Blocks of a token are neighbours."""
-    block, unit = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS
-    row, split = unit // splits, unit % splits
-    slot = tl.load(token_slots + row)
-    count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
-    low, high = split * share, tl.minimum(split * share + share, count)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    g = tl.arange(0, BLOCK_G)
-    r = tl.arange(0, RANK)
-    e = tl.arange(0, ROPE)
-    head = block * GROUP + g
-    inside = (g < GROUP)[:, None]
-    to = ((row * NUM_BLOCKS * GROUP + head).to(tl.int64) * RANK)[:, None] + r[None, :]
-    queries = tl.load(latent_q + to, mask=inside, other=0.0)
-    rotated = tl.load(rope_q + row.to(tl.int64) * row_stride + head[:, None] * head_stride + e[None, :], inside, 0.0)
-    peak = tl.full([BLOCK_G], LOW, tl.float32)
-    weight = tl.zeros([BLOCK_G], tl.float32)
-    total = tl.zeros([BLOCK_G, RANK], tl.float32)
-    for start in tl.range(low, high, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        listed = n < high
-        at = tl.load(chosen + row.to(tl.int64) * TOP + n, mask=listed, other=-1).to(tl.int64)
-        listed = at >= 0
-        base = (at * (RANK + ROPE))[:, None]
-        latent = tl.load(pages + base + r[None, :], mask=listed[:, None], other=0.0)
-        key = tl.load(pages + base + RANK + e[None, :], mask=listed[:, None], other=0.0)
-        if SCALED:  # a power of two: exact
-            scale = tl.load(scales + at // PAGE, mask=listed, other=0.0)[:, None]
-            latent = (latent.to(tl.float32) * scale).to(queries.dtype)
-            key = (key.to(tl.float32) * scale).to(queries.dtype)
-        scores = tl.dot(queries, latent.T, input_precision=PRECISION)
-        scores = tl.dot(rotated, key.T, scores, input_precision=PRECISION) * scale_log2
-        scores = tl.where(listed[None, :], scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        fade = tl.exp2(peak - highest)
-        weights = tl.exp2(scores - highest[:, None])
-        weight = weight * fade + tl.sum(weights, 1)
-        total = tl.dot(weights.to(latent.dtype), latent, total * fade[:, None], input_precision=PRECISION)
-        peak = highest
-    result = total / tl.maximum(weight, 1e-30)[:, None]
-    if splits == 1:
-        tl.store(out + to, result.to(out.dtype.element_ty), mask=inside)
-    elif low < high:
-        part = (unit * NUM_BLOCKS * GROUP + head).to(tl.int64)
-        tl.store(lse + part, peak + tl.log2(weight), mask=g < GROUP)
-        tl.store(partials + part[:, None] * RANK + r[None, :], result, mask=inside)
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["token_slots", "positions"])
-def _merge_kernel(
-    token_slots, positions, out, partials, lse, splits,
-    TOP: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One head of one token: the sum over its parts; zeros for padding."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    slot = tl.load(token_slots + row)
-    count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
-    r = tl.arange(0, RANK)
-    split = tl.arange(0, PARTS)
-    used = split * share < count
-    part = ((row * splits + split) * HEADS + head).to(tl.int64)
-    sizes = tl.load(lse + part, mask=used, other=LOW)
-    weight = tl.exp2(sizes - tl.max(sizes, 0)) * used.to(tl.float32)
-    values = tl.load(partials + part[:, None] * RANK + r[None, :], mask=used[:, None], other=0.0)
-    total = tl.sum(values * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
-    tl.store(out + (row * HEADS + head).to(tl.int64) * RANK + r, total.to(out.dtype.element_ty))
+        _choose_kernel[(num,)](
+            scores, candidates, counts, *where, chosen[rows], page_table.stride(0), max_seq_len, parts,
+            num_warps=16, **shape,
+        )  # fmt: skip
 
 
 def attend_chosen(
@@ -438,32 +362,7 @@ def attend_chosen(
     token_slots: torch.Tensor, positions: torch.Tensor, scale: float, out: torch.Tensor,
     scales: torch.Tensor | None, workspace: DecodeWorkspace | None,
 ) -> None:  # fmt: skip
-    (num_tokens, num_heads, rank), top_k = q_latent.shape, chosen.shape[1]
-    check_pages(q_latent, pages, rank, {"chosen": chosen, "token_slots": token_slots, "positions": positions})
-    if q_rope.shape != (num_tokens, num_heads, pages.shape[3] - rank) or q_rope.stride(2) != 1:
-        raise ValueError(f"q_latent {[*q_latent.shape]} and q_rope {[*q_rope.shape]} do not fit {[*pages.shape]}")
-    if not all(t.is_contiguous() for t in (q_latent, out, chosen)) or out.shape != q_latent.shape:
-        raise ValueError("q_latent, out and chosen must be contiguous, the first two of one shape")
-    if workspace is None or workspace.partials.shape[1] * workspace.partials.shape[3] != num_heads:
-        raise ValueError(f"the kernel of attend_chosen needs a DecodeWorkspace of {num_heads} heads")
-    if num_tokens == 0:
-        return
-    max_programs, num_blocks, _, group, _ = workspace.partials.shape
-    if q_latent.element_size() == 4 and group % 16 == 0:  # more heads do not fit into shared memory
-        num_blocks, group = num_heads // 16, 16
-    cut = decode_cut(group, q_latent.element_size())
-    block_n = 32 if q_latent.element_size() == 4 else _BLOCK_N
-    splits = max(1, min(max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
-    parts = workspace.partials, workspace.lse
-    shape = {"TOP": top_k, "RANK": rank, "BLOCK_N": block_n}
-    options = overlap_options(q_latent)
-    _attend_kernel[(num_tokens * splits * num_blocks,)](
-        q_latent, q_rope, pages, scales, chosen, token_slots, positions, out, *parts, *q_rope.stride()[:2],
-        splits, scale * LOG2E, **shape, NUM_BLOCKS=num_blocks, GROUP=group, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2],
-        PAGE=pages.shape[2], SCALED=scales is not None, num_warps=cut.num_warps, num_stages=cut.num_stages, **options,
+    latent_decode(
+        q_latent, q_rope, pages, chosen, token_slots, positions, scale, out, scales=scales, workspace=workspace,
+        max_seq_len=chosen.shape[1], listed=True,
     )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(num_tokens, num_heads)](
-            token_slots, positions, out, *parts, splits, **shape, HEADS=num_heads, PARTS=_MAX_SPLITS, num_warps=4,
-            **options,
-        )  # fmt: skip
