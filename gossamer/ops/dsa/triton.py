@@ -20,7 +20,7 @@ _BLOCK_N = 64  # keys, or chosen tokens, of a product
 _HELD, _SAMPLE = 8192, 4096
 _GATHER = 2048  # scores that a gathering program looks at at a time
 _SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, at least
-_SCORED = 1024  # keys of a scoring program of one token, at most
+_SCORED = 2048  # keys of a scoring program, at most
 _MAX_PARTS = tl.constexpr(32)
 
 
@@ -182,16 +182,23 @@ def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
 
 @triton.jit
 def _bound(held, scores, end, wanted, most, WHOLE: tl.constexpr):
-    """A number that at least `wanted` keys reach, and at most `most`, or it is the largest."""
-    least, largest = tl.full([], 1, tl.uint32), tl.full([], 0xFF800000, tl.uint32)
-    if WHOLE:
-        least, largest = tl.min(tl.where(held == 0, 0xFFFFFFFF, held), 0), tl.max(held, 0)
+    """A number that at least `wanted` keys reach, and at most `most`, or it is the largest. Held keys tell where to look.
+
+    If they are not all, the least of them is tried first: where many are equal, that is it.
+    """
+    least, largest = tl.min(tl.where(held == 0, 0xFF800000, held), 0), tl.max(held, 0)
+    middle = largest - (largest - least) // 2
+    if not WHOLE:
+        middle = least
+        least, largest = tl.full([], 1, tl.uint32), tl.full([], 0xFF800000, tl.uint32)
+    first = middle
     count = most + 1
     while (least < largest) & (count > most):
-        middle = largest - (largest - least) // 2
         many = _num_at_least(middle, held, scores, end, WHOLE)
-        least, largest = tl.where(many >= wanted, middle, least), tl.where(many >= wanted, largest, middle - 1)
-        count = tl.where(many >= wanted, many, count)
+        reached = many >= wanted
+        least, largest = tl.where(reached, middle, least), tl.where(reached, largest, middle - 1)
+        count = tl.where(reached, many, count)
+        middle = tl.where(reached & (middle == first), middle + 1, largest - (largest - least) // 2)
     return least
 
 
@@ -220,7 +227,7 @@ def _gather_kernel(
     TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of a token's scores. Lists key and row of those that are, by a sample, the row's 2 TOP best.
+    """One program: a part of a token's scores. Lists key and row of those that a sample holds for the 7/4 TOP best.
 
     Or of all, if the row has no more than HELD.
     """
@@ -232,7 +239,7 @@ def _gather_kernel(
     table = page_table + slot.to(tl.int64) * table_stride
     share = tl.cdiv(tl.cdiv(end, parts), BLOCK) * BLOCK
     stride = tl.cdiv(end, SAMPLE)
-    wanted = tl.maximum(2 * TOP // tl.maximum(stride, 1), 1)
+    wanted = tl.maximum(7 * TOP // (4 * tl.maximum(stride, 1)), 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -253,18 +260,25 @@ def _gather_kernel(
 
 
 @triton.jit
-def _candidate(j, candidates, counts, parts, HELD: tl.constexpr):
-    """Key and row of candidates j, those of all parts laid end to end, and how many there are."""
-    p = tl.arange(0, _MAX_PARTS)
-    many = tl.load(counts + p, mask=p < parts, other=0)
-    first, count = tl.cumsum(many, 0) - many, tl.sum(many, 0)
+def _candidate(j, count, first, candidates, HELD: tl.constexpr):
+    """Key and row of candidates j of `count`: those of all parts laid end to end, which begin at `first`."""
     part = tl.zeros_like(j)
     for bit in tl.static_range(5):
         later = part + (_MAX_PARTS // 2 >> bit)
         part = tl.where(tl.gather(first, later, 0) <= j, later, part)
     at = candidates + part * 2 * HELD + j - tl.gather(first, part, 0)
     key = tl.load(at, mask=j < count, other=0).to(tl.uint32, bitcast=True)
-    return key, tl.load(at + HELD, mask=j < count, other=0), count
+    return key, tl.load(at + HELD, mask=j < count, other=0)
+
+
+@triton.jit
+def _choose_among(j, count, first, candidates, chosen, end, TOP: tl.constexpr, HELD: tl.constexpr):
+    key, row = _candidate(j, count, first, candidates, HELD)
+    least, room = tl.full([], 0, tl.uint32), TOP
+    if end > TOP:
+        least = _bound(key, chosen, end, TOP, TOP, True)
+        room = TOP - _num_at_least(least + 1, key, chosen, end, True)
+    _list(key, row, j < count, least, room, 0, 0, chosen)
 
 
 @triton.jit(
@@ -275,7 +289,7 @@ def _choose_kernel(
     scores, candidates, counts, page_table, token_slots, positions, chosen, table_stride, score_stride, parts,
     TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a token. Among candidates the least key that is chosen is searched; equal ones from the earliest on.
+    """One program: a token. The least key that is chosen is searched among candidates; equal ones from the earliest on.
 
     Where they are too few, for the sample misled, or too many, it is searched among all.
     """
@@ -288,22 +302,23 @@ def _choose_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    j = tl.arange(0, HELD)
-    key, row, count = _candidate(j, candidates + token * parts * 2 * HELD, counts + token * parts, parts, HELD)
-    above, equal = 0, 0
-    if (count <= HELD) & (count >= tl.minimum(TOP, end)):
-        least, room = tl.full([], 0, tl.uint32), TOP
-        if end > TOP:
-            least = _bound(key, scores, end, TOP, TOP, True)
-            room = TOP - _num_at_least(least + 1, key, scores, end, True)
-        _list(key, row, j < count, least, room, above, equal, chosen)
-    else:
+    j, p = tl.arange(0, HELD), tl.arange(0, _MAX_PARTS)
+    candidates += token * parts * 2 * HELD
+    many = tl.load(counts + token * parts + p, mask=p < parts, other=0)
+    first, count = tl.cumsum(many, 0) - many, tl.sum(many, 0)
+    if (count > HELD) | (count < tl.minimum(TOP, end)):
+        key, row = _candidate(j, count, first, candidates, HELD)
         least = _bound(key, scores, end, TOP, TOP, False)
         room = TOP - _num_at_least(least + 1, key, scores, end, False)
+        above, equal = 0, 0
         for low in range(0, end, HELD):
             inside = low + j < end
             key, row = _keys(scores, low + j, inside), _rows(low + j, inside, table, PAGE)
             above, equal = _list(key, row, inside, least, room, above, equal, chosen)
+    elif count > HELD // 2:
+        _choose_among(j, count, first, candidates, chosen, end, TOP, HELD)
+    else:  # as most often: half the work
+        _choose_among(tl.arange(0, HELD // 2), count, first, candidates, chosen, end, TOP, HELD)
     for low in range(0, TOP, HELD):
         tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= end) & (low + j < TOP))
 
@@ -317,7 +332,7 @@ def score_cut(q: torch.Tensor, num_tokens: int) -> tuple[int, int, int]:
     heads_p = max(16, triton.next_power_of_2(q.shape[1]))
     if q.element_size() == 4:
         return 1, 4, 1
-    return (1, 4, 3) if num_tokens <= 2 * _num_sms(q.device) else (max(1, 128 // heads_p), 8, 3)
+    return (1 if num_tokens <= 2 * _num_sms(q.device) else max(1, 256 // heads_p)), 4, 2
 
 
 def choose_tokens(
@@ -331,6 +346,7 @@ def choose_tokens(
         raise ValueError("choose_tokens needs contiguous tensors")
     tokens, warps, stages = score_cut(q, num_tokens)
     held, sms, options = max(_HELD, triton.next_power_of_2(2 * top_k)), _num_sms(q.device), overlap_options(q)
+    sample = max(_SAMPLE, min(4 * _SAMPLE, triton.next_power_of_2(max_seq_len // 32)))
     step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max_seq_len + 8 * held)))
     parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_PARTS.value)
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
@@ -340,7 +356,7 @@ def choose_tokens(
         rows = slice(low, low + step)
         where, num = (page_table, token_slots[rows], positions[rows]), min(step, num_tokens - low)
         tiles = triton.cdiv(num, tokens)
-        splits = max(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _SCORED) if tokens == 1 else 1)
+        splits = max(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _SCORED))
         splits = min(splits, triton.cdiv(max_seq_len, _BLOCK_N))
         _score_kernel[(tiles * splits,)](
             q[rows], weights[rows], key_pages, *where, scores, num, page_table.stride(0), max_seq_len,
@@ -348,12 +364,12 @@ def choose_tokens(
             PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
         _gather_kernel[(num * parts,)](
-            scores, candidates, counts, *where, page_table.stride(0), max_seq_len, parts, SAMPLE=_SAMPLE,
+            scores, candidates, counts, *where, page_table.stride(0), max_seq_len, parts, SAMPLE=sample,
             BLOCK=_GATHER, num_warps=16, **shape,
         )  # fmt: skip
         _choose_kernel[(num,)](
             scores, candidates, counts, *where, chosen[rows], page_table.stride(0), max_seq_len, parts,
-            num_warps=16, **shape,
+            num_warps=8, **shape,
         )  # fmt: skip
 
 

@@ -160,7 +160,9 @@ def _attend(
             peak = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
             weight = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
             total = gl.zeros([64, 512], gl.float32, O_LAYOUT)
-            for p in range(low, gl.minimum(high, (seq_len + 63) // 64)):
+            if TOP:
+                high = gl.minimum(high, (seq_len + 63) // 64)
+            for p in range(low, high):
                 stage = step % STAGES
                 latent = latents.index(stage)
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -191,7 +193,8 @@ def _attend(
                 _barrier()  # the other warpgroup reads the page too
                 mbarrier.arrive(empty.index(stage))
                 step += 1
-            weight = gl.maximum(weight, 1e-30)  # of no token at all
+            if TOP:
+                weight = gl.maximum(weight, 1e-30)  # of no token at all
             result = total * gl.convert_layout(1.0 / weight, gl.SliceLayout(1, O_LAYOUT))[:, None]
             if (low == 0) & (part_end == row_end):
                 at = (row * NUM_BLOCKS * 64 + block * 64 + g).to(gl.int64)[:, None] * 512 + r[None, :]
@@ -271,5 +274,5 @@ def decode(
     _hopper_decode_kernel[(num_programs * cut["NUM_BLOCKS"],)](
         q_latent, q_rope, pages, desc, page_table, slots, seq_lens, out, partials, lse, seq_lens.shape[0], q_rope.stride(0),
         q_rope.stride(1), page_table.stride(0), scale_log2, STAGES=_STAGES, num_warps=8, **cut,
-        **overlap_options(q_latent),
+        **(overlap_options(q_latent) if cut["TOP"] else {"PDL": False}),
     )  # fmt: skip
