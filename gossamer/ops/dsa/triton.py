@@ -3,8 +3,6 @@
 A decode row and a token of a chunk are served alike, each with a list of its own; few rows are split over programs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +17,8 @@ _BLOCK_N = 64  # keys, or chosen tokens, of a product
 # Scores that a choosing program holds at once, at least, and how many of a longer row tell which those are.
 _HELD, _SAMPLE = 8192, 4096
 _GATHER = 2048  # scores that a gathering program looks at at a time
-_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, at least
 _SCORED = 2048  # keys of a scoring program, at most
+_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, at least
 _MAX_PARTS = tl.constexpr(32)
 
 
@@ -182,17 +180,15 @@ def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
 
 @triton.jit
 def _bound(held, scores, end, wanted, most, WHOLE: tl.constexpr):
-    """A number that at least `wanted` keys reach, and at most `most`, or it is the largest. Held keys tell where to look.
+    """A number that at least `wanted` keys reach and at most `most`, or else the largest that so many reach.
 
-    If they are not all, the least of them is tried first: where many are equal, that is it.
+    If held keys are not all, the least of them is tried first: where many are equal, that is it.
     """
     least, largest = tl.min(tl.where(held == 0, 0xFF800000, held), 0), tl.max(held, 0)
-    middle = largest - (largest - least) // 2
+    middle, first, count = largest - (largest - least) // 2, least - 1, most + 1
     if not WHOLE:
-        middle = least
+        middle, first = least, least
         least, largest = tl.full([], 1, tl.uint32), tl.full([], 0xFF800000, tl.uint32)
-    first = middle
-    count = most + 1
     while (least < largest) & (count > most):
         many = _num_at_least(middle, held, scores, end, WHOLE)
         reached = many >= wanted
@@ -209,7 +205,7 @@ def _rows(i, present, table, PAGE: tl.constexpr):
 
 @triton.jit
 def _list(key, row, present, least, room, above, equal, chosen):
-    """Lists those above `least`, and the first `room` that equal it, behind as many of both; returns those with these."""
+    """Lists keys above `least` and the first `room` that equal it, after as many; returns how many with these."""
     more, same = present & (key > least), present & (key == least)
     seen = more.to(tl.int32) + (same.to(tl.int32) << 16)
     until, many = tl.cumsum(seen, 0), tl.sum(seen, 0)
@@ -219,9 +215,7 @@ def _list(key, row, present, least, room, above, equal, chosen):
     return above + (many & 0xFFFF), equal + (many >> 16)
 
 
-@triton.jit(
-    do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["scores", "token_slots", "positions"]
-)
+@triton.jit(do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _gather_kernel(
     scores, candidates, counts, page_table, token_slots, positions, table_stride, score_stride, parts,
     TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -282,8 +276,7 @@ def _choose_among(j, count, first, candidates, chosen, end, TOP: tl.constexpr, H
 
 
 @triton.jit(
-    do_not_specialize=["score_stride", "parts"],
-    do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"],
+    do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["token_slots", "positions", "chosen"]
 )
 def _choose_kernel(
     scores, candidates, counts, page_table, token_slots, positions, chosen, table_stride, score_stride, parts,
@@ -323,18 +316,6 @@ def _choose_kernel(
         tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= end) & (low + j < TOP))
 
 
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def score_cut(q: torch.Tensor, num_tokens: int) -> tuple[int, int, int]:
-    """Tokens, warps and stages of a scoring program: many tokens are those of chunks, whose neighbours share keys."""
-    heads_p = max(16, triton.next_power_of_2(q.shape[1]))
-    if q.element_size() == 4:
-        return 1, 4, 1
-    return (1 if num_tokens <= 2 * _num_sms(q.device) else max(1, 256 // heads_p)), 4, 2
-
-
 def choose_tokens(
     q: torch.Tensor, weights: torch.Tensor, key_pages: torch.Tensor, page_table: torch.Tensor,
     token_slots: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor, max_seq_len: int,
@@ -344,14 +325,17 @@ def choose_tokens(
         raise ValueError(f"index keys {[*key_pages.shape]}: as wide as a power of two from 16 on")
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
-    tokens, warps, stages = score_cut(q, num_tokens)
-    held, sms, options = max(_HELD, triton.next_power_of_2(2 * top_k)), _num_sms(q.device), overlap_options(q)
+    heads_p, half = max(16, triton.next_power_of_2(num_heads)), q.element_size() == 2
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    # Many tokens are those of chunks, whose neighbours share keys.
+    tokens = max(1, 256 // heads_p) if half and num_tokens > 2 * sms else 1
+    stages, held, options = 1 + half, max(_HELD, triton.next_power_of_2(2 * top_k)), overlap_options(q)
     sample = max(_SAMPLE, min(4 * _SAMPLE, triton.next_power_of_2(max_seq_len // 32)))
     step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max_seq_len + 8 * held)))
     parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_PARTS.value)
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    candidates, counts = chosen.new_empty(step, parts, 2, held), chosen.new_empty(step, parts)
-    shape: dict[str, Any] = {"TOP": top_k, "PAGE": page_size, "HELD": held, **options}
+    buffers = scores, chosen.new_empty(step, parts, 2, held), chosen.new_empty(step, parts)
+    strides, shape = (page_table.stride(0), max_seq_len), {"TOP": top_k, "PAGE": page_size, "HELD": held, **options}
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
         where, num = (page_table, token_slots[rows], positions[rows]), min(step, num_tokens - low)
@@ -359,18 +343,13 @@ def choose_tokens(
         splits = max(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _SCORED))
         splits = min(splits, triton.cdiv(max_seq_len, _BLOCK_N))
         _score_kernel[(tiles * splits,)](
-            q[rows], weights[rows], key_pages, *where, scores, num, page_table.stride(0), max_seq_len,
-            splits, NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
-            PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **options,
+            q[rows], weights[rows], key_pages, *where, scores, num, *strides, splits, NUM_HEADS=num_heads, DIM=dim,
+            HEADS_P=heads_p, TOKENS=tokens, PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=4, num_stages=stages, **options,
         )  # fmt: skip
         _gather_kernel[(num * parts,)](
-            scores, candidates, counts, *where, page_table.stride(0), max_seq_len, parts, SAMPLE=sample,
-            BLOCK=_GATHER, num_warps=16, **shape,
-        )  # fmt: skip
-        _choose_kernel[(num,)](
-            scores, candidates, counts, *where, chosen[rows], page_table.stride(0), max_seq_len, parts,
-            num_warps=8, **shape,
-        )  # fmt: skip
+            *buffers, *where, *strides, parts, SAMPLE=sample, BLOCK=_GATHER, num_warps=16, **shape
+        )
+        _choose_kernel[(num,)](*buffers, *where, chosen[rows], *strides, parts, num_warps=8, **shape)
 
 
 def attend_chosen(

@@ -20,10 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.attention.hopper import copy_tile, view
-from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.gemm_fp8.hopper import copy_rows
 
 _STAGES = 2
@@ -68,9 +66,7 @@ def _num_listed(slots, positions, row, TOP: gl.constexpr):
 
 
 @gluon.jit
-def _feed_listed(
-    pages, ring, chosen, slots, positions, num_rows, program, num_programs, TOP: gl.constexpr, STAGES: gl.constexpr
-):
+def _feed_listed(pages, ring, chosen, slots, positions, num_rows, program, num_programs, TOP, STAGES: gl.constexpr):
     tiles, keys, full, empty = ring
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     columns = gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
@@ -91,30 +87,35 @@ def _feed_listed(
 
 @gluon.jit
 def _feed(
-    desc, ring, page_table, slots, seq_lens, num_rows, table_stride, program, num_programs,
-    BLOCK_R: gl.constexpr, MIN_PAGES: gl.constexpr, STAGES: gl.constexpr,
+    fed, ring, page_table, slots, seq_lens, own,
+    BLOCK_R: gl.constexpr, MIN_PAGES: gl.constexpr, STAGES: gl.constexpr, TOP: gl.constexpr,
 ):  # fmt: skip
-    tiles, keys, full, empty = ring
-    unit, stop, row, row_begin = _share(slots, seq_lens, num_rows, program, num_programs, BLOCK_R, MIN_PAGES)
-    step = 0
-    while unit < stop:
-        slot = gl.load(slots + row)
-        seq_len = gl.where(slot >= 0, gl.load(seq_lens + row), 0)
-        row_end = row_begin + (seq_len + 63) // 64
-        table = page_table + slot.to(gl.int64) * table_stride
-        part_end = gl.minimum(row_end, stop)
-        for p in range(unit - row_begin, part_end - row_begin):
-            line = gl.load(table + p) * 64
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 64 * 576 * 2)
-            for c in gl.static_range(8):
-                copy_tile(desc, [line, c * 64], full.index(stage), tiles.index(stage * 8 + c))
-            copy_tile(desc, [line, 512], full.index(stage), keys.index(stage))
-            step += 1
-        unit = gl.maximum(part_end, unit)
-        row_begin = row_end
-        row += 1
+    pages, desc, table_stride = fed
+    num_rows, _row_stride, _head_stride, _scale, _block, program, num_programs = own
+    if TOP:
+        _feed_listed(pages, ring, page_table, slots, seq_lens, num_rows, program, num_programs, TOP, STAGES)
+    else:
+        tiles, keys, full, empty = ring
+        unit, stop, row, row_begin = _share(slots, seq_lens, num_rows, program, num_programs, BLOCK_R, MIN_PAGES)
+        step = 0
+        while unit < stop:
+            slot = gl.load(slots + row)
+            seq_len = gl.where(slot >= 0, gl.load(seq_lens + row), 0)
+            row_end = row_begin + (seq_len + 63) // 64
+            table = page_table + slot.to(gl.int64) * table_stride
+            part_end = gl.minimum(row_end, stop)
+            for p in range(unit - row_begin, part_end - row_begin):
+                line = gl.load(table + p) * 64
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(stage), 64 * 576 * 2)
+                for c in gl.static_range(8):
+                    copy_tile(desc, [line, c * 64], full.index(stage), tiles.index(stage * 8 + c))
+                copy_tile(desc, [line, 512], full.index(stage), keys.index(stage))
+                step += 1
+            unit = gl.maximum(part_end, unit)
+            row_begin = row_end
+            row += 1
 
 
 @gluon.jit
@@ -160,9 +161,7 @@ def _attend(
             peak = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
             weight = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
             total = gl.zeros([64, 512], gl.float32, O_LAYOUT)
-            if TOP:
-                high = gl.minimum(high, (seq_len + 63) // 64)
-            for p in range(low, high):
+            for p in range(low, gl.minimum(high, (seq_len + 63) // 64)):
                 stage = step % STAGES
                 latent = latents.index(stage)
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -193,8 +192,7 @@ def _attend(
                 _barrier()  # the other warpgroup reads the page too
                 mbarrier.arrive(empty.index(stage))
                 step += 1
-            if TOP:
-                weight = gl.maximum(weight, 1e-30)  # of no token at all
+            weight = gl.maximum(weight, 1e-30)  # of no token at all
             result = total * gl.convert_layout(1.0 / weight, gl.SliceLayout(1, O_LAYOUT))[:, None]
             if (low == 0) & (part_end == row_end):
                 at = (row * NUM_BLOCKS * 64 + block * 64 + g).to(gl.int64)[:, None] * 512 + r[None, :]
@@ -214,7 +212,6 @@ def _hopper_decode_kernel(
     latent_q, rope_q, pages, desc, page_table, slots, seq_lens, out, partials, lse,
     num_rows, row_stride, head_stride, table_stride, scale_log2,
     NUM_BLOCKS: gl.constexpr, BLOCK_R: gl.constexpr, MIN_PAGES: gl.constexpr, STAGES: gl.constexpr, TOP: gl.constexpr,
-    PDL: gl.constexpr,
 ):  # fmt: skip
     """TOP: rows of `page_table` are lists of as many tokens, a row's own, and `seq_lens` positions."""
     dtype: gl.constexpr = latent_q.dtype.element_ty
@@ -234,25 +231,14 @@ def _hopper_decode_kernel(
     block = gl.program_id(0) % NUM_BLOCKS
     program = gl.program_id(0) // NUM_BLOCKS
     num_programs = gl.num_programs(0) // NUM_BLOCKS
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     queries = (latent_q, rope_q, out, partials, lse, q_wide, q_keys, weights_tile)
-    ring = (tiles, keys, full, empty)
+    fed, ring = (pages, desc, table_stride), (tiles, keys, full, empty)
     own = (num_rows, row_stride, head_stride, scale_log2, block, program, num_programs)
-    if TOP:
-        gl.warp_specialize([
-            (_attend, (queries, latents, ring, slots, seq_lens, own, NUM_BLOCKS, BLOCK_R, MIN_PAGES, STAGES, TOP)),
-            (_feed_listed, (pages, ring, page_table, slots, seq_lens, num_rows, program, num_programs, TOP, STAGES)),
-        ], [4], [40])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_attend, (queries, latents, ring, slots, seq_lens, own, NUM_BLOCKS, BLOCK_R, MIN_PAGES, STAGES, TOP)),
-            (_feed, (
-                desc, ring, page_table, slots, seq_lens, num_rows, table_stride, program, num_programs,
-                BLOCK_R, MIN_PAGES, STAGES,
-            )),
-        ], [1], [40])  # fmt: skip
+    FEEDERS: gl.constexpr = 4 if TOP else 1
+    gl.warp_specialize([
+        (_attend, (queries, latents, ring, slots, seq_lens, own, NUM_BLOCKS, BLOCK_R, MIN_PAGES, STAGES, TOP)),
+        (_feed, (fed, ring, page_table, slots, seq_lens, own, BLOCK_R, MIN_PAGES, STAGES, TOP)),
+    ], [FEEDERS], [40])  # fmt: skip
 
 
 def serves(q: torch.Tensor, pages: torch.Tensor, group: int) -> bool:
@@ -272,7 +258,6 @@ def decode(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     desc = TensorDescriptor.from_tensor(pages.view(-1, pages.shape[3]), [PAGE, 64], layout)
     _hopper_decode_kernel[(num_programs * cut["NUM_BLOCKS"],)](
-        q_latent, q_rope, pages, desc, page_table, slots, seq_lens, out, partials, lse, seq_lens.shape[0], q_rope.stride(0),
-        q_rope.stride(1), page_table.stride(0), scale_log2, STAGES=_STAGES, num_warps=8, **cut,
-        **(overlap_options(q_latent) if cut["TOP"] else {"PDL": False}),
+        q_latent, q_rope, pages, desc, page_table, slots, seq_lens, out, partials, lse, seq_lens.shape[0],
+        *q_rope.stride()[:2], page_table.stride(0), scale_log2, STAGES=_STAGES, num_warps=8, **cut,
     )  # fmt: skip

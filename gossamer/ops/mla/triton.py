@@ -327,7 +327,7 @@ def latent_decode(
     seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, scales: torch.Tensor | None,
     workspace: DecodeWorkspace | None, max_seq_len: int, listed: bool = False,
 ) -> None:  # fmt: skip
-    """listed: `page_table` has for each row a list of tokens (`ops.dsa`), max_seq_len long; `seq_lens` are positions."""
+    """listed: `page_table` has a list of tokens (`ops.dsa`) for each row, max_seq_len long; `seq_lens`: positions."""
     (num_rows, num_heads, rank), page_size = q_latent.shape, pages.shape[2]
     check_pages(q_latent, pages, rank, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
     if q_rope.shape != (num_rows, num_heads, pages.shape[3] - rank) or q_rope.stride(2) != 1:
@@ -341,21 +341,20 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    num_sms, narrow, tokens = max_programs * num_blocks // 2, 0, page_size
-    top = max_seq_len * listed
+    num_sms, top = max_programs * num_blocks // 2, max_seq_len * listed
     if listed:  # in fp32 more heads and tokens do not fit into shared memory
         narrow, tokens = (16, 32) if q_latent.element_size() == 4 and group % 16 == 0 else (0, _LISTED)
     else:
-        narrow = hopper_fp8.group_of(q_latent, q_rope, pages, group)
+        narrow, tokens = hopper_fp8.group_of(q_latent, q_rope, pages, group), page_size
     if narrow:
         num_blocks, group = num_blocks * group // narrow, narrow
     # Two programs share a multiprocessor, and so the workspace is made, if they are of 16 heads over FP8 pages.
     fitting, pages_per_row = max(1, num_sms * (1 + (narrow == 16)) // num_blocks), triton.cdiv(max_seq_len, tokens)
     num_programs = min(fitting, triton.cdiv(num_rows * max(1, pages_per_row), _MIN_PAGES))
-    shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
-    if listed:
+    if listed:  # as many for each row
         num_programs = num_rows * max(1, min(fitting // num_rows, triton.cdiv(pages_per_row, _MIN_PAGES)))
-        shares["BLOCK_R"] = 32
+    block_r = 32 if listed else row_block(num_rows)
+    shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": block_r, "MIN_PAGES": _MIN_PAGES}
     common = {**shares, "PAGE": tokens, "GROUP": group, "RANK": rank, "TOP": top, **overlap_options(q_latent)}
     metadata, parts = (page_table, slots, seq_lens), (workspace.partials, workspace.lse)
     if narrow and not listed:
@@ -369,8 +368,8 @@ def latent_decode(
         latents, keys = (TensorDescriptor.from_tensor(flat, [tokens, width]) for width in (rank, rope_dim))
         _decode_kernel[(num_programs * num_blocks,)](
             q_latent, q_rope, pages, latents, keys, scales, *metadata, out, *parts, num_rows, *q_rope.stride()[:2],
-            page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim, SCALED=0 if scales is None else page_size,
-            num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
+            page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim,
+            SCALED=0 if scales is None else page_size, num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
         )  # fmt: skip
     if not listed or num_programs > num_rows:
         _merge_kernel[(num_rows, num_heads)](
