@@ -61,17 +61,12 @@ def _listed_share(num_rows, program, num_programs, TOP: gl.constexpr):
 
 
 @gluon.jit
-def _num_listed(slots, positions, row, TOP: gl.constexpr):
-    return gl.where(gl.load(slots + row) >= 0, gl.minimum(gl.load(positions + row) + 1, TOP), 0)
-
-
-@gluon.jit
 def _feed_listed(pages, ring, chosen, slots, positions, num_rows, program, num_programs, TOP, STAGES: gl.constexpr):
     tiles, keys, full, empty = ring
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     columns = gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
     begin, stop, row, row_begin = _listed_share(num_rows, program, num_programs, TOP)
-    count = _num_listed(slots, positions, row, TOP)
+    count = gl.where(gl.load(slots + row) >= 0, gl.minimum(gl.load(positions + row) + 1, TOP), 0)
     n = (begin - row_begin) * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
     for step in range(gl.minimum(stop - row_begin, (count + 63) // 64) - (begin - row_begin)):
         at = gl.load(chosen + row.to(gl.int64) * TOP + n, mask=n < count, other=-1)[:, None]
@@ -145,7 +140,7 @@ def _attend(
     r = gl.arange(0, 512, gl.SliceLayout(0, O_LAYOUT))
     while unit < stop:
         if TOP:
-            seq_len = _num_listed(slots, seq_lens, row, TOP)
+            seq_len = gl.where(gl.load(slots + row) >= 0, gl.minimum(gl.load(seq_lens + row) + 1, TOP), 0)
             row_end = row_begin + (stop - begin) * (num_programs // num_rows)
         else:
             seq_len = gl.where(gl.load(slots + row) >= 0, gl.load(seq_lens + row), 0)
@@ -161,7 +156,9 @@ def _attend(
             peak = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
             weight = gl.zeros([64], gl.float32, gl.SliceLayout(1, S_LAYOUT))
             total = gl.zeros([64, 512], gl.float32, O_LAYOUT)
-            for p in range(low, gl.minimum(high, (seq_len + 63) // 64)):
+            if TOP:
+                high = gl.minimum(high, (seq_len + 63) // 64)
+            for p in range(low, high):
                 stage = step % STAGES
                 latent = latents.index(stage)
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -192,7 +189,8 @@ def _attend(
                 _barrier()  # the other warpgroup reads the page too
                 mbarrier.arrive(empty.index(stage))
                 step += 1
-            weight = gl.maximum(weight, 1e-30)  # of no token at all
+            if TOP:
+                weight = gl.maximum(weight, 1e-30)  # of no token at all
             result = total * gl.convert_layout(1.0 / weight, gl.SliceLayout(1, O_LAYOUT))[:, None]
             if (low == 0) & (part_end == row_end):
                 at = (row * NUM_BLOCKS * 64 + block * 64 + g).to(gl.int64)[:, None] * 512 + r[None, :]
