@@ -34,10 +34,11 @@ elif family == "mla_fp8":
     kinds = {"scales": "*fp32", "partials": "*i64", "lse": "*fp32", "desc": swizzled("i16", 64, 64)}
     kinds["key_desc"] = f"tensordesc<i16[64, 32],{gl.NVMMASharedLayout(64, 16, 2)!r}>"
     constants = dict(NUM_BLOCKS=4, GROUP=32, BLOCK_R=64, MIN_PAGES=2, STAGES=2)
-elif family == "mla":
+elif family.startswith("mla"):
     kinds = {"latent_q": "*bf16", "rope_q": "*bf16", "out": "*bf16", "desc": swizzled("bf16", 64, 64)}
     kinds |= {"partials": "*fp32", "lse": "*fp32", "head_stride": "i32"}
-    constants = dict(NUM_BLOCKS=2, BLOCK_R=64, MIN_PAGES=2, STAGES=2)
+    kinds["pages"] = "*bf16"
+    constants = dict(NUM_BLOCKS=2, BLOCK_R=64, MIN_PAGES=2, STAGES=2, TOP=2048 if family == "mla_listed" else 0)
 elif family == "moe":
     kinds = {"a": "*bf16", "out": "*bf16", "a_desc": swizzled("bf16", 64, 64), "w_desc": swizzled("bf16", 256, 64)}
     kinds["num_blocks"] = "*i32"
@@ -55,9 +56,11 @@ else:
         kinds |= {"out_desc": kinds["a_desc"], "out": "*fp8e4nv"}
         constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80,
                           ALPHA=1.702, LIMIT=7.0)
-modules = {"mla_fp8": "mla.hopper_fp8", "experts": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few"}
+modules = {"mla_fp8": "mla.hopper_fp8", "mla_listed": "mla.hopper", "experts": "gemm_fp8.hopper",
+           "few": "gemm_fp8.hopper_few"}
 module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
-names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
+names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel",
+         "mla_listed": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
          "few": "_few_kernel"}
 kernel = getattr(module, names.get(family, "_hopper_kernel"))
 kinds = ints | floats | kinds
@@ -72,7 +75,7 @@ assert compiled.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.parametrize("family", ["attention", "mla", "mla_fp8", "moe", "gemm_fp8", "experts", "few"])
+@pytest.mark.parametrize("family", ["attention", "mla", "mla_listed", "mla_fp8", "moe", "gemm_fp8", "experts", "few"])
 def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

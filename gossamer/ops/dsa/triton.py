@@ -7,16 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
-from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
+from gossamer.ops.attention.triton import PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.mla.triton import check_pages, decode_cut
+from gossamer.ops.mla.triton import latent_decode
 
 _SCORE_BYTES = 1 << 28  # of scores and candidates at a time
 _BLOCK_N = 64  # keys, or chosen tokens, of a product
-# Scores that a choosing program holds at once, at least, and how many of a longer row tell it which those are.
+# Scores that a choosing program holds at once, at least, and how many of a longer row tell which those are.
 _HELD, _SAMPLE = 8192, 4096
-_MAX_SPLITS = 32
+_GATHER = 2048  # scores that a gathering program looks at at a time
+_SCORED = 2048  # keys of a scoring program, at most
+_SCORERS, _GATHERERS = 4, 2  # programs for each multiprocessor, at least
+_MAX_PARTS = tl.constexpr(32)
 
 
 @triton.jit
@@ -165,126 +168,152 @@ def _keys(scores, i, present):
 
 @triton.jit
 def _num_at_least(bound, held, scores, end, WHOLE: tl.constexpr):
-    """How many keys are at least each of `bound`: of those held, which are all if WHOLE, or of scores 0 .. end - 1."""
-    if WHOLE:
-        many = tl.sum((held[None, :] >= bound[:, None]).to(tl.int32), 1)
-    else:
-        many = tl.zeros_like(bound).to(tl.int32)
+    """How many keys are at least `bound`: of those held, which are all if WHOLE, or of scores 0 .. end - 1."""
+    many = (held >= bound).to(tl.int32)
+    if not WHOLE:
+        many = tl.zeros_like(held).to(tl.int32)
         for low in range(0, end, held.shape[0]):
             i = low + tl.arange(0, held.shape[0])
-            many += tl.sum((_keys(scores, i, i < end)[None, :] >= bound[:, None]).to(tl.int32), 1)
-    return many
+            many += (_keys(scores, i, i < end) >= bound).to(tl.int32)
+    return tl.sum(many, 0)
 
 
 @triton.jit
-def _bound(held, scores, end, wanted, BITS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr):
-    """The largest number that at least `wanted` keys reach, of which STEPS x BITS leading bits are looked for."""
-    digit = tl.arange(0, 1 << BITS)
-    least = tl.zeros([1], tl.uint32)
-    for step in range(STEPS):
-        shift = 32 - BITS - step * BITS
-        enough = _num_at_least(least + (digit.to(tl.uint32) << shift), held, scores, end, WHOLE) >= wanted
-        least += tl.max(tl.where(enough, digit, 0), 0).to(tl.uint32) << shift
+def _bound(held, scores, end, wanted, most, WHOLE: tl.constexpr):
+    """A number that at least `wanted` keys reach and at most `most`, or else the largest that so many reach.
+
+    If held keys are not all, the least of them is tried first: where many are equal, that is it.
+    """
+    least, largest = tl.min(tl.where(held == 0, 0xFF800000, held), 0), tl.max(held, 0)
+    middle, first, count = largest - (largest - least) // 2, least - 1, most + 1
+    if not WHOLE:
+        middle, first = least, least
+        least, largest = tl.full([], 1, tl.uint32), tl.full([], 0xFF800000, tl.uint32)
+    while (least < largest) & (count > most):
+        many = _num_at_least(middle, held, scores, end, WHOLE)
+        reached = many >= wanted
+        least, largest = tl.where(reached, middle, least), tl.where(reached, largest, middle - 1)
+        count = tl.where(reached, many, count)
+        middle = tl.where(reached & (middle == first), middle + 1, largest - (largest - least) // 2)
     return least
 
 
 @triton.jit
-def _list(i, key, present, least, room, before, equals, table, chosen, PAGE: tl.constexpr):
-    """Lists those above `least`, and the first `room` that equal it; returns how many are listed, and equals seen."""
-    equal = present & (key == least)
-    rank = equals + tl.cumsum(equal.to(tl.int32), 0)
-    taken = present & ((key > least) | (equal & (rank <= room)))
-    at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-    page = tl.load(table + i // PAGE, mask=taken, other=0)
-    tl.store(chosen + at, page * PAGE + i % PAGE, mask=taken)
-    return before + tl.sum(taken.to(tl.int32), 0), equals + tl.sum(equal.to(tl.int32), 0)
+def _rows(i, present, table, PAGE: tl.constexpr):
+    return tl.load(table + i // PAGE, mask=present, other=0) * PAGE + i % PAGE
 
 
 @triton.jit
-def _gather_candidates(scores, candidates, end, TOP: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr):
-    """Lists at least TOP and at most HELD of the best scores in order, if a sample tells where they begin.
+def _list(key, row, present, least, room, above, equal, chosen):
+    """Lists keys above `least` and the first `room` that equal it, after as many; returns how many with these."""
+    more, same = present & (key > least), present & (key == least)
+    seen = more.to(tl.int32) + (same.to(tl.int32) << 16)
+    until, many = tl.cumsum(seen, 0), tl.sum(seen, 0)
+    rank = equal + (until >> 16)
+    at = above + (until & 0xFFFF) + tl.minimum(rank, room) - 1
+    tl.store(chosen + at, row, mask=more | (same & (rank <= room)))
+    return above + (many & 0xFFFF), equal + (many >> 16)
 
-    Returns how many there are: others than those many after a few attempts.
+
+@triton.jit(do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["token_slots", "positions"])
+def _gather_kernel(
+    scores, candidates, counts, page_table, token_slots, positions, table_stride, score_stride, parts,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: a part of a token's scores. Lists key and row of those that a sample holds for the 7/4 TOP best.
+
+    Or of all, if the row has no more than HELD.
     """
-    j = tl.arange(0, HELD)
+    token, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    slot = tl.load(token_slots + token)
+    end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
+    scores += token * score_stride
+    candidates += (token * parts + part) * 2 * HELD
+    table = page_table + slot.to(tl.int64) * table_stride
+    share = tl.cdiv(tl.cdiv(end, parts), BLOCK) * BLOCK
     stride = tl.cdiv(end, SAMPLE)
-    at = tl.arange(0, SAMPLE) * stride
-    sample = _keys(scores, at, at < end)
-    wanted = tl.maximum(2 * TOP // stride, 1)
-    count, attempt = 0, 0
-    while (attempt < 4) & ((count < TOP) | (count > HELD)):
-        bound = _bound(sample, scores, end, wanted, 4, 5, True)
-        count = 0
-        for low in range(0, end, HELD):
-            hit = (low + j < end) & (_keys(scores, low + j, low + j < end) >= bound)
-            to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            tl.store(candidates + to, low + j, mask=hit & (to < HELD))
-            count += tl.sum(hit.to(tl.int32), 0)
-        wanted = tl.where(count < TOP, 2 * wanted, tl.maximum(wanted * 3 // 4, 1))
-        attempt += 1
-    tl.debug_barrier()  # threads read what others have listed
-    return count
+    wanted = tl.maximum(7 * TOP // (4 * tl.maximum(stride, 1)), 1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    bound = tl.full([], 1, tl.uint32)
+    if end > HELD:
+        at = tl.arange(0, SAMPLE) * stride
+        bound = _bound(_keys(scores, at, at < end), scores, end, wanted, wanted + wanted // 16, True)
+    count = 0
+    for low in range(part * share, tl.minimum(part * share + share, end), BLOCK):
+        i = low + tl.arange(0, BLOCK)
+        key, row = _keys(scores, i, i < end), _rows(i, i < end, table, PAGE)
+        hit = key >= bound
+        to = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(candidates + to, key.to(tl.int32, bitcast=True), mask=hit & (to < HELD))
+        tl.store(candidates + HELD + to, row, mask=hit & (to < HELD))
+        count += tl.sum(hit.to(tl.int32), 0)
+    tl.store(counts + token * parts + part, count)
+
+
+@triton.jit
+def _candidate(j, count, first, candidates, HELD: tl.constexpr):
+    """Key and row of candidates j of `count`: those of all parts laid end to end, which begin at `first`."""
+    part = tl.zeros_like(j)
+    for bit in tl.static_range(5):
+        later = part + (_MAX_PARTS // 2 >> bit)
+        part = tl.where(tl.gather(first, later, 0) <= j, later, part)
+    at = candidates + part * 2 * HELD + j - tl.gather(first, part, 0)
+    key = tl.load(at, mask=j < count, other=0).to(tl.uint32, bitcast=True)
+    return key, tl.load(at + HELD, mask=j < count, other=0)
+
+
+@triton.jit
+def _choose_among(j, count, first, candidates, chosen, end, TOP: tl.constexpr, HELD: tl.constexpr):
+    key, row = _candidate(j, count, first, candidates, HELD)
+    least, room = tl.full([], 0, tl.uint32), TOP
+    if end > TOP:
+        least = _bound(key, chosen, end, TOP, TOP, True)
+        room = TOP - _num_at_least(least + 1, key, chosen, end, True)
+    _list(key, row, j < count, least, room, 0, 0, chosen)
 
 
 @triton.jit(
-    do_not_specialize=["score_stride"], do_not_specialize_on_alignment=["scores", "token_slots", "positions", "chosen"]
+    do_not_specialize=["score_stride", "parts"], do_not_specialize_on_alignment=["token_slots", "positions", "chosen"]
 )
 def _choose_kernel(
-    scores, candidates, page_table, token_slots, positions, chosen, table_stride, score_stride,
-    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, SAMPLE: tl.constexpr, LONG: tl.constexpr,
-    PDL: tl.constexpr,
+    scores, candidates, counts, page_table, token_slots, positions, chosen, table_stride, score_stride, parts,
+    TOP: tl.constexpr, PAGE: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a token. The least score that is chosen is found by its bits; equal ones from the earliest on.
+    """One program: a token. The least key that is chosen is searched among candidates; equal ones from the earliest on.
 
-    Of rows that are LONG it is looked for among candidates, or where those are too many among all.
+    Where they are too few, for the sample misled, or too many, it is searched among all.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slots + token)
     end = tl.where(slot >= 0, tl.load(positions + token) + 1, 0)
     scores += token * score_stride
-    candidates += token * HELD
     chosen += token * TOP
     table = page_table + slot.to(tl.int64) * table_stride
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    j = tl.arange(0, HELD)
-    i, count = j, end
-    if LONG:  # noqa: SIM102 - a constant
-        if end > HELD:
-            count = _gather_candidates(scores, candidates, end, TOP, HELD, SAMPLE)
-            i = tl.load(candidates + j, mask=j < count, other=0)
-    least = tl.zeros([1], tl.uint32)
-    room = TOP
-    before, equals = 0, 0
-    if (count <= HELD) & ((count >= TOP) | (end <= TOP)):
-        key = _keys(scores, i, j < count)
-        if end > TOP:
-            least = _bound(key, scores, end, TOP, 4, 8, True)
-            room = TOP - tl.sum((key > least).to(tl.int32), 0)
-        before, equals = _list(i, key, j < count, least, room, before, equals, table, chosen, PAGE)
-    else:
-        least = _bound(j, scores, end, TOP, 4, 8, False)
-        room = TOP - tl.sum(_num_at_least(least + 1, j, scores, end, False), 0)
+    j, p = tl.arange(0, HELD), tl.arange(0, _MAX_PARTS)
+    candidates += token * parts * 2 * HELD
+    many = tl.load(counts + token * parts + p, mask=p < parts, other=0)
+    first, count = tl.cumsum(many, 0) - many, tl.sum(many, 0)
+    if (count > HELD) | (count < tl.minimum(TOP, end)):
+        key, row = _candidate(j, count, first, candidates, HELD)
+        least = _bound(key, scores, end, TOP, TOP, False)
+        room = TOP - _num_at_least(least + 1, key, scores, end, False)
+        above, equal = 0, 0
         for low in range(0, end, HELD):
-            key = _keys(scores, low + j, low + j < end)
-            before, equals = _list(
-                low + j, key, low + j < end, least, room, before, equals, table, chosen, PAGE
-            )  # fmt: skip
+            inside = low + j < end
+            key, row = _keys(scores, low + j, inside), _rows(low + j, inside, table, PAGE)
+            above, equal = _list(key, row, inside, least, room, above, equal, chosen)
+    elif count > HELD // 2:
+        _choose_among(j, count, first, candidates, chosen, end, TOP, HELD)
+    else:  # as most often: half the work
+        _choose_among(tl.arange(0, HELD // 2), count, first, candidates, chosen, end, TOP, HELD)
     for low in range(0, TOP, HELD):
-        tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= before) & (low + j < TOP))
-
-
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def score_cut(q: torch.Tensor, num_tokens: int) -> tuple[int, int, int]:
-    """Tokens, warps and stages of a scoring program: many tokens are those of chunks, whose neighbours share keys."""
-    heads_p = max(16, triton.next_power_of_2(q.shape[1]))
-    if q.element_size() == 4:
-        return 1, 4, 1
-    return (1, 4, 3) if num_tokens <= 2 * _num_sms(q.device) else (max(1, 128 // heads_p), 8, 3)
+        tl.store(chosen + low + j, tl.full([HELD], -1, tl.int32), mask=(low + j >= end) & (low + j < TOP))
 
 
 def choose_tokens(
@@ -296,109 +325,31 @@ def choose_tokens(
         raise ValueError(f"index keys {[*key_pages.shape]}: as wide as a power of two from 16 on")
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
-    tokens, warps, stages = score_cut(q, num_tokens)
-    held = max(_HELD, triton.next_power_of_2(2 * top_k))
-    long = max_seq_len > held
-    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max(1, max_seq_len + held * long))))
+    heads_p, half = max(16, triton.next_power_of_2(num_heads)), q.element_size() == 2
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    # Many tokens are those of chunks, whose neighbours share keys.
+    tokens = max(1, 256 // heads_p) if half and num_tokens > 2 * sms else 1
+    stages, held, options = 1 + half, max(_HELD, triton.next_power_of_2(2 * top_k)), overlap_options(q)
+    sample = max(_SAMPLE, min(4 * _SAMPLE, triton.next_power_of_2(max_seq_len // 32)))
+    step = min(num_tokens, max(tokens, _SCORE_BYTES // (4 * max_seq_len + 8 * held)))
+    parts = min(triton.cdiv(_GATHERERS * sms, max(1, step)), triton.cdiv(max_seq_len, _GATHER), _MAX_PARTS.value)
     scores = q.new_empty(step, max_seq_len, dtype=torch.float32)
-    candidates = chosen.new_empty(step * long, held)
+    buffers = scores, chosen.new_empty(step, parts, 2, held), chosen.new_empty(step, parts)
+    strides, shape = (page_table.stride(0), max_seq_len), {"TOP": top_k, "PAGE": page_size, "HELD": held, **options}
     for low in range(0, num_tokens, step or 1):
         rows = slice(low, low + step)
-        where, num = (token_slots[rows], positions[rows]), min(step, num_tokens - low)
+        where, num = (page_table, token_slots[rows], positions[rows]), min(step, num_tokens - low)
         tiles = triton.cdiv(num, tokens)
-        splits = min(triton.cdiv(4 * _num_sms(q.device), tiles), triton.cdiv(max_seq_len, _BLOCK_N), _MAX_SPLITS)
+        splits = max(triton.cdiv(_SCORERS * sms, tiles), triton.cdiv(max_seq_len, _SCORED))
+        splits = min(splits, triton.cdiv(max_seq_len, _BLOCK_N))
         _score_kernel[(tiles * splits,)](
-            q[rows], weights[rows], key_pages, page_table, *where, scores, num, page_table.stride(0), max_seq_len,
-            splits, NUM_HEADS=num_heads, HEADS_P=max(16, triton.next_power_of_2(num_heads)), TOKENS=tokens, DIM=dim,
-            PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=warps, num_stages=stages, **overlap_options(q),
+            q[rows], weights[rows], key_pages, *where, scores, num, *strides, splits, NUM_HEADS=num_heads, DIM=dim,
+            HEADS_P=heads_p, TOKENS=tokens, PAGE=page_size, BLOCK_N=_BLOCK_N, num_warps=4, num_stages=stages, **options,
         )  # fmt: skip
-        _choose_kernel[(num,)](
-            scores, candidates, page_table, *where, chosen[rows], page_table.stride(0), max_seq_len, TOP=top_k,
-            PAGE=page_size, HELD=held, SAMPLE=_SAMPLE, LONG=long, num_warps=16, **overlap_options(q),
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["chosen", "token_slots", "positions"])
-def _attend_kernel(
-    latent_q, rope_q, pages, scales, chosen, token_slots, positions, out, partials, lse,
-    row_stride, head_stride, splits, scale_log2,
-    TOP: tl.constexpr, NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, RANK: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: a block of GROUP heads of one token against a part of its list. Blocks of a token are neighbours."""
-    block, unit = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS
-    row, split = unit // splits, unit % splits
-    slot = tl.load(token_slots + row)
-    count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
-    low, high = split * share, tl.minimum(split * share + share, count)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    g = tl.arange(0, BLOCK_G)
-    r = tl.arange(0, RANK)
-    e = tl.arange(0, ROPE)
-    head = block * GROUP + g
-    inside = (g < GROUP)[:, None]
-    to = ((row * NUM_BLOCKS * GROUP + head).to(tl.int64) * RANK)[:, None] + r[None, :]
-    queries = tl.load(latent_q + to, mask=inside, other=0.0)
-    rotated = tl.load(rope_q + row.to(tl.int64) * row_stride + head[:, None] * head_stride + e[None, :], inside, 0.0)
-    peak = tl.full([BLOCK_G], LOW, tl.float32)
-    weight = tl.zeros([BLOCK_G], tl.float32)
-    total = tl.zeros([BLOCK_G, RANK], tl.float32)
-    for start in tl.range(low, high, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        listed = n < high
-        at = tl.load(chosen + row.to(tl.int64) * TOP + n, mask=listed, other=-1).to(tl.int64)
-        listed = at >= 0
-        base = (at * (RANK + ROPE))[:, None]
-        latent = tl.load(pages + base + r[None, :], mask=listed[:, None], other=0.0)
-        key = tl.load(pages + base + RANK + e[None, :], mask=listed[:, None], other=0.0)
-        if SCALED:  # a power of two: exact
-            scale = tl.load(scales + at // PAGE, mask=listed, other=0.0)[:, None]
-            latent = (latent.to(tl.float32) * scale).to(queries.dtype)
-            key = (key.to(tl.float32) * scale).to(queries.dtype)
-        scores = tl.dot(queries, latent.T, input_precision=PRECISION)
-        scores = tl.dot(rotated, key.T, scores, input_precision=PRECISION) * scale_log2
-        scores = tl.where(listed[None, :], scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        fade = tl.exp2(peak - highest)
-        weights = tl.exp2(scores - highest[:, None])
-        weight = weight * fade + tl.sum(weights, 1)
-        total = tl.dot(weights.to(latent.dtype), latent, total * fade[:, None], input_precision=PRECISION)
-        peak = highest
-    result = total / tl.maximum(weight, 1e-30)[:, None]
-    if splits == 1:
-        tl.store(out + to, result.to(out.dtype.element_ty), mask=inside)
-    elif low < high:
-        part = (unit * NUM_BLOCKS * GROUP + head).to(tl.int64)
-        tl.store(lse + part, peak + tl.log2(weight), mask=g < GROUP)
-        tl.store(partials + part[:, None] * RANK + r[None, :], result, mask=inside)
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["token_slots", "positions"])
-def _merge_kernel(
-    token_slots, positions, out, partials, lse, splits,
-    TOP: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One head of one token: the sum over its parts; zeros for padding."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    slot = tl.load(token_slots + row)
-    count = tl.where(slot >= 0, tl.minimum(tl.load(positions + row) + 1, TOP), 0)
-    share = tl.cdiv(tl.cdiv(TOP, splits), BLOCK_N) * BLOCK_N
-    r = tl.arange(0, RANK)
-    split = tl.arange(0, PARTS)
-    used = split * share < count
-    part = ((row * splits + split) * HEADS + head).to(tl.int64)
-    sizes = tl.load(lse + part, mask=used, other=LOW)
-    weight = tl.exp2(sizes - tl.max(sizes, 0)) * used.to(tl.float32)
-    values = tl.load(partials + part[:, None] * RANK + r[None, :], mask=used[:, None], other=0.0)
-    total = tl.sum(values * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
-    tl.store(out + (row * HEADS + head).to(tl.int64) * RANK + r, total.to(out.dtype.element_ty))
+        _gather_kernel[(num * parts,)](
+            *buffers, *where, *strides, parts, SAMPLE=sample, BLOCK=_GATHER, num_warps=16, **shape
+        )
+        _choose_kernel[(num,)](*buffers, *where, chosen[rows], *strides, parts, num_warps=8, **shape)
 
 
 def attend_chosen(
@@ -406,32 +357,7 @@ def attend_chosen(
     token_slots: torch.Tensor, positions: torch.Tensor, scale: float, out: torch.Tensor,
     scales: torch.Tensor | None, workspace: DecodeWorkspace | None,
 ) -> None:  # fmt: skip
-    (num_tokens, num_heads, rank), top_k = q_latent.shape, chosen.shape[1]
-    check_pages(q_latent, pages, rank, {"chosen": chosen, "token_slots": token_slots, "positions": positions})
-    if q_rope.shape != (num_tokens, num_heads, pages.shape[3] - rank) or q_rope.stride(2) != 1:
-        raise ValueError(f"q_latent {[*q_latent.shape]} and q_rope {[*q_rope.shape]} do not fit {[*pages.shape]}")
-    if not all(t.is_contiguous() for t in (q_latent, out, chosen)) or out.shape != q_latent.shape:
-        raise ValueError("q_latent, out and chosen must be contiguous, the first two of one shape")
-    if workspace is None or workspace.partials.shape[1] * workspace.partials.shape[3] != num_heads:
-        raise ValueError(f"the kernel of attend_chosen needs a DecodeWorkspace of {num_heads} heads")
-    if num_tokens == 0:
-        return
-    max_programs, num_blocks, _, group, _ = workspace.partials.shape
-    if q_latent.element_size() == 4 and group % 16 == 0:  # more heads do not fit into shared memory
-        num_blocks, group = num_heads // 16, 16
-    cut = decode_cut(group, q_latent.element_size())
-    block_n = 32 if q_latent.element_size() == 4 else _BLOCK_N
-    splits = max(1, min(max_programs // num_tokens, triton.cdiv(top_k, block_n), _MAX_SPLITS))
-    parts = workspace.partials, workspace.lse
-    shape = {"TOP": top_k, "RANK": rank, "BLOCK_N": block_n}
-    options = overlap_options(q_latent)
-    _attend_kernel[(num_tokens * splits * num_blocks,)](
-        q_latent, q_rope, pages, scales, chosen, token_slots, positions, out, *parts, *q_rope.stride()[:2],
-        splits, scale * LOG2E, **shape, NUM_BLOCKS=num_blocks, GROUP=group, BLOCK_G=cut.block_g, ROPE=q_rope.shape[2],
-        PAGE=pages.shape[2], SCALED=scales is not None, num_warps=cut.num_warps, num_stages=cut.num_stages, **options,
+    latent_decode(
+        q_latent, q_rope, pages, chosen, token_slots, positions, scale, out, scales=scales, workspace=workspace,
+        max_seq_len=chosen.shape[1], listed=True,
     )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(num_tokens, num_heads)](
-            token_slots, positions, out, *parts, splits, **shape, HEADS=num_heads, PARTS=_MAX_SPLITS, num_warps=4,
-            **options,
-        )  # fmt: skip

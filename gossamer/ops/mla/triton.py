@@ -1,7 +1,8 @@
 """Triton kernels of absorbed decode over latent pages: a page is loaded once, as keys and as values.
 
 The query heads are the rows of the products. Work is cut as in `ops/attention/triton_decode.py`; parts are merged by a
-launch of its own, for a row's heads are many and its latents wide.
+launch of its own, for a row's heads are many and its latents wide. Of sparse attention (TOP) a row's table is a list of
+as many tokens, its length a position, and its programs are its own.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from gossamer.ops.mla import hopper, hopper_fp8
 
 _MIN_PAGES = 2  # in a program: fewer cost more in merging than they gain in parallelism
 _MERGE_PARTS = 16  # that a merging program has at once
+_LISTED = 64  # tokens of a list at a time
 
 
 @triton.jit
@@ -104,17 +106,31 @@ def rope_write_latents(
 
 @triton.jit
 def _attend_pages(
-    latent_q, rope_q, peak, weight, total, measure, latent_desc, rope_desc, scales, table, low, high, seq_len,
-    scale_log2, RANK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+    latent_q, rope_q, peak, weight, total, measure, pages, latent_desc, rope_desc, scales, table, low, high, seq_len,
+    scale_log2, RANK: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """Pages low .. high - 1 of one sequence. SCALED: `total` counts in units of `measure`, the last page's scale."""
+    """Pages low .. high - 1 of one sequence. SCALED: `total` counts in units of `measure`, the last page's scale.
+
+    Of a list a page is PAGE tokens, scaled each by itself: by a power of two, exactly.
+    """
     page = tl.load(table + tl.maximum(tl.minimum(low, high - 1), 0))
     # The one page that is masked passes through registers: no memory is left to load others ahead.
     for p in tl.range(low, high, num_stages=1 if MASKED else None):
-        latent = latent_desc.load([page * PAGE, 0])
-        key = rope_desc.load([page * PAGE, RANK])
         to_log2 = scale_log2
-        if SCALED:
+        if TOP:
+            n = p * PAGE + tl.arange(0, PAGE)
+            at = tl.load(table + n, mask=n < seq_len, other=-1).to(tl.int64)[:, None]
+            line = pages + at * (RANK + rope_q.shape[1])
+            latent = tl.load(line + tl.arange(0, RANK)[None, :], mask=at >= 0, other=0.0)
+            key = tl.load(line + RANK + tl.arange(0, rope_q.shape[1])[None, :], mask=at >= 0, other=0.0)
+            if SCALED:
+                factor = tl.load(scales + at // SCALED, mask=at >= 0, other=0.0)
+                latent, key = (latent.to(tl.float32) * factor), (key.to(tl.float32) * factor)
+                latent, key = latent.to(latent_q.dtype), key.to(latent_q.dtype)
+        else:
+            latent = latent_desc.load([page * PAGE, 0])
+            key = rope_desc.load([page * PAGE, RANK])
+        if SCALED and not TOP:
             page_scale = tl.load(scales + page)
             to_log2 *= page_scale
             latent, key = latent.to(latent_q.dtype), key.to(latent_q.dtype)
@@ -130,7 +146,7 @@ def _attend_pages(
         fade = tl.exp2(peak - highest)
         weights = tl.exp2(scores * to_log2 - highest[:, None])
         weight = weight * fade + tl.sum(weights, 1)
-        if SCALED:
+        if SCALED and not TOP:
             fade *= measure / page_scale
             measure = copy_scale(page_scale)
         total = tl.dot(weights.to(latent.dtype), latent, total * fade[:, None], input_precision=PRECISION)
@@ -151,12 +167,13 @@ def _cut(slots, seq_lens, num_rows, num_programs, PAGE: tl.constexpr, BLOCK_R: t
     return pages, ends, share
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _decode_kernel(
-    latent_q, rope_q, latent_desc, rope_desc, scales, page_table, slots, seq_lens, out, partials, lse,
+    latent_q, rope_q, pages, latent_desc, rope_desc, scales, page_table, slots, seq_lens, out, partials, lse,
     num_rows, row_stride, head_stride, table_stride, scale_log2,
     NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, MIN_PAGES: tl.constexpr, SCALED: tl.constexpr, TOP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows' pages, laid end to end, are cut into equal shares: program p of a block of GROUP heads takes share p.
 
@@ -166,11 +183,18 @@ def _decode_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     program = tl.program_id(0) // NUM_BLOCKS
     num_programs = tl.num_programs(0) // NUM_BLOCKS
-    _pages, ends, share = _cut(slots, seq_lens, num_rows, num_programs, PAGE, BLOCK_R, MIN_PAGES)
-    begin = program * share
-    stop = tl.minimum(begin + share, tl.max(ends, 0))
-    row = tl.sum((ends <= begin).to(tl.int32), 0)
-    row_begin = tl.max(tl.where(ends <= begin, ends, 0), 0)
+    if TOP:
+        parts = num_programs // num_rows
+        share = tl.cdiv(tl.cdiv(TOP, PAGE), parts)
+        begin, stop = program * share, program * share + share
+        row = program // parts
+        row_begin = row * parts * share
+    else:
+        _pages, ends, share = _cut(slots, seq_lens, num_rows, num_programs, PAGE, BLOCK_R, MIN_PAGES)
+        begin = program * share
+        stop = tl.minimum(begin + share, tl.max(ends, 0))
+        row = tl.sum((ends <= begin).to(tl.int32), 0)
+        row_begin = tl.max(tl.where(ends <= begin, ends, 0), 0)
     g = tl.arange(0, BLOCK_G)
     r = tl.arange(0, RANK)
     head = block * GROUP + g
@@ -183,9 +207,14 @@ def _decode_kernel(
         slot = tl.load(slots + row)
         seq_len = tl.where(slot >= 0, tl.load(seq_lens + row), 0)
         row_end = row_begin + tl.cdiv(seq_len, PAGE)
+        table = page_table + slot.to(tl.int64) * table_stride
+        if TOP:
+            seq_len = tl.where(slot >= 0, tl.minimum(seq_len + 1, TOP), 0)
+            row_end = row_begin + parts * share
+            table = page_table + row.to(tl.int64) * table_stride
         if row_end > unit:
             part_end = tl.minimum(row_end, stop)
-            low, high = unit - row_begin, part_end - row_begin
+            low, high = unit - row_begin, tl.minimum(part_end - row_begin, tl.cdiv(seq_len, PAGE))
             at = ((row * NUM_BLOCKS * GROUP + head).to(tl.int64) * RANK)[:, None] + r[None, :]
             queries = tl.load(latent_q + at, mask=inside[:, None], other=0.0)
             rope_at = row.to(tl.int64) * row_stride + head[:, None] * head_stride + tl.arange(0, ROPE)[None, :]
@@ -194,16 +223,16 @@ def _decode_kernel(
             weight = tl.zeros([BLOCK_G], tl.float32)
             total = tl.zeros([BLOCK_G, RANK], tl.float32)
             measure = 1.0
-            table = page_table + slot.to(tl.int64) * table_stride
             whole = tl.maximum(tl.minimum(seq_len // PAGE, high), low)
             peak, weight, total, measure = _attend_pages(
-                queries, rotated, peak, weight, total, measure, latent_desc, rope_desc, scales, table, low, whole,
-                seq_len, scale_log2, RANK, PAGE, False, SCALED,
+                queries, rotated, peak, weight, total, measure, pages, latent_desc, rope_desc, scales, table,
+                low, whole, seq_len, scale_log2, RANK, PAGE, False, SCALED, TOP,
             )  # fmt: skip
             peak, weight, total, measure = _attend_pages(
-                queries, rotated, peak, weight, total, measure, latent_desc, rope_desc, scales, table, whole, high,
-                seq_len, scale_log2, RANK, PAGE, True, SCALED,
+                queries, rotated, peak, weight, total, measure, pages, latent_desc, rope_desc, scales, table,
+                whole, high, seq_len, scale_log2, RANK, PAGE, True, SCALED, TOP,
             )  # fmt: skip
+            weight = tl.maximum(weight, 1e-30)  # of no token at all
             result = total * (measure / weight)[:, None]
             if (low == 0) & (part_end == row_end):
                 tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
@@ -217,20 +246,25 @@ def _decode_kernel(
         row += 1
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_programs"])
+@triton.jit(do_not_specialize=["num_rows", "num_programs"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _merge_kernel(
     slots, seq_lens, out, partials, lse, num_rows, num_programs,
     NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
-    MIN_PAGES: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    MIN_PAGES: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the sum over its parts, in the order of their programs; zeros for a row of padding."""
     row, head = tl.program_id(0), tl.program_id(1)
     block, g = head // GROUP, head % GROUP
-    pages, ends, share = _cut(slots, seq_lens, num_rows, num_programs, PAGE, BLOCK_R, MIN_PAGES)
-    own = tl.arange(0, BLOCK_R) == row
-    count = tl.sum(tl.where(own, pages, 0), 0)
-    begin = tl.sum(tl.where(own, ends, 0), 0) - count
-    first, last = begin // share, (begin + count - 1) // share
+    if TOP:
+        count = num_programs // num_rows
+        first, last, within = row * count, row * count + count - 1, 0
+    else:
+        pages, ends, share = _cut(slots, seq_lens, num_rows, num_programs, PAGE, BLOCK_R, MIN_PAGES)
+        own = tl.arange(0, BLOCK_R) == row
+        count = tl.sum(tl.where(own, pages, 0), 0)
+        begin = tl.sum(tl.where(own, ends, 0), 0) - count
+        first, last = begin // share, (begin + count - 1) // share
+        within = (begin > first * share).to(tl.int32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -244,8 +278,7 @@ def _merge_kernel(
         total = tl.zeros([RANK], tl.float32)
         for start in range(first, last + 1, PARTS):
             owner = start + tl.arange(0, PARTS)
-            second = (owner == first) & (begin > first * share)
-            part = ((owner * NUM_BLOCKS + block) * 2 + second.to(tl.int32)) * GROUP + g
+            part = ((owner * NUM_BLOCKS + block) * 2 + (owner == first).to(tl.int32) * within) * GROUP + g
             sizes = tl.load(lse + part, mask=owner <= last, other=LOW)
             values = tl.load(partials + part[:, None] * RANK + r[None, :], mask=(owner <= last)[:, None], other=0.0)
             highest = tl.maximum(peak, tl.max(sizes, 0))
@@ -292,8 +325,9 @@ def decode_cut(group: int, itemsize: int) -> DecodeCut:
 def latent_decode(
     q_latent: torch.Tensor, q_rope: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     seq_lens: torch.Tensor, scale: float, out: torch.Tensor, *, scales: torch.Tensor | None,
-    workspace: DecodeWorkspace | None, max_seq_len: int,
+    workspace: DecodeWorkspace | None, max_seq_len: int, listed: bool = False,
 ) -> None:  # fmt: skip
+    """listed: `page_table` has a list of tokens (`ops.dsa`) for each row, max_seq_len long; `seq_lens`: positions."""
     (num_rows, num_heads, rank), page_size = q_latent.shape, pages.shape[2]
     check_pages(q_latent, pages, rank, {"page_table": page_table, "slots": slots, "seq_lens": seq_lens})
     if q_rope.shape != (num_rows, num_heads, pages.shape[3] - rank) or q_rope.stride(2) != 1:
@@ -307,29 +341,37 @@ def latent_decode(
         raise ValueError(f"the workspace is for {[*workspace.partials.shape]}: [programs, blocks, 2, heads, rank]")
     if num_rows == 0:
         return
-    num_sms, narrow = max_programs * num_blocks // 2, hopper_fp8.group_of(q_latent, q_rope, pages, group)
+    num_sms, top = max_programs * num_blocks // 2, max_seq_len * listed
+    if listed:  # in fp32 more heads and tokens do not fit into shared memory
+        narrow, tokens = (16, 32) if q_latent.element_size() == 4 and group % 16 == 0 else (0, _LISTED)
+    else:
+        narrow, tokens = hopper_fp8.group_of(q_latent, q_rope, pages, group), page_size
     if narrow:
         num_blocks, group = num_blocks * group // narrow, narrow
     # Two programs share a multiprocessor, and so the workspace is made, if they are of 16 heads over FP8 pages.
-    fitting = max(1, num_sms * (1 + (narrow == 16)) // num_blocks)
-    num_programs = min(fitting, triton.cdiv(num_rows * max(1, triton.cdiv(max_seq_len, page_size)), _MIN_PAGES))
-    shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": row_block(num_rows), "MIN_PAGES": _MIN_PAGES}
-    common = {**shares, "PAGE": page_size, "GROUP": group, "RANK": rank, **overlap_options(q_latent)}
+    fitting, pages_per_row = max(1, num_sms * (1 + (narrow == 16)) // num_blocks), triton.cdiv(max_seq_len, tokens)
+    num_programs = min(fitting, triton.cdiv(num_rows * max(1, pages_per_row), _MIN_PAGES))
+    if listed:  # as many for each row
+        num_programs = num_rows * max(1, min(fitting // num_rows, triton.cdiv(pages_per_row, _MIN_PAGES)))
+    block_r = 32 if listed else row_block(num_rows)
+    shares: dict[str, Any] = {"NUM_BLOCKS": num_blocks, "BLOCK_R": block_r, "MIN_PAGES": _MIN_PAGES}
+    common = {**shares, "PAGE": tokens, "GROUP": group, "RANK": rank, "TOP": top, **overlap_options(q_latent)}
     metadata, parts = (page_table, slots, seq_lens), (workspace.partials, workspace.lse)
-    if narrow:
+    if narrow and not listed:
         hopper_fp8.decode(
             q_latent, q_rope, pages, scales, *metadata, scale * LOG2E, out, *parts, num_programs, GROUP=group, **shares
         )
     elif hopper.serves(q_latent, pages, group):
-        hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, **shares)
+        hopper.decode(q_latent, q_rope, pages, *metadata, scale * LOG2E, out, *parts, num_programs, TOP=top, **shares)
     else:
         cut, flat, rope_dim = decode_cut(group, q_latent.element_size()), pages.flatten(0, 2), q_rope.shape[2]
-        latents, keys = (TensorDescriptor.from_tensor(flat, [page_size, width]) for width in (rank, rope_dim))
+        latents, keys = (TensorDescriptor.from_tensor(flat, [tokens, width]) for width in (rank, rope_dim))
         _decode_kernel[(num_programs * num_blocks,)](
-            q_latent, q_rope, latents, keys, scales, *metadata, out, *parts, num_rows, *q_rope.stride()[:2],
-            page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim, SCALED=scales is not None,
-            num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
+            q_latent, q_rope, pages, latents, keys, scales, *metadata, out, *parts, num_rows, *q_rope.stride()[:2],
+            page_table.stride(0), scale * LOG2E, BLOCK_G=cut.block_g, ROPE=rope_dim,
+            SCALED=0 if scales is None else page_size, num_warps=cut.num_warps, num_stages=cut.num_stages, **common,
         )  # fmt: skip
-    _merge_kernel[(num_rows, num_heads)](
-        slots, seq_lens, out, *parts, num_rows, num_programs, PARTS=_MERGE_PARTS, num_warps=4, **common
-    )
+    if not listed or num_programs > num_rows:
+        _merge_kernel[(num_rows, num_heads)](
+            slots, seq_lens, out, *parts, num_rows, num_programs, PARTS=_MERGE_PARTS, num_warps=4, **common
+        )
