@@ -245,6 +245,9 @@ def test_sort_fills_whole_blocks_of_one_expert(monkeypatch: pytest.MonkeyPatch, 
     blocks = order.rows.view(-1, block_m)[:num_blocks]
     listed = blocks[blocks < ids.numel()]
     assert sorted(listed.tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()
+    present, places = ids.flatten() >= 0, order.places.flatten()
+    assert (places[~present] == -1).all()
+    assert order.rows[places[present].long()].tolist() == present.nonzero().flatten().tolist()
     for rows, expert in zip(blocks, order.block_expert.tolist(), strict=False):
         count = int((rows < ids.numel()).sum())
         assert count > 0

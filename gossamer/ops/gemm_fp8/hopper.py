@@ -158,15 +158,6 @@ def _store_dense(
 
 
 @gluon.jit
-def _store_rows(acc, out, row, num_rows, column, N):
-    """A part whose rows have places of their own."""
-    place = column + gl.arange(0, BLOCK, gl.SliceLayout(0, _line_layout(8)))
-    pointers = out + row[:, None].to(gl.int64) * N + place[None, :]
-    y = gl.convert_layout(acc.to(out.dtype.element_ty), _line_layout(8))
-    gl.store(pointers, y, mask=(row < num_rows)[:, None] & (place < N)[None, :])
-
-
-@gluon.jit
 def _quantize(y, dtype: gl.constexpr):
     """`quantize_rows`, at half the price where every row is zeros or holds no infinity and no tiny maximum.
 
@@ -330,18 +321,11 @@ def _multiply(
             if GATED:
                 _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride, ALPHA, LIMIT)
             else:
-                column = n * (PARTS * BLOCK)
-                if TOP_K:
-                    row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
-                    _store_rows(acc0, out, row, num_rows, column, N)
-                    if PARTS == 2:
-                        _store_rows(acc1, out, row, num_rows, column + BLOCK, N)
-                else:
-                    out_tile = out_tiles.index(WG)
-                    _store_dense(acc0, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
-                    if PARTS == 2:
-                        column += BLOCK
-                        _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
+                column, out_tile = n * (PARTS * BLOCK), out_tiles.index(WG)
+                _store_dense(acc0, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
+                if PARTS == 2:
+                    column += BLOCK
+                    _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
         else:  # rows of padding alone
             for _ in range(groups):
                 for part in gl.static_range(PARTS if TURNS else 0):
@@ -357,7 +341,7 @@ def _multiply(
                 looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
             )
         row0, n, first = looked[0], looked[1], looked[2]
-    if TOP_K == 0:
+    if not GATED:
         tma.store_wait(0)
 
 
@@ -383,7 +367,7 @@ def _hopper_kernel(
         mbarrier.init(turns.index(i), count=1)
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
-    if TOP_K:
+    if GATED:
         out_tiles = a_tiles
     else:
         out_tiles = gl.allocate_shared_memory(out_desc.dtype, [WGS, ROWS, BLOCK], out_desc.layout)
@@ -437,9 +421,9 @@ def product(
     absent = w_scales.view(torch.int32)
     _hopper_kernel[(min(most_blocks * num_n, multiprocessors),)](
         a, a_desc, TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [128, 128], bytes_),
-        out, a_desc if top_k else TensorDescriptor.from_tensor(out, [64, 128], halves),
+        out, a_desc if gated else TensorDescriptor.from_tensor(out, [64, 128], halves),
         a_scales if out_scales is None else out_scales, a if bias is None else bias, a_scales, w_scales,
-        *(order or (absent, absent, absent)), num_rows, n, k, most_blocks, num_n, *strides,
+        *(order or (absent, absent, absent))[:3], num_rows, n, k, most_blocks, num_n, *strides,
         0 if out_scales is None else out_scales.stride(1),
         WGS=config.warpgroups, PARTS=config.parts, TOP_K=top_k, GATED=gated, BIAS=bias is not None,
         CHANNEL_STEP={"block": -1, "channel": 1, "tensor": 0}[kind], GROUP_M=config.group_m,
