@@ -125,21 +125,20 @@ def _rank_kernel(
     """Counts the assignments of each expert, and gives each one its place among those of its expert."""
     start = tl.program_id(0) * BLOCK_A
     experts = tl.arange(0, BLOCK_E)
+    own = start + tl.arange(0, BLOCK_A)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    every = start + tl.arange(0, BLOCK_A)
-    ids = tl.load(ids_ptr + every, mask=every < num_assignments, other=-1)
+    ids = tl.load(ids_ptr + own, mask=own < num_assignments, other=-1)
     counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
     # One addition for each expert and program reserves the places of all its assignments here.
     before = tl.atomic_add(counts_ptr + experts, counts, mask=counts > 0, sem="relaxed")
+    rank = tl.gather(before, tl.maximum(ids, 0), 0)
     for part in range(0, BLOCK_A, CHUNK):
-        offsets = start + part + tl.arange(0, CHUNK)
-        part_ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
-        own = part_ids[:, None] == experts[None, :]
-        places = tl.cumsum(own.to(tl.int32), 0) + before[None, :] - 1
-        tl.store(ranks_ptr + offsets, tl.sum(tl.where(own, places, 0), 1), mask=offsets < num_assignments)
-        before += tl.sum(own.to(tl.int32), 0)
+        other = start + part + tl.arange(0, CHUNK)
+        same = tl.load(ids_ptr + other, mask=other < num_assignments, other=-1)[None, :] == ids[:, None]
+        rank += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
+    tl.store(ranks_ptr + own, rank, mask=own < num_assignments)
 
 
 @triton.jit
@@ -337,11 +336,10 @@ def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Ex
         )  # fmt: skip
         return order
     counts = torch.zeros(block_e, dtype=torch.int32, device=device)
-    grid, chunk = (triton.cdiv(num_assignments, RANKED),), max(16, 8192 // block_e)
+    grid = (triton.cdiv(num_assignments, RANKED),)
     _rank_kernel[grid](
-        topk_ids, counts, order.places, num_assignments, BLOCK_A=RANKED, CHUNK=min(chunk, RANKED), num_warps=4,
-        **options,
-    )  # fmt: skip
+        topk_ids, counts, order.places, num_assignments, BLOCK_A=RANKED, CHUNK=min(32, RANKED), num_warps=4, **options
+    )
     _place_kernel[grid](
         topk_ids, counts, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=RANKED, num_warps=4,
         **options,
