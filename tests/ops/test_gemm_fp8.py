@@ -296,7 +296,7 @@ class Between:
     def __call__(self, a, a_scales, w, w_scales, out, config, **options) -> None:
         self.product(a, a_scales, w, w_scales, out, config, **options)
         if options.get("gated"):
-            rows, _, num_blocks = options["order"]
+            rows, _, num_blocks, _ = options["order"]
             rows, self.top_k = rows[: int(num_blocks[0]) * config.block_m], options["top_k"]
             live = rows < options["num_rows"]
             self.rows = torch.zeros(options["num_rows"], out.shape[1], dtype=torch.float64, device=out.device)
