@@ -40,7 +40,7 @@ class ResidualStream:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all other rows. Nothing may wait to be added."""
-        self._x = self._x.index_select(0, rows)
+        self._x = self._x[rows]
 
     def add(self, delta: torch.Tensor | Pending) -> None:
         self._added = delta

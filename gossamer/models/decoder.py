@@ -249,7 +249,7 @@ class Decoder:
             yield partial(block.attention.attend, q, planes=planes, out=attended)
             token_slots = plan.token_slots
             if plan.kept is not None and block is self.blocks[-1]:
-                attended, token_slots = _rows(attended, plan.kept), token_slots.index_select(0, plan.kept)
+                attended, token_slots = _rows(attended, plan.kept), token_slots[plan.kept]
                 stream.keep(plan.kept)
             block.attention.output(attended, stream)
             stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), token_slots))
@@ -281,10 +281,7 @@ def _empty_fp8(x: torch.Tensor, shape: tuple[int, ...]) -> Quantized:
 
 
 def _rows(attended: Attended, rows: torch.Tensor) -> Attended:
-    if isinstance(attended, torch.Tensor):
-        return attended.index_select(0, rows)
-    q, scales = attended
-    return q.view(torch.uint8).index_select(0, rows).view(q.dtype), scales.index_select(0, rows)
+    return attended[rows] if isinstance(attended, torch.Tensor) else (attended[0][rows], attended[1][rows])
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:
