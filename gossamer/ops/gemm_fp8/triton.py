@@ -212,22 +212,24 @@ class Config(NamedTuple):
 def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
-    As few programs as multiprocessors: those that share K wait for each other. Where K is long and too many columns
-    leave none to share it, the plain kernel is faster.
+    As few programs as multiprocessors, or twice as many where K is long. Where more columns leave none to share a long
+    K, the plain kernel is faster; so is the library's from 129 rows on, but where columns are few.
     """
-    wide = num_out > 16384
-    if not 32 <= num_rows <= 128 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
+    if not 32 <= num_rows <= 256 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
         return None
-    if (wide and width < 1024) or (num_rows > 64 and num_out > 8192):
-        return None
-    if wide:
-        return FewConfig(1, 2, 1, 5, 3)
-    tiles = triton.cdiv(num_out, 64)
-    split_k = max(1, min(4, 132 // tiles, width // 512))
+    if num_out > 16384:
+        return FewConfig(1, 2, 1, 5, 3) if num_rows <= 64 and width >= 1024 else None
+    long = width > 8192
+    tokens = 2 if long and num_rows > 64 else 1
+    blocks = triton.cdiv(num_rows, 64 * tokens)
+    programs = triton.cdiv(num_out, 64) * blocks
+    split_k = max(1, min(4, (264 if long else 132) // programs, width // (1536 * blocks)))
     split_k = 1 << (split_k.bit_length() - 1)
-    if split_k == 1 and width >= 3072:
+    if (programs > 132 and split_k == 1 and width >= 3072) or (num_rows > 64 and num_out > 8192):
         return None
-    return FewConfig(2, 1, split_k, 7, 3) if num_rows > 64 and split_k > 1 else FewConfig(1, 1, split_k)
+    if num_rows > 128 and programs > 132:
+        return None
+    return FewConfig(2, 1, split_k, 7, 3) if tokens == 2 else FewConfig(1, 1, split_k)
 
 
 def choose(

@@ -23,7 +23,7 @@ GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens sh
 HOPPER_BLOCK_M = 192  # rows of a tile in hopper.py
 HOPPER_ROWS = 400  # per expert, from which it is faster there
 SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
-RANKED = 256  # assignments of a program of the sort above
+RANKED = 128  # assignments of a program of the sort above
 
 
 @triton.jit
