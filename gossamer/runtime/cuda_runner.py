@@ -281,10 +281,9 @@ class CudaRunner:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
         else:
             hidden = self._forward(bucket, plan)
-        if not num_sampling:
-            return (hidden, hidden[:0], None, self.last_token[:0], None), plan
         last = hidden[sample_rows[:num_sampling]] if plan.kept is None else hidden[:num_sampling]
-        return (hidden, last, *self._sample(last, num_sampling), None), plan
+        drawn = self._sample(last, num_sampling) if num_sampling else (None, self.last_token[:0])
+        return (hidden, last, *drawn, None), plan
 
     def _sample(self, hidden: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and tokens of the rows to sample. Without drafts the tokens also become their slots' last."""

@@ -206,11 +206,9 @@ class LLM:
 
         Nor more at a time than two steps compute: the device need not wait for the last of many.
         """
-        if samples:
-            limits = self._engine.config.scheduler
-            room = limits.max_num_queued - self._engine.stats().num_waiting
-            left = 2 * (limits.max_num_batched_tokens or 1)
-            while samples and room > 0 and left > 0:
-                child, params, job = samples.popleft()
-                self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
-                room, left = room - 1, left - len(job.token_ids)
+        limits = self._engine.config.scheduler
+        left = 2 * (limits.max_num_batched_tokens or 1)
+        while samples and left > 0 and self._engine.stats().num_waiting < limits.max_num_queued:
+            child, params, job = samples.popleft()
+            self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
+            left -= len(job.token_ids)

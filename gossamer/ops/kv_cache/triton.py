@@ -129,11 +129,9 @@ def _write(
     # Of the tokens of a long prompt one in a page has work: programs for all would mostly start in vain.
     tokens, block_d = 1 if num_tokens <= _SPREAD_TOKENS else 8, triton.next_power_of_2(dim)
     (k_pages, k_scales), (v_pages, v_scales) = planes[0], planes[-1]
-    # A token in a page: one warp, so that many programs fit.
-    block_t, warps = (8, 1) if tokens == 1 and block_d <= 128 else (_BLOCK_TOKENS, 4 if block_d <= 256 else 8)
     _write_kernel[(triton.cdiv(num_tokens, tokens), len(planes) * num_heads)](
         new, positions, token_slots, page_table, k_pages.view(torch.uint8), v_pages.view(torch.uint8), k_scales,
         v_scales, num_tokens, page_table.shape[1], NUM_KV=num_heads, HEAD_DIM=dim, ROW=len(planes) * num_heads * dim,
-        PAGE=page_size, TOKENS=tokens, BLOCK_T=min(block_t, page_size), BLOCK_D=block_d, num_warps=warps,
-        **overlap_options(new),
+        PAGE=page_size, TOKENS=tokens, BLOCK_T=min(_BLOCK_TOKENS, page_size), BLOCK_D=block_d,
+        num_warps=4 if block_d <= 256 else 8, **overlap_options(new),
     )  # fmt: skip

@@ -300,7 +300,8 @@ def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsCon
     """By the size of a router's weight (measured on an H100; up to 1024 tokens on an H200)."""
     block_e = triton.next_power_of_2(num_experts)
     if num_tokens <= WHOLE_TOKENS:
-        return LogitsConfig(16, 32, 128, 4, 4, 4) if num_tokens <= 128 else LogitsConfig(64, 64, 64, 4, 4, 4)
+        few = num_tokens <= 128 or block_e == 64  # whose every expert one program would have
+        return LogitsConfig(16, 32, 128, 4, 4, 4) if few else LogitsConfig(64, 64, 64, 4, 4, 4)
     if num_experts > WHOLE_EXPERTS or itemsize > 2:
         return LogitsConfig(128, 64, 64, 4, 3)
     return LogitsConfig(32, block_e, 128, 4, 4) if num_tokens <= 4096 else LogitsConfig(64, block_e, 64, 4, 4)
