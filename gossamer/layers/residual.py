@@ -38,6 +38,10 @@ class ResidualStream:
     def dtype(self) -> torch.dtype:
         return self._x.dtype
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all other rows. Nothing may wait to be added."""
+        self._x = self._x[rows]
+
     def add(self, delta: torch.Tensor | Pending) -> None:
         self._added = delta
 

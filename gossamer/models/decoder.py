@@ -212,7 +212,8 @@ class Decoder:
         """The forward pass on a GPU, broken at each layer's attention: call what is yielded, then go on.
 
         input_ids: int32 [num_tokens], -1 for what the token's slot sampled last (`last_token`, int64 [num_slots]).
-        `result` gets the hidden states [num_tokens, hidden] after the final norm; rows of padding hold no meaning.
+        `result` gets the hidden states [num_tokens, hidden] after the final norm, or those of `plan.kept`; rows of
+        padding hold no meaning.
         """
         x = embed_tokens(input_ids, plan.token_slots, last_token, _loaded(self.embed), backend=self._backend)
         layers = zip(self.blocks, pool.layers, strict=False)
@@ -246,8 +247,12 @@ class Decoder:
                 buffers[fp8] = _empty_fp8(x, attended_shape) if fp8 else x.new_empty(attended_shape)
             attended = buffers[fp8]
             yield partial(block.attention.attend, q, planes=planes, out=attended)
+            token_slots = plan.token_slots
+            if plan.kept is not None and block is self.blocks[-1]:
+                attended, token_slots = _rows(attended, plan.kept), token_slots[plan.kept]
+                stream.keep(plan.kept)
             block.attention.output(attended, stream)
-            stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), plan.token_slots))
+            stream.add(block.mlp.of_stream(stream, _loaded(block.mlp_norm), token_slots))
         result.append(stream.normed(norm))
 
     def forward_paged(
@@ -273,6 +278,10 @@ def _empty_fp8(x: torch.Tensor, shape: tuple[int, ...]) -> Quantized:
     many = shape[0] >= 64
     scales = x.new_empty(shape[1::-1] if many else shape[:2], dtype=torch.float32)
     return x.new_empty(shape, dtype=torch.float8_e4m3fn), scales.t() if many else scales
+
+
+def _rows(attended: Attended, rows: torch.Tensor) -> Attended:
+    return attended[rows] if isinstance(attended, torch.Tensor) else (attended[0][rows], attended[1][rows])
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -271,16 +271,19 @@ class CudaRunner:
         if self._drafts:
             ids, slots = self.inputs.device["input_ids"][:num_decode], self.inputs.device["slots"][:num_decode]
             ids.copy_(torch.where(ids == -2, self.draft_token[slots.long()].int(), ids))
+        num_sampling = sum(row.samples for row in rows)
         plan = self._token_plan(bucket, num_decode, len(rows), Chunks.of(rows[num_decode:]))
+        sample_rows, held = self.inputs.device["sample_rows"], [self._sequences[row.slot] for row in rows]
+        if not (has_graph or self._drafts or any(s and s.params.prompt_logprobs is not None for s in held)):
+            # As many as some decode step has: its kernels are compiled.
+            plan.kept = sample_rows[: round_up(max(num_sampling, 1), self._buckets)]
         if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)
         else:
             hidden = self._forward(bucket, plan)
-        num_sampling = sum(row.samples for row in rows)
-        if not num_sampling:
-            return (hidden, hidden[:0], None, self.last_token[:0], None), plan
-        last = hidden.index_select(0, self.inputs.device["sample_rows"][:num_sampling])
-        return (hidden, last, *self._sample(last, num_sampling), None), plan
+        last = hidden[sample_rows[:num_sampling]] if plan.kept is None else hidden[:num_sampling]
+        drawn = self._sample(last, num_sampling) if num_sampling else (None, self.last_token[:0])
+        return (hidden, last, *drawn, None), plan
 
     def _sample(self, hidden: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and tokens of the rows to sample. Without drafts the tokens also become their slots' last."""

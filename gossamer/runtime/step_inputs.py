@@ -138,6 +138,7 @@ class StepInputs:
         host["cu_seqlens_q"][1 : n - num_decode + 1] = ends[num_decode:] - num_decode
         sampling = np.flatnonzero([row.samples for row in rows])
         host["sample_rows"][: len(sampling)] = ends[sampling] - 1
+        host["sample_rows"][len(sampling) :] = 0
         host["sample_slots"][: len(sampling)] = slots[sampling]
         host["output_index"][: len(sampling)] = [rows[i].output_index for i in sampling]
         total = int(ends[-1])

@@ -164,7 +164,7 @@ class LLM:
         text, token_ids, salt = (parts.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
         if token_ids is None and isinstance(text, str):
             token_ids = self.get_tokenizer().encode(text)
-        if not isinstance(token_ids, Sequence) or not all(type(token) is int for token in token_ids):
+        if not isinstance(token_ids, Sequence) or set(map(type, token_ids)) - {int}:
             raise InvalidRequest(
                 f'Prompt {index} must be a string, {{"prompt": text}} or {{"prompt_token_ids": list of int}}; '
                 f"got {type(prompt).__name__}.",
@@ -202,9 +202,13 @@ class LLM:
                     self._engine.step()
 
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
-        """Queues no more samples than the engine's queue takes, so that it never has to refuse one."""
-        if samples:
-            room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
-            for _ in range(min(room, len(samples))):
-                child, params, job = samples.popleft()
-                self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
+        """Queues no more samples than the engine's queue takes, so that it never has to refuse one.
+
+        Nor more at a time than two steps compute: the device need not wait for the last of many.
+        """
+        limits = self._engine.config.scheduler
+        left = 2 * (limits.max_num_batched_tokens or 1)
+        while samples and left > 0 and self._engine.stats().num_waiting < limits.max_num_queued:
+            child, params, job = samples.popleft()
+            self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
+            left -= len(job.token_ids)

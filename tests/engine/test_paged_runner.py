@@ -13,6 +13,7 @@ from models.tiny_checkpoints import CHECKPOINTS, page_options, save_checkpoint
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
+from gossamer.models.decoder import Decoder
 
 PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((1, 5, 17, 40, 64, 33, 90))]
 PROMPTS += [[*PROMPTS[4], 9, 8]]  # a full page in common
@@ -87,3 +88,20 @@ def test_the_schedule_leaves_tokens_alone(device: str, overlap: bool, prefix: bo
     # 24 KiB a page of 64 tokens: seven pages for five sequences of up to three, so some are preempted
     options = {"overlap": overlap, "enable_prefix_caching": prefix}
     assert tokens(run(folder, params, paged=True, device=device, **options)) == expected
+
+
+def test_rows_that_do_not_sample_end_at_the_last_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless a prompt's log-probabilities are wanted, which their hidden states give."""
+    folder, whole, sizes = save_checkpoint("qwen3_moe", tmp_path / "model"), Decoder.forward_paged, []
+
+    def forward_paged(self: Decoder, input_ids: torch.Tensor, *args) -> torch.Tensor:
+        hidden = whole(self, input_ids, *args)
+        sizes.append((len(input_ids), len(hidden)))
+        return hidden
+
+    monkeypatch.setattr(Decoder, "forward_paged", forward_paged)
+    for wanted in (None, 0):
+        sizes.clear()
+        run(folder, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=wanted), paged=True, device="cpu")
+        largest = max(hidden for num, hidden in sizes[1:] if num == 48)  # the first warms up, with all rows
+        assert largest == 48 if wanted is not None else largest <= 5

@@ -53,7 +53,7 @@ else:
     constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
                      REGS=160, FEED_REGS=32, ALPHA=1.0, LIMIT=0.0, PDL=True)
     if family == "experts":
-        kinds |= {"out_desc": kinds["a_desc"], "out": "*fp8e4nv"}
+        kinds["out_desc"] = kinds["a_desc"]
         constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80,
                           ALPHA=1.702, LIMIT=7.0)
 modules = {"mla_fp8": "mla.hopper_fp8", "mla_listed": "mla.hopper", "experts": "gemm_fp8.hopper",

@@ -109,15 +109,19 @@ def test_one_token_and_several_break_ties_and_survive_nan_alike(num_tokens: int)
 def test_many_tokens_and_too_many_experts_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.ops.moe import triton_router
 
-    monkeypatch.setattr(triton_router, "WHOLE_TOKENS", 8)
     monkeypatch.setattr(triton_router, "ROUTER_TOKENS", 4)
-    x, weight = torch.randn(40, 32, device=DEVICE), torch.randn(80, 32, device=DEVICE)
+    x, weight = torch.randn(40, 300, device=DEVICE), torch.randn(80, 300, device=DEVICE)
     expected_weights, expected_ids = router(x, weight, 3, renormalize=False, backend="reference")
-    for most in (128, 8):
+    for tokens, most in ((8, 128), (8, 8), (64, 8)):
+        monkeypatch.setattr(triton_router, "WHOLE_TOKENS", tokens)
         monkeypatch.setattr(triton_router, "WHOLE_EXPERTS", most)
         weights, ids = router(x, weight, 3, renormalize=False, backend="triton")
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
+    expected_weights, expected_ids = router(x, weight[:32], 3, renormalize=False, backend="reference")
+    weights, ids = router(x, weight[:32], 3, renormalize=False, backend="triton")  # a program of few tokens has all
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-5)
 
 
 GROUPED = [
@@ -245,6 +249,9 @@ def test_sort_fills_whole_blocks_of_one_expert(monkeypatch: pytest.MonkeyPatch, 
     blocks = order.rows.view(-1, block_m)[:num_blocks]
     listed = blocks[blocks < ids.numel()]
     assert sorted(listed.tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()
+    present, places = ids.flatten() >= 0, order.places.flatten()
+    assert (places[~present] == -1).all()
+    assert order.rows[places[present].long()].tolist() == present.nonzero().flatten().tolist()
     for rows, expert in zip(blocks, order.block_expert.tolist(), strict=False):
         count = int((rows < ids.numel()).sum())
         assert count > 0

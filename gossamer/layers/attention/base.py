@@ -69,6 +69,8 @@ class PagedPlan:
     workspace: DecodeWorkspace | None
     chosen: torch.Tensor | None = None
     """What the last layer with an indexer chose, for those without one."""
+    kept: torch.Tensor | None = None
+    """int32 [num_kept]: tokens that go on behind the last layer's attention, for nothing reads others; None: all."""
 
 
 Attended = torch.Tensor | Quantized

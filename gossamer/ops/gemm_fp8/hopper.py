@@ -53,20 +53,6 @@ class HopperConfig(NamedTuple):
         return 64 * self.warpgroups
 
 
-@gluon.constexpr_function
-def _line_layout(width):
-    """A thread holds `width` neighbours of a row, a quad of lanes four times as many, a warp the rows it accumulates.
-
-    Results get there from the accumulator's layout by shuffles, and are stored in lines of 64 bytes.
-    """
-    bits = width.bit_length() - 1
-    near, high = [[0, 1 << bit] for bit in range(bits)], [[0, 1 << bit] for bit in range(bits + 2, 7)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[*near, [8, 0], *high], lane_bases=[[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 128],
-    )  # fmt: skip
-
-
 @gluon.jit
 def _locate(tile, num_m, num_n, GROUP_M: gl.constexpr):
     """A tile's block of rows and of columns."""
@@ -158,15 +144,6 @@ def _store_dense(
 
 
 @gluon.jit
-def _store_rows(acc, out, row, num_rows, column, N):
-    """A part whose rows have places of their own."""
-    place = column + gl.arange(0, BLOCK, gl.SliceLayout(0, _line_layout(8)))
-    pointers = out + row[:, None].to(gl.int64) * N + place[None, :]
-    y = gl.convert_layout(acc.to(out.dtype.element_ty), _line_layout(8))
-    gl.store(pointers, y, mask=(row < num_rows)[:, None] & (place < N)[None, :])
-
-
-@gluon.jit
 def _quantize(y, dtype: gl.constexpr):
     """`quantize_rows`, at half the price where every row is zeros or holds no infinity and no tiny maximum.
 
@@ -202,18 +179,21 @@ def _silu(x):
 
 
 @gluon.jit
-def _store_quantized(gate, up, out, out_scales, row0, n, N, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr):
+def _store_quantized(
+    gate, up, out_desc, out_tile, out_scales, row0, n, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr
+):
     """The activation in FP8, with one scale a row. Rows of padding have places too, and get zeros."""
     if LIMIT > 0.0:
         y = gated_activation(gate, up, ALPHA, LIMIT)
     else:
         y = _silu(gate) * up
-    q, scale = _quantize(y, out.dtype.element_ty)
+    q, scale = _quantize(y, out_desc.dtype)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
     gl.store(out_scales + n * scale_stride + row, scale)
-    row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(16)))
-    place = n * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, _line_layout(16)))
-    gl.store(out + row[:, None].to(gl.int64) * N + place[None, :], gl.convert_layout(q, _line_layout(16)))
+    tma.store_wait(0)
+    out_tile.store(q)
+    fence_async_shared()
+    store_tile(out_desc, [row0, n * BLOCK], out_tile)
 
 
 @gluon.jit
@@ -273,7 +253,7 @@ def _multiply(
 
     What it must know of the next tile is loaded while it multiplies, the first scales of that while it stores.
     """
-    out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride = own
+    out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride = own
     a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns = shared
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     LINES: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -327,21 +307,15 @@ def _multiply(
             a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
                 looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
             )
+            out_tile = out_tiles.index(WG)
             if GATED:
-                _store_quantized(acc0, acc1, out, out_scales, row0, n, N, scale_stride, ALPHA, LIMIT)
+                _store_quantized(acc0, acc1, out_desc, out_tile, out_scales, row0, n, scale_stride, ALPHA, LIMIT)
             else:
                 column = n * (PARTS * BLOCK)
-                if TOP_K:
-                    row = gl.load(rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, _line_layout(8))))
-                    _store_rows(acc0, out, row, num_rows, column, N)
-                    if PARTS == 2:
-                        _store_rows(acc1, out, row, num_rows, column + BLOCK, N)
-                else:
-                    out_tile = out_tiles.index(WG)
-                    _store_dense(acc0, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
-                    if PARTS == 2:
-                        column += BLOCK
-                        _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
+                _store_dense(acc0, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
+                if PARTS == 2:
+                    column += BLOCK
+                    _store_dense(acc1, out_desc, out_tile, bias, w_scales, row0, column, N, BIAS, CHANNEL_STEP)
         else:  # rows of padding alone
             for _ in range(groups):
                 for part in gl.static_range(PARTS if TURNS else 0):
@@ -357,13 +331,12 @@ def _multiply(
                 looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
             )
         row0, n, first = looked[0], looked[1], looked[2]
-    if TOP_K == 0:
-        tma.store_wait(0)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_m", "num_n", "row_stride", "group_stride", "scale_stride"])
 def _hopper_kernel(
-    a, a_desc, w_desc, out, out_desc, out_scales, bias, a_scales, w_scales, rows, block_expert, num_m_ptr,
+    a, a_desc, w_desc, out_desc, out_scales, bias, a_scales, w_scales, rows, block_expert, num_m_ptr,
     num_rows, N, K, num_m, num_n, row_stride, group_stride, scale_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     WGS: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr, BIAS: gl.constexpr,
     CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, FEEDERS: gl.constexpr,
@@ -383,15 +356,12 @@ def _hopper_kernel(
         mbarrier.init(turns.index(i), count=1)
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
-    if TOP_K:
-        out_tiles = a_tiles
-    else:
-        out_tiles = gl.allocate_shared_memory(out_desc.dtype, [WGS, ROWS, BLOCK], out_desc.layout)
+    out_tiles = gl.allocate_shared_memory(out_desc.dtype, [WGS, ROWS, BLOCK], out_desc.layout)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns)
-    own = (out, out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
+    own = (out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
     fed = (a, a_desc, w_desc)
     if WGS == 2:
         gl.warp_specialize([
@@ -437,9 +407,9 @@ def product(
     absent = w_scales.view(torch.int32)
     _hopper_kernel[(min(most_blocks * num_n, multiprocessors),)](
         a, a_desc, TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [128, 128], bytes_),
-        out, a_desc if top_k else TensorDescriptor.from_tensor(out, [64, 128], halves),
+        TensorDescriptor.from_tensor(out, [64, 128], bytes_ if gated else halves),
         a_scales if out_scales is None else out_scales, a if bias is None else bias, a_scales, w_scales,
-        *(order or (absent, absent, absent)), num_rows, n, k, most_blocks, num_n, *strides,
+        *(order or (absent, absent, absent))[:3], num_rows, n, k, most_blocks, num_n, *strides,
         0 if out_scales is None else out_scales.stride(1),
         WGS=config.warpgroups, PARTS=config.parts, TOP_K=top_k, GATED=gated, BIAS=bias is not None,
         CHANNEL_STEP={"block": -1, "channel": 1, "tensor": 0}[kind], GROUP_M=config.group_m,

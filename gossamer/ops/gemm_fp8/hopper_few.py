@@ -1,7 +1,7 @@
 """FP8 products of few rows on Hopper, bound by reading the weight: a warp keeps a deep ring of its tiles in flight.
 
 The ring fills before the kernel ahead has ended, for no kernel writes weights; two programs fit a multiprocessor, so
-that one's end and the next one's start overlap. Programs that share a tile's K each add a part of its rows.
+that one's end and the next one's start overlap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile, thre
 class FewConfig(NamedTuple):
     """Cut of a product: a program has 64 rows of x by 64 of the weight, or twice as many of either.
 
-    `split_k` programs, all resident at once, share a tile's K; the stages fit a multiprocessor twice.
+    `split_k` programs share a tile's K; the stages fit a multiprocessor twice.
     """
 
     tokens: int = 1
@@ -138,39 +138,26 @@ def _store(acc, out, row0, column, num_rows, N):
 
 
 @gluon.jit
-def _store_partial(acc, partial):
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
-    column = gl.arange(0, ROWS, gl.SliceLayout(0, acc.type.layout))
-    gl.store(partial + row[:, None] * ROWS + column[None, :], acc)
-
-
-@gluon.jit
 def _add_splits(
-    partial, counter, split, out, row0, column, num_rows, N,
+    acc0, acc1, partial, counter, split, out, row0, column, num_rows, N,
     TOKENS: gl.constexpr, PARTS: gl.constexpr, SPLIT_K: gl.constexpr,
 ):  # fmt: skip
-    """Waits for all programs of the tile, then adds their parts, in order, of a share of the rows."""
-    HEIGHT: gl.constexpr = TOKENS * ROWS
-    SHARE: gl.constexpr = HEIGHT // SPLIT_K
-    AREA: gl.constexpr = HEIGHT * ROWS
-    LINES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    """Leaves a program's part; the last of a tile's programs adds all of them, in order, and stores. None waits."""
+    NUM: gl.constexpr = TOKENS * PARTS
+    AREA: gl.constexpr = ROWS * ROWS
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, acc0.type.layout))
+    place = gl.arange(0, ROWS, gl.SliceLayout(0, acc0.type.layout))
+    partial += row[:, None] * ROWS + place[None, :]
+    for i in gl.static_range(NUM):
+        gl.store(partial + (split * NUM + i) * AREA, acc1 if i else acc0)
     thread_barrier()
-    arrived = gl.atomic_add(counter, 1) + 1
-    while arrived < SPLIT_K:
-        arrived = gl.atomic_add(counter, 0)
-    row = split * SHARE + gl.arange(0, SHARE, gl.SliceLayout(1, LINES))
-    place = gl.arange(0, ROWS, gl.SliceLayout(0, LINES))
-    for part in gl.static_range(PARTS):
-        total = gl.zeros([SHARE, ROWS], gl.float32, LINES)
-        for i in gl.static_range(SPLIT_K):
-            offsets = row[:, None] * ROWS + place[None, :] + (i * PARTS + part) * AREA
-            total += gl.load(partial + offsets, cache_modifier=".cg")
-        own = column + part * ROWS + place
-        mask = (row0 + row < num_rows)[:, None] & (own < N)[None, :]
-        gl.store(out + (row0 + row)[:, None] * N + own[None, :], total.to(out.dtype.element_ty), mask=mask)
-    thread_barrier()
-    if gl.atomic_add(counter, 1) == 2 * SPLIT_K - 1:  # the last to leave
+    if gl.atomic_add(counter, 1) == SPLIT_K - 1:
         gl.store(counter, 0)
+        for i in gl.static_range(NUM):
+            total = gl.load(partial + i * AREA, cache_modifier=".cg")
+            for k in gl.static_range(1, SPLIT_K):
+                total += gl.load(partial + (k * NUM + i) * AREA, cache_modifier=".cg")
+            _store(total, out, row0 + i % TOKENS * ROWS, column + i // TOKENS * ROWS, num_rows, N)
 
 
 @gluon.jit
@@ -202,17 +189,13 @@ def _multiply(
         else:
             acc0 = _add(acc0, token0, scale0, 0)
         mbarrier.arrive(empty.index(a), count=1)
-    unit = m * (gl.num_programs(0) // SPLIT_K) + n
-    partial += (unit * SPLIT_K + split).to(gl.int64) * (NUM * ROWS * ROWS)
-    for i in gl.static_range(NUM):
-        acc = acc1 if i else acc0
-        if SPLIT_K == 1:
-            _store(acc, out, row0 + i % TOKENS * ROWS, column + i // TOKENS * ROWS, num_rows, N)
-        else:
-            _store_partial(acc, partial + i * (ROWS * ROWS))
     if SPLIT_K > 1:
-        partial -= split * (NUM * ROWS * ROWS)
-        _add_splits(partial, counters + unit, split, out, row0, column, num_rows, N, TOKENS, PARTS, SPLIT_K)
+        unit = m * (gl.num_programs(0) // SPLIT_K) + n
+        partial += unit.to(gl.int64) * (SPLIT_K * NUM * ROWS * ROWS)
+        _add_splits(acc0, acc1, partial, counters + unit, split, out, row0, column, num_rows, N, TOKENS, PARTS, SPLIT_K)
+    else:
+        for i in gl.static_range(NUM):
+            _store(acc1 if i else acc0, out, row0 + i % TOKENS * ROWS, column + i // TOKENS * ROWS, num_rows, N)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "row_stride", "group_stride"])
@@ -256,15 +239,11 @@ def _few_kernel(
 
 def product(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor,
-    config: FewConfig, counters: torch.Tensor, strides: tuple[int, int], multiprocessors: int,
+    config: FewConfig, counters: torch.Tensor, strides: tuple[int, int],
 ) -> None:  # fmt: skip
     """`triton._product` of dense operands with scales of blocks, to 16 bits and without bias; N a multiple of 8."""
     (num_rows, k), n, split_k = a.shape, w.shape[0], config.split_k
     tiles, blocks = triton.cdiv(n, 64 * config.parts), triton.cdiv(num_rows, config.block_m)
-    # Programs that wait for each other must all run: two would fit a multiprocessor, but nothing makes the driver cut
-    # its memory so.
-    while split_k > 1 and tiles * split_k * blocks > multiprocessors:
-        split_k //= 2
     bytes_ = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)

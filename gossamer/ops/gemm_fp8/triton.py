@@ -74,8 +74,8 @@ def _product_kernel(
 ):  # fmt: skip
     """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
 
-    GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored in sorted order, fp32 or
-    quantised. Else parts are neighbouring columns, and with TOP_K row i belongs to assignment rows[i].
+    GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored, fp32 or quantised. Else
+    parts are neighbouring columns. Results are in the order of `rows_ptr`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -152,8 +152,7 @@ def _product_kernel(
                 y = tl.where(known[None, :], gated_activation(y, up, ALPHA, LIMIT), 0.0)
             if BIAS:
                 y += tl.load(bias_ptr + out_column, known, 0.0).to(tl.float32)[None, :]
-            out_row = position if GATED else row
-            out_ptrs = out_ptr + out_row[:, None].to(tl.int64) * N + out_column[None, :]
+            out_ptrs = out_ptr + position[:, None].to(tl.int64) * N + out_column[None, :]
             if QUANTIZE:
                 q, out_scale = quantize_rows(y, False, DTYPE)
                 tl.store(out_ptrs, q, mask=inside[:, None] & known[None, :])
@@ -213,22 +212,24 @@ class Config(NamedTuple):
 def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
-    As few programs as multiprocessors: those that share K wait for each other. Where K is long and too many columns
-    leave none to share it, the plain kernel is faster.
+    As few programs as multiprocessors, or twice as many where K is long. Where more columns leave none to share a long
+    K, the plain kernel is faster; so is the library's from 129 rows on, but where columns are few.
     """
-    wide = num_out > 16384
-    if not 32 <= num_rows <= 128 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
+    if not 32 <= num_rows <= 256 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
         return None
-    if (wide and width < 1024) or (num_rows > 64 and num_out > 8192):
-        return None
-    if wide:
-        return FewConfig(1, 2, 1, 5, 3)
-    tiles = triton.cdiv(num_out, 64)
-    split_k = max(1, min(4, 132 // tiles, width // 512))
+    if num_out > 16384:
+        return FewConfig(1, 2, 1, 5, 3) if num_rows <= 64 and width >= 1024 else None
+    long = width > 8192
+    tokens = 2 if long and num_rows > 64 else 1
+    blocks = triton.cdiv(num_rows, 64 * tokens)
+    programs = triton.cdiv(num_out, 64) * blocks
+    split_k = max(1, min(4, (264 if long else 132) // programs, width // (1536 * blocks)))
     split_k = 1 << (split_k.bit_length() - 1)
-    if split_k == 1 and width >= 3072:
+    if (programs > 132 and split_k == 1 and width >= 3072) or (num_rows > 64 and num_out > 8192):
         return None
-    return FewConfig(2, 1, split_k, 7, 3) if num_rows > 64 and split_k > 1 else FewConfig(1, 1, split_k)
+    if num_rows > 128 and programs > 132:
+        return None
+    return FewConfig(2, 1, split_k, 7, 3) if tokens == 2 else FewConfig(1, 1, split_k)
 
 
 def choose(
@@ -317,8 +318,7 @@ def _product(
         )  # fmt: skip
         return
     if isinstance(config, FewConfig):
-        counters, multiprocessors = arrival_counters(a), _multiprocessors(a.device.index)
-        hopper_few.product(a, a_scales, w, w_scales, out, config, counters, _strides(a_scales), multiprocessors)
+        hopper_few.product(a, a_scales, w, w_scales, out, config, arrival_counters(a), _strides(a_scales))
         return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
@@ -332,7 +332,7 @@ def _product(
     _product_kernel[(programs, split_k)](
         a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales,
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
-        a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a)),
+        a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a))[:3],
         partial, counters, num_rows, n, k, *_strides(a_scales), 0 if out_scales is None else out_scales.stride(1),
         TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
         BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, EXACT=exact,
@@ -406,9 +406,9 @@ def fp8_moe_mlp(
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
     first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
     _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, **first, **common)
-    y = x.new_empty(num_assignments, hidden)
+    y = x.new_empty(act.shape[0], hidden)
     _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None
     out = x if fp8 else torch.empty_like(x)  # x is not written then
-    combine(y, topk_weights, topk_ids, out, residual, norm_weight, eps, fp8)
+    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8)
     return fp8 or out

@@ -165,13 +165,13 @@ def _store(
     if GATED:
         gate, up = gl.split(acc.reshape([64, acc.shape[1] // 2, 2]))
         result = gated_activation(gate, up, ALPHA, LIMIT).to(dtype)
-        row, column, width = position, n // 2, N // 2
+        column, width = n // 2, N // 2
     else:
         result = acc.to(dtype)
-        row, column, width = assignment, n, N
+        column, width = n, N
     column += gl.arange(0, result.shape[1], gl.SliceLayout(0, LINES))
     mask = (assignment < num_assignments)[:, None] & (column < width)[None, :]
-    pointers = out + row[:, None].to(gl.int64) * width + column[None, :]
+    pointers = out + position[:, None].to(gl.int64) * width + column[None, :]
     gl.store(pointers, gl.convert_layout(result, LINES), mask=mask)
 
 
@@ -273,6 +273,6 @@ def grouped_product(
     _hopper_kernel[(min(programs, num_tiles),)](
         a, TensorDescriptor.from_tensor(a, [64, BLOCK_K.value], swizzled),
         TensorDescriptor.from_tensor(w.view(num_experts * n, k), [BLOCK_N.value, BLOCK_K.value], swizzled),
-        out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, FEEDERS=4 if gated else 1,
+        out, *order[:3], topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, FEEDERS=4 if gated else 1,
         num_warps=4, **swiglu_options(swiglu), **overlap_options(a),
     )  # fmt: skip

@@ -23,7 +23,7 @@ GEMV_TOKENS = 2  # up to here products are not grouped: hardly any two tokens sh
 HOPPER_BLOCK_M = 192  # rows of a tile in hopper.py
 HOPPER_ROWS = 400  # per expert, from which it is faster there
 SMALL_SORT = 4096  # up to here one kernel sorts: each expert's program reads every assignment
-RANKED = 256  # assignments of a program of the sort above
+RANKED = 128  # assignments of a program of the sort above
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _down_gemv_kernel(
 
 @triton.jit
 def _sort_kernel(
-    ids_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments,
+    ids_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, places_ptr, num_assignments,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e lists the assignments of expert e, padded with `num_assignments` to whole blocks of BLOCK_M."""
@@ -105,13 +105,16 @@ def _sort_kernel(
     first = tl.sum(tl.where(experts < expert, blocks, 0))
     own_blocks = tl.sum(tl.where(experts == expert, blocks, 0))
     own = (ids == expert).to(tl.int32)
-    tl.store(rows_ptr + first * BLOCK_M + tl.cumsum(own, 0) - 1, assignments, mask=own > 0)
+    place = first * BLOCK_M + tl.cumsum(own, 0) - 1
+    tl.store(rows_ptr + place, assignments, mask=own > 0)
+    tl.store(places_ptr + assignments, place, mask=own > 0)
     padding = first * BLOCK_M + tl.sum(own) + tl.arange(0, PAD)
     tl.store(rows_ptr + padding, num_assignments, mask=padding < (first + own_blocks) * BLOCK_M)
     tl.store(block_expert_ptr + first + assignments, expert, mask=assignments < own_blocks)
     if expert == tl.num_programs(0) - 1:
         numbers = tl.arange(0, 4)
         tl.store(num_blocks_ptr + numbers, tl.where(numbers == 0, first + own_blocks, 0))
+        tl.store(places_ptr + assignments, -1, mask=(ids < 0) & (assignments < num_assignments))
 
 
 @triton.jit
@@ -122,31 +125,30 @@ def _rank_kernel(
     """Counts the assignments of each expert, and gives each one its place among those of its expert."""
     start = tl.program_id(0) * BLOCK_A
     experts = tl.arange(0, BLOCK_E)
+    own = start + tl.arange(0, BLOCK_A)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    every = start + tl.arange(0, BLOCK_A)
-    ids = tl.load(ids_ptr + every, mask=every < num_assignments, other=-1)
+    ids = tl.load(ids_ptr + own, mask=own < num_assignments, other=-1)
     counts = tl.histogram(tl.maximum(ids, 0), BLOCK_E, mask=ids >= 0)
     # One addition for each expert and program reserves the places of all its assignments here.
     before = tl.atomic_add(counts_ptr + experts, counts, mask=counts > 0, sem="relaxed")
+    rank = tl.gather(before, tl.maximum(ids, 0), 0)
     for part in range(0, BLOCK_A, CHUNK):
-        offsets = start + part + tl.arange(0, CHUNK)
-        part_ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
-        own = part_ids[:, None] == experts[None, :]
-        places = tl.cumsum(own.to(tl.int32), 0) + before[None, :] - 1
-        tl.store(ranks_ptr + offsets, tl.sum(tl.where(own, places, 0), 1), mask=offsets < num_assignments)
-        before += tl.sum(own.to(tl.int32), 0)
+        other = start + part + tl.arange(0, CHUNK)
+        same = tl.load(ids_ptr + other, mask=other < num_assignments, other=-1)[None, :] == ids[:, None]
+        rank += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
+    tl.store(ranks_ptr + own, rank, mask=own < num_assignments)
 
 
 @triton.jit
 def _place_kernel(
-    ids_ptr, counts_ptr, ranks_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, num_assignments, num_experts,
+    ids_ptr, counts_ptr, rows_ptr, block_expert_ptr, num_blocks_ptr, places_ptr, num_assignments, num_experts,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What `_sort_kernel` writes, for many assignments: their order within an expert is open (no result depends on it).
 
-    counts_ptr: rows per expert; ranks_ptr: an assignment's place among those of its expert.
+    counts_ptr: rows per expert; places_ptr holds an assignment's place among those of its expert.
     """
     PAD: tl.constexpr = 256 if BLOCK_M > 128 else BLOCK_M
     program = tl.program_id(0)
@@ -159,8 +161,10 @@ def _place_kernel(
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first = tl.cumsum(blocks, 0) - blocks
     ids = tl.load(ids_ptr + offsets, mask=offsets < num_assignments, other=-1)
-    rank = tl.load(ranks_ptr + offsets, mask=ids >= 0, other=0)
-    tl.store(rows_ptr + tl.gather(first, tl.maximum(ids, 0), 0) * BLOCK_M + rank, offsets, mask=ids >= 0)
+    rank = tl.load(places_ptr + offsets, mask=ids >= 0, other=0)
+    place = tl.gather(first, tl.maximum(ids, 0), 0) * BLOCK_M + rank
+    tl.store(rows_ptr + place, offsets, mask=ids >= 0)
+    tl.store(places_ptr + offsets, tl.where(ids >= 0, place, -1), mask=offsets < num_assignments)
     for expert in range(program, num_experts, tl.num_programs(0)):
         own = experts == expert
         start, count = tl.sum(tl.where(own, first, 0)), tl.sum(tl.where(own, counts, 0))
@@ -183,8 +187,8 @@ def _grouped_kernel(
 ):  # fmt: skip
     """Tiles of a @ w[expert].T for the rows of each block of the sorted order.
 
-    GATED: a is x, gathered by token; gate and up columns alternate in w; silu(gate) * up is stored in sorted order.
-    Else: a is in sorted order and row i of the result belongs to assignment rows[i].
+    GATED: a is x, gathered by token; gate and up columns alternate in w; silu(gate) * up is stored. Else a, as every
+    result, is in sorted order.
     """
     if PDL:
         gdc_launch_dependents()
@@ -216,14 +220,14 @@ def _grouped_kernel(
             tl.store(act_ptrs, act, mask=inside[:, None] & (half < N // 2)[None, :])
         else:
             whole = n + tl.arange(0, BLOCK_N)
-            y_ptrs = out_ptr + assignment[:, None].to(tl.int64) * N + whole[None, :]
+            y_ptrs = out_ptr + position[:, None].to(tl.int64) * N + whole[None, :]
             tl.store(y_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (whole < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["row_stride", "group_stride"])
 def _combine_kernel(
-    y_ptr, weights_ptr, ids_ptr, residual_ptr, norm_ptr, out_ptr, q_ptr, scales_ptr, hidden, row_stride, group_stride,
-    eps,
+    y_ptr, weights_ptr, places_ptr, residual_ptr, norm_ptr, out_ptr, q_ptr, scales_ptr, hidden, row_stride,
+    group_stride, eps,
     TOP_K: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's weighted sum. NORM: added to the residual, in place, whose norm is stored; BLOCK is a whole row. GROUP:
@@ -242,9 +246,9 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
         assignment = token * TOP_K + slot
-        present = tl.load(ids_ptr + assignment) >= 0
-        y = tl.load(y_ptr + assignment * hidden + columns, mask=columns < tl.where(present, hidden, 0), other=0.0)
-        acc += y.to(tl.float32) * tl.where(present, tl.load(weights_ptr + assignment), 0.0)
+        place = tl.load(places_ptr + assignment).to(tl.int64)
+        y = tl.load(y_ptr + place * hidden + columns, mask=columns < tl.where(place >= 0, hidden, 0), other=0.0)
+        acc += y.to(tl.float32) * tl.where(place >= 0, tl.load(weights_ptr + assignment), 0.0)
     out = acc.to(out_ptr.dtype.element_ty)
     if NORM:
         # As the sum and the norm are by themselves: each rounded where it would be stored.
@@ -306,12 +310,14 @@ def hopper_serves(x: torch.Tensor, inter: int, rows: float) -> bool:
 class ExpertOrder(NamedTuple):
     """Assignments sorted by expert in whole blocks, `num_assignments` as padding; how many blocks the device knows.
 
-    num_blocks: that number, then three zeros, counters for products that draw their tiles.
+    num_blocks: that number, then three zeros, counters for products that draw their tiles. places: of each assignment
+    in `rows`, or -1.
     """
 
     rows: torch.Tensor
     block_expert: torch.Tensor
     num_blocks: torch.Tensor
+    places: torch.Tensor
 
 
 def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertOrder:
@@ -319,7 +325,7 @@ def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Ex
     most_blocks = min(num_assignments, num_assignments // block_m + num_experts)
     buffer = torch.empty(4 + most_blocks * (block_m + 1), dtype=torch.int32, device=device)
     numbers, rows, experts = buffer.split([4, most_blocks * block_m, most_blocks])  # each aligned to 16 bytes
-    order = ExpertOrder(rows, experts, numbers)
+    order = ExpertOrder(rows, experts, numbers, torch.empty_like(topk_ids))
     block_e = triton.next_power_of_2(num_experts)
     options: dict[str, Any] = {**overlap_options(topk_ids), "BLOCK_E": block_e}
     if num_assignments <= SMALL_SORT:
@@ -330,13 +336,12 @@ def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Ex
         )  # fmt: skip
         return order
     counts = torch.zeros(block_e, dtype=torch.int32, device=device)
-    ranks = torch.empty_like(topk_ids)
-    grid, chunk = (triton.cdiv(num_assignments, RANKED),), max(16, 8192 // block_e)
+    grid = (triton.cdiv(num_assignments, RANKED),)
     _rank_kernel[grid](
-        topk_ids, counts, ranks, num_assignments, BLOCK_A=RANKED, CHUNK=min(chunk, RANKED), num_warps=4, **options
+        topk_ids, counts, order.places, num_assignments, BLOCK_A=RANKED, CHUNK=min(32, RANKED), num_warps=4, **options
     )
     _place_kernel[grid](
-        topk_ids, counts, ranks, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=RANKED, num_warps=4,
+        topk_ids, counts, *order, num_assignments, num_experts, BLOCK_M=block_m, BLOCK_A=RANKED, num_warps=4,
         **options,
     )  # fmt: skip
     return order
@@ -353,7 +358,7 @@ def _grouped_product(
     _grouped_kernel[(min(programs, num_tiles),)](
         a, TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(w.view(num_experts * n, k), [config.block_n, config.block_k]),
-        out, *order, topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, EVEN_K=k % config.block_k == 0,
+        out, *order[:3], topk_ids.numel(), n, k, TOP_K=topk_ids.shape[1], GATED=gated, EVEN_K=k % config.block_k == 0,
         PRECISION="ieee" if a.dtype == torch.float32 else None, FLATTEN=config.persistent,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, **swiglu_options(swiglu), **overlap_options(a),
@@ -361,10 +366,11 @@ def _grouped_product(
 
 
 def combine(
-    y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None, eps: float = 0.0, fp8: Quantized | None = None,
+    y: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, out: torch.Tensor,
+    residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
+    fp8: Quantized | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """out[t] = the sum over k of weights[t, k] * y[t * top_k + k]; assignments with id -1 are left out.
+    """out[t] = the sum over k of weights[t, k] * y[places[t, k]]; places of -1 are left out.
 
     With a residual, the sum is added to that, in place, and out is its RMSNorm. With `fp8` its FP8 form is stored there
     and out, which still says the dtype, is not written.
@@ -374,8 +380,8 @@ def combine(
     block = max(block, FP8_BLOCK if fp8 else 1) if fused else min(1024, block)
     q, scales = fp8 or (out, weights)
     _combine_kernel[(out.shape[0], triton.cdiv(out.shape[1], block))](
-        y, weights, ids, residual, norm_weight, out, q, scales, out.shape[1], *scales.stride(), eps,
-        TOP_K=ids.shape[1], NORM=fused, GROUP=FP8_BLOCK if fp8 else 0, BLOCK=block,
+        y, weights, places, residual, norm_weight, out, q, scales, out.shape[1], *scales.stride(), eps,
+        TOP_K=places.shape[1], NORM=fused, GROUP=FP8_BLOCK if fp8 else 0, BLOCK=block,
         num_warps=min(16, max(4, block // 512)), **overlap_options(out),
     )  # fmt: skip
     return out
@@ -401,24 +407,23 @@ def _moe_gemv(
 def _expert_products(
     x: torch.Tensor, topk_ids: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor,
     swiglu: tuple[float, float] | None,
-) -> torch.Tensor:  # fmt: skip
-    """[num_tokens * top_k, hidden]: what each assignment's expert makes of its token."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What each assignment's expert makes of its token, [rows, hidden] in sorted order, and the assignments' places."""
     num_experts, hidden, inter = w_down.shape
-    y = x.new_empty(topk_ids.numel(), hidden)
     if hopper_serves(x, inter, topk_ids.numel() / num_experts):
         from gossamer.ops.moe import hopper
 
         order = sort_by_expert(topk_ids, num_experts, HOPPER_BLOCK_M)
-        act = x.new_empty(order.rows.numel(), inter)
+        act, y = x.new_empty(order.rows.numel(), inter), x.new_empty(order.rows.numel(), hidden)
         hopper.grouped_product(x, w_gate_up, act, order, topk_ids, gated=True, swiglu=swiglu)
         hopper.grouped_product(act, w_down, y, order, topk_ids, gated=False)
-        return y
+        return y, order.places
     gate_up, down = grouped_configs(topk_ids.numel(), num_experts, x.element_size())
     order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
-    act = x.new_empty(order.rows.numel(), inter)
+    act, y = x.new_empty(order.rows.numel(), inter), x.new_empty(order.rows.numel(), hidden)
     _grouped_product(x, w_gate_up, act, order, topk_ids, gate_up, gated=True, swiglu=swiglu)
     _grouped_product(act, w_down, y, order, topk_ids, down, gated=False)
-    return y
+    return y, order.places
 
 
 def moe_mlp(
@@ -432,5 +437,5 @@ def moe_mlp(
     if x.shape[0] <= GEMV_TOKENS:
         _moe_gemv(x, topk_weights, topk_ids, w_gate_up, w_down, out, swiglu)
         return out if residual is None or norm_weight is None else add_rms_norm(out, residual, norm_weight, eps)
-    y = _expert_products(x, topk_ids, w_gate_up, w_down, swiglu)
-    return combine(y, topk_weights, topk_ids, out, residual, norm_weight, eps)
+    y, places = _expert_products(x, topk_ids, w_gate_up, w_down, swiglu)
+    return combine(y, topk_weights, places, out, residual, norm_weight, eps)

@@ -110,11 +110,14 @@ def _choose(
 
 
 @triton.jit
-def _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E: tl.constexpr):
+def _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E: tl.constexpr, SPLIT_K: tl.constexpr = 1):
     experts = tl.arange(0, BLOCK_E)[None, :]
     mask = (rows < num_tokens)[:, None] & (experts < num_experts)
     at = rows[:, None].to(tl.int64) * num_experts + experts
-    return tl.load(logits_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    logits = tl.load(logits_ptr + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    for split in tl.static_range(1, SPLIT_K):
+        logits += tl.load(logits_ptr + split * num_tokens * num_experts + at, mask=mask, other=0.0)
+    return logits
 
 
 @triton.jit
@@ -122,16 +125,16 @@ def _route_kernel(
     logits_ptr, bias_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
     SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     _choose(
-        _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E), bias_ptr, slots_ptr, weights_ptr, ids_ptr,
-        rows, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT, GROUP_TOP,
-        BLOCK_E,
+        _load_logits(logits_ptr, rows, num_tokens, num_experts, BLOCK_E, SPLIT_K), bias_ptr, slots_ptr, weights_ptr,
+        ids_ptr, rows, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT,
+        GROUP_TOP, BLOCK_E,
     )  # fmt: skip
 
 
@@ -203,11 +206,11 @@ def _logits_kernel(
     x_ptr, weight_ptr, logits_ptr, bias_ptr, slots_ptr, weights_ptr, ids_ptr, num_tokens, num_experts, hidden,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr,
     SHARED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_TOP: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits in fp32 by tensor cores: 16-bit x is exact, an fp32 weight is the sum of three 16-bit parts.
 
-    A program that has all experts (BLOCK_N is BLOCK_E) chooses at once; others store their logits.
+    A program that has all experts (BLOCK_N is BLOCK_E) chooses at once; others store logits, or each its part of K.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,7 +219,9 @@ def _logits_kernel(
         gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, hidden, BLOCK_K):
+    span = tl.cdiv(hidden, SPLIT_K * BLOCK_K) * BLOCK_K
+    start = tl.program_id(2) * span
+    for k in range(start, tl.minimum(start + span, hidden), BLOCK_K):
         inside = (columns < hidden - k)[None, :]
         x_ptrs = x_ptr + rows[:, None].to(tl.int64) * hidden + k + columns[None, :]
         x = tl.load(x_ptrs, mask=(rows < num_tokens)[:, None] & inside, other=0.0)
@@ -239,6 +244,7 @@ def _logits_kernel(
         )  # fmt: skip
     else:
         mask = (rows < num_tokens)[:, None] & (experts < num_experts)[None, :]
+        logits_ptr += tl.program_id(2) * num_tokens * num_experts
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * num_experts + experts[None, :], acc, mask=mask)
 
 
@@ -267,32 +273,35 @@ def route_topk(
 
 
 def _route(
-    logits: torch.Tensor, bias: torch.Tensor | None, choice: dict[str, Any], token_slots: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_experts = logits.shape
+    logits: torch.Tensor, bias: torch.Tensor | None, choice: dict[str, Any], token_slots: torch.Tensor | None,
+    split_k: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    num_tokens, num_experts = logits.shape[-2:]
     weights, ids = _results(num_tokens, choice, logits.device)
     _route_kernel[(triton.cdiv(num_tokens, ROUTER_ROWS),)](
-        logits, bias, token_slots, weights, ids, num_tokens, num_experts, **choice, ROWS=ROUTER_ROWS, num_warps=4,
-        **overlap_options(weights),
+        logits, bias, token_slots, weights, ids, num_tokens, num_experts, **choice, ROWS=ROUTER_ROWS, SPLIT_K=split_k,
+        num_warps=4, **overlap_options(weights),
     )  # fmt: skip
     return weights, ids
 
 
 class LogitsConfig(NamedTuple):
-    """Tile of `_logits_kernel`: tokens, experts, columns."""
+    """Tile of `_logits_kernel`: tokens, experts, columns; `split_k` programs share a tile's columns."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    split_k: int = 1
 
 
 def logits_config(num_tokens: int, num_experts: int, itemsize: int) -> LogitsConfig:
-    """By the size of a router's weight (measured on an H100)."""
+    """By the size of a router's weight (measured on an H100; up to 1024 tokens on an H200)."""
     block_e = triton.next_power_of_2(num_experts)
     if num_tokens <= WHOLE_TOKENS:
-        return LogitsConfig(16, 32, 128, 4, 4)
+        few = num_tokens <= 128 or block_e == 64  # whose every expert one program would have
+        return LogitsConfig(16, 32, 128, 4, 4, 4) if few else LogitsConfig(64, 64, 64, 4, 4, 4)
     if num_experts > WHOLE_EXPERTS or itemsize > 2:
         return LogitsConfig(128, 64, 64, 4, 3)
     return LogitsConfig(32, block_e, 128, 4, 4) if num_tokens <= 4096 else LogitsConfig(64, block_e, 64, 4, 4)
@@ -309,13 +318,14 @@ def router(
     weights, ids = _results(num_tokens, choice, x.device)
     config = logits_config(num_tokens, num_experts, weight.element_size())
     whole = config.block_n == choice["BLOCK_E"]
-    logits = x if whole else torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    _logits_kernel[(triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n))](
+    split_k = 1 if whole else config.split_k
+    logits = x if whole else torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    _logits_kernel[(triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_experts, config.block_n), split_k)](
         x, weight, logits, bias, token_slots, weights, ids, num_tokens, num_experts, hidden, **choice,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.num_warps,
-        num_stages=config.num_stages, **overlap_options(x),
+        num_stages=config.num_stages, SPLIT_K=split_k, **overlap_options(x),
     )  # fmt: skip
-    return (weights, ids) if whole else _route(logits, bias, choice, token_slots)
+    return (weights, ids) if whole else _route(logits, bias, choice, token_slots, split_k)
 
 
 def add_rms_norm_router(
