@@ -295,6 +295,14 @@ def test_on_the_device(heads: tuple[int, int, int], dtype: torch.dtype, window: 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 4, 128), (28, 4, 128), (16, 1, 64)])
+def test_a_row_alone_of_more_blocks_than_programs(heads: tuple[int, int, int]) -> None:
+    # On Hopper its blocks are taken in an order of their own, in whole rounds of the programs and a part of one.
+    batch = Batch([3000], [2900], heads, torch.bfloat16, padding=40)
+    check(batch.prefill(None), batch.oracle(None))
+
+
+@pytest.mark.gpu
 def test_one_captured_graph_serves_all_lengths() -> None:
     long = decode_case([4000, 1700, 300, 1], (32, 4, 128), torch.bfloat16)
     out = torch.empty_like(long.q)

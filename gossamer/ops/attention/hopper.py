@@ -34,6 +34,18 @@ def _add(a, b):
 
 
 @gluon.jit
+def _order(item, num_items, num_rows):
+    """A single row's items become ever shorter: every second round of the programs takes them backwards, to even sums.
+
+    Many rounds are even without, and several rows repeat their blocks' lengths at a pace of their own.
+    """
+    size = gl.num_programs(0)
+    end = (item // size + 1) * size
+    back = (num_rows == 1) & (num_items < 64 * size) & (item // size % 2 == 1) & (end <= num_items)
+    return gl.where(back, 2 * end - size - 1 - item, item)
+
+
+@gluon.jit
 def _locate(
     block, cu_seqlens_q, seq_lens, slots, num_rows, window,
     BLOCK_R: gl.constexpr, TOKENS: gl.constexpr, PAGE: gl.constexpr, HAS_WINDOW: gl.constexpr,
@@ -46,21 +58,17 @@ def _locate(
     ends = gl.associative_scan((counts + TOKENS - 1) // TOKENS, 0, _add)
     used = gl.max(ends, 0)
     row = gl.minimum(gl.sum((ends <= block).to(gl.int32), 0), num_rows - 1)
-    before = gl.max(gl.where(ends <= block, ends, 0), 0)
     row_stop = gl.load(cu_seqlens_q + row + 1)
     seq_len = gl.load(seq_lens + row)
     shift = seq_len - row_stop
-    first = gl.load(cu_seqlens_q + row) + (block - before) * TOKENS
+    first = gl.load(cu_seqlens_q + row) + (block - gl.max(gl.where(ends <= block, ends, 0), 0)) * TOKENS
     low = 0
     if HAS_WINDOW:
         low = gl.maximum(first + shift - window + 1, 0) // PAGE
-    high = (gl.minimum(first + TOKENS, row_stop) - 1 + shift) // PAGE + 1
     padding = block >= used
-    pad_first = gl.load(cu_seqlens_q + num_rows) + (block - used) * TOKENS
-    first = gl.where(padding, pad_first, first)
-    high = gl.where(padding, low, high)
-    slot = gl.maximum(gl.load(slots + row), 0)
-    return first, row_stop, shift, seq_len, slot, low, high
+    high = gl.where(padding, low, (gl.minimum(first + TOKENS, row_stop) - 1 + shift) // PAGE + 1)
+    first = gl.where(padding, gl.load(cu_seqlens_q + num_rows) + (block - used) * TOKENS, first)
+    return first, row_stop, shift, seq_len, gl.maximum(gl.load(slots + row), 0), low, high
 
 
 @gluon.jit
@@ -74,7 +82,8 @@ def _feed(
     CHUNKS: gl.constexpr = HEAD_DIM // 64
     BYTES: gl.constexpr = 2 * PAGE * HEAD_DIM * 2
     step = 0
-    for item in range(gl.program_id(0), num_blocks * NUM_KV_HEADS, gl.num_programs(0)):
+    for place in range(gl.program_id(0), num_blocks * NUM_KV_HEADS, gl.num_programs(0)):
+        item = _order(place, num_blocks * NUM_KV_HEADS, num_rows)
         head = item % NUM_KV_HEADS
         block = num_blocks - 1 - item // NUM_KV_HEADS
         _first, _row_stop, _shift, _seq_len, slot, low, high = _locate(
@@ -187,7 +196,8 @@ def _consume(
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = q.dtype.element_ty
     step = 0
-    for item in range(gl.program_id(0), num_blocks * NUM_KV_HEADS, gl.num_programs(0)):
+    for place in range(gl.program_id(0), num_blocks * NUM_KV_HEADS, gl.num_programs(0)):
+        item = _order(place, num_blocks * NUM_KV_HEADS, num_rows)
         head = item % NUM_KV_HEADS
         block = num_blocks - 1 - item // NUM_KV_HEADS
         first, row_stop, shift, seq_len, _slot, low, high = _locate(
@@ -269,8 +279,7 @@ def _consume(
         if out_scales is not None:
             result, own = quantize_rows(result.to(gl.float32), False, out.dtype.element_ty)
             own = gl.convert_layout(own, gl.SliceLayout(1, LINES))
-            heads = head * GROUP + m % GROUP
-            gl.store(out_scales + token * strides[0] + heads * strides[1], own, mask=inside)
+            gl.store(out_scales + token * strides[0] + (head * GROUP + m % GROUP) * strides[1], own, mask=inside)
         gl.store(out + offsets, gl.convert_layout(result, LINES), mask=inside[:, None])
 
 
