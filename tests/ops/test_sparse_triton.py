@@ -242,6 +242,20 @@ def test_scores_that_are_no_numbers_still_give_a_list(
     assert (found[1:] == -7).all()
 
 
+@pytest.mark.parametrize("num_blocks", [1022, 1023, 1024, 1025])
+@pytest.mark.parametrize("tied", [True, False])
+def test_as_many_blocks_as_one_sum_counts(num_blocks: int, tied: bool) -> None:
+    """Counts of 1023 fit ten bits, those of 1024 do not."""
+    rule = Selection(9, 0, 1, 0)
+    scores = (torch.ones if tied else torch.rand)(1, 1, num_blocks + 1).to(DEVICE)
+    table = torch.randperm(num_blocks + 1, device=DEVICE)[None].int()
+    length = torch.tensor([(num_blocks + 1) * PAGE], dtype=torch.int32, device=DEVICE)
+    found = torch.full((1, 1, 9), -7, dtype=torch.int32, device=DEVICE)
+    sparse_kernels.select(scores, table, torch.zeros_like(length), length, rule, PAGE, found, decode=True)
+    best = torch.sort(scores[0, 0, :num_blocks], descending=True, stable=True).indices[:8].sort().values
+    assert found[0, 0].tolist() == [*table[0, best].tolist(), int(table[0, num_blocks])]
+
+
 @on_cpu
 def test_a_million_positions() -> None:
     """Position 2^20 - 1: the sequence's pages repeat a few, one of which holds what its query looks for."""
@@ -387,7 +401,8 @@ def test_long_rows_and_many_take_several_launches(longest: int, monkeypatch: pyt
     monkeypatch.setattr(triton_decode, "_LOGITS_BYTES", 2 * 4 * 4 * 38)
     cache = Cache([600, 330], 1, PAGE, (4, 2, 16), torch.float32)
     cache.summarise("triton")
-    rule, lens, slots = Selection(9, 1, 2, 100), [600, 330, 90, 599, 0], [0, 1, 0, 0, -1]
+    # 170 tokens have just as many blocks to score as a short row does not, 150 one less.
+    rule, lens, slots = Selection(9, 1, 2, 100), [600, 330, 90, 599, 0, 170, 150], [0, 1, 0, 0, -1, 1, 0]
     expected = test_sparse.decode(double(cache), lens, slots, rule)
-    found = test_sparse.decode(cache, lens, slots, rule, "triton", workspace=workspace(cache, 5, 5))
+    found = test_sparse.decode(cache, lens, slots, rule, "triton", workspace=workspace(cache, 7, 5))
     check(found, expected, torch.float32)

@@ -134,7 +134,6 @@ def _decode_kernel(
     if PDL:
         # Few rows leave the bus idle: the weights of the projection that follows are read meanwhile.
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     unit = begin
     while unit < stop:
         slot = tl.load(slots + row)
@@ -146,6 +145,8 @@ def _decode_kernel(
             part_end = tl.minimum(row_end, stop)
             low, high = first_page + unit - row_begin, first_page + part_end - row_begin
             q_rows = (row * NUM_KV_HEADS + head) * GROUP
+            if PDL:
+                tl.extra.cuda.gdc_wait()
             queries = tl.load(
                 q + (q_rows + g).to(tl.int64)[:, None] * HEAD_DIM + d[None, :], mask=(g < GROUP)[:, None], other=0.0
             )
@@ -186,10 +187,7 @@ def _decode_kernel(
                 else:
                     scores *= to_log2
                 scores = tl.where(visible[None, :], scores, float("-inf"))
-                highest = tl.max(scores, 1)
-                if SCALED:
-                    highest -= HALF_RANGE
-                highest = tl.maximum(peak, highest)
+                highest = tl.maximum(peak, tl.max(scores, 1) - (HALF_RANGE if SCALED else 0.0))
                 fade = tl.exp2(peak - highest)
                 weights = tl.exp2(scores - highest[:, None])
                 weight = weight * fade + tl.sum(weights, 1)
@@ -239,6 +237,8 @@ def _decode_kernel(
             unit = part_end
         row_begin = row_end
         row += 1
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if num_empty > 0:
         for r in range(program, num_rows, num_programs):
             if (tl.load(slots + r) < 0) | (tl.load(seq_lens + r) <= 0):

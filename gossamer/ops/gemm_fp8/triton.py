@@ -253,7 +253,8 @@ def choose(
         split_k = triton.next_power_of_2(min(4, 132 // tiles) + 1) // 2
         if width <= 2048 * split_k:
             return Config(block_m, 64, 1, 4, 6, True, split_k)
-    split_k = max(1, min(4, 264 // tiles, width // (1024 if block_m > 32 or width >= 4096 else 1536)))
+    short = block_m > 32 or width >= 4096 or (block_m == 16 and tiles < 100)
+    split_k = max(1, min(4, 264 // tiles, width // (1024 if short else 1536)))
     return Config(block_m, 64, 1, 4, 4, True, triton.next_power_of_2(split_k + 1) // 2)
 
 

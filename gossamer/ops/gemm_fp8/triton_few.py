@@ -18,7 +18,7 @@ class Cut(NamedTuple):
 
     gate_columns: int = 4
     gate_warps: int = 4
-    down_columns: int = 1
+    down_columns: int = 2
     down_warps: int = 2
 
 

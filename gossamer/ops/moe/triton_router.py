@@ -15,6 +15,7 @@ from gossamer.ops.quantize_fp8.triton import fp8_like, quantize_rows
 
 ROUTER_ROWS = 4  # a warp chooses for one token
 ROUTER_TOKENS = 64  # up to here each expert has programs of its own, the last of which chooses
+SINGLE_TOKENS = 6  # up to here a program has one token
 FUSED_NORM_TOKENS = 8  # up to here each of them may as well repeat the norm
 WHOLE_TOKENS = 1024  # from here on a program has all experts of its tokens and chooses, if no more than
 WHOLE_EXPERTS = 256
@@ -193,9 +194,10 @@ def _router_kernel(
     if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == num_experts - 1:
         # With a warp to each, rows that do not exist cost nothing.
         chosen = tile * ROWS + tl.arange(0, CHOICE_ROWS)
+        last = tl.minimum(num_tokens, tile * ROWS + ROWS)
         _choose(
-            _load_logits(logits_ptr, chosen, num_tokens, num_experts, BLOCK_E), bias_ptr, slots_ptr, weights_ptr,
-            ids_ptr, chosen, num_tokens, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT,
+            _load_logits(logits_ptr, chosen, last, num_experts, BLOCK_E), bias_ptr, slots_ptr, weights_ptr,
+            ids_ptr, chosen, last, num_experts, TOP_K, SLOTS, RENORMALIZE, SIGMOID, SCALE, SHARED, GROUPS, KEPT,
             GROUP_TOP, BLOCK_E,
         )  # fmt: skip
         tl.store(arrivals_ptr + tile, 0)
@@ -352,7 +354,7 @@ def _route_few(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Quantized | None]:  # fmt: skip
     """The choice, and with a norm the new residual, normed rows and their FP8 form; what is absent is compiled out."""
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
-    rows = min(ROUTER_ROWS, triton.next_power_of_2(max(num_tokens, 1)))
+    rows = 1 if num_tokens <= SINGLE_TOKENS else ROUTER_ROWS
     tiles = triton.cdiv(num_tokens, rows)
     if arrivals is None:
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)

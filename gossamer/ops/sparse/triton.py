@@ -219,26 +219,29 @@ def to_keys(scores, inside, SIGNED: tl.constexpr = False):
 
 
 @triton.jit
-def load_keys(scores, block, end, SIGNED: tl.constexpr = False):
-    return to_keys(tl.load(scores + block, mask=block < end, other=0.0), block < end, SIGNED)
+def load_keys(scores, block, count, SIGNED: tl.constexpr = False):
+    return to_keys(tl.load(scores + block, mask=block < count, other=0.0), block < count, SIGNED)
 
 
 @triton.jit
-def _count(key, bound, step):
-    """How many keys are at least bound + step, + 2 step and + 3 step, in 21 bits each of one sum."""
-    packed = (key >= bound + step).to(tl.int64)
-    packed += (key >= bound + 2 * step).to(tl.int64) << 21
-    packed += (key >= bound + 3 * step).to(tl.int64) << 42
+def _count(key, one, two, three, BITS: tl.constexpr):
+    """How many keys reach each of three bounds, in BITS bits each of one sum. A warp adds 32 bits in an instruction."""
+    WORD: tl.constexpr = tl.int64 if BITS > 10 else tl.int32
+    packed = (key >= one).to(WORD)
+    packed += (key >= two).to(WORD) << BITS
+    packed += (key >= three).to(WORD) << (2 * BITS)
     return tl.sum(packed, 0)
 
 
 @triton.jit
-def _num_at_least(bound, step, held, scores, begin, end, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
+def _num_at_least(one, two, three, held, scores, count, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
     """`_count` of the first BLOCK keys, which are `held`, and the others, as three numbers."""
-    many = _count(held, bound, step)
-    for low in range(begin + BLOCK, end, BLOCK):
-        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), end, SIGNED), bound, step)
-    return (many & 0x1FFFFF).to(tl.int32), ((many >> 21) & 0x1FFFFF).to(tl.int32), (many >> 42).to(tl.int32)
+    BITS: tl.constexpr = 10 if BLOCK <= 1024 else 21
+    MOST: tl.constexpr = (1 << BITS) - 1
+    many = _count(held, one, two, three, BITS)
+    for low in range(BLOCK, count, BLOCK):
+        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED), one, two, three, BITS)
+    return (many & MOST).to(tl.int32), ((many >> BITS) & MOST).to(tl.int32), (many >> (2 * BITS)).to(tl.int32)
 
 
 @triton.jit
@@ -249,36 +252,45 @@ def select_row(
 ):  # fmt: skip
     """The TOP best blocks in rising order to `pages`, as pages; equal ones from the earliest on, -1 behind them.
 
-    A search for the bits of the least of them, two at a time, which ends early where a bound leaves TOP. `held`: the
-    keys of the first BLOCK blocks that are scored. FORCED: the first ones stand before them, the local ones behind. A
-    block is PAGES pages; LIST counts pages.
+    A search between two bounds: TOP keys or more (`many`) reach `least`, fewer (`above`) reach `over`. It ends where a
+    bound leaves TOP. `scores`: of the blocks from FIRST on; `held`: the keys of the first BLOCK of them, and of a BLOCK
+    of 1024 or fewer one is none. FORCED: the first blocks stand before them, the local ones behind. A block is PAGES
+    pages; LIST counts pages.
     """
     i = tl.arange(0, LIST_P)
     end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
-    num = tl.minimum(end - FIRST, TOP)
-    # Above the key of what is not there. Keys reach 0x7F800000: no bound is beyond the largest integer.
-    least = -2147483647 if SIGNED else 0
-    many = end - FIRST
-    shift = 32 if SIGNED else 31
-    while (shift > 0) & (many > TOP):
-        # The last step looks at a bit again, and finds it as it is.
-        shift = tl.maximum(shift - 2, 0)
-        one, two, three = _num_at_least(least, 1 << shift, held, scores, FIRST, end, BLOCK, SIGNED)
-        digit = (one >= TOP).to(tl.int32) + (two >= TOP).to(tl.int32) + (three >= TOP).to(tl.int32)
-        many = tl.where(three >= TOP, three, tl.where(two >= TOP, two, tl.where(one >= TOP, one, many)))
-        least += digit << shift
-    equals = 2147483647
-    if many > TOP:
-        above, _, _ = _num_at_least(least, 1, held, scores, FIRST, end, BLOCK, SIGNED)
-        equals = TOP - above
-    before = 0
+    many, above, before = end - FIRST, 0, 0
+    num = tl.minimum(many, TOP)
+    best = tl.max(held, 0)
+    for low in range(BLOCK, end - FIRST, BLOCK):
+        best = tl.maximum(best, tl.max(load_keys(scores, low + tl.arange(0, BLOCK), end - FIRST, SIGNED), 0))
+    over = best.to(tl.int64) + 1  # in 64 bits: the distance of two keys may not fit 32
+    least = tl.full([], -2147483647 if SIGNED else 0, tl.int64)  # above the key of what is not there
+    # The best of many scores are within some octaves of the largest; an octave is 2^23.
+    one, two, three = over - (1 << 25), over - (1 << 23), over - (1 << 21)
+    while (many > TOP) & (over - least > 1):
+        one, two, three = tl.maximum(one, least), tl.maximum(two, least), tl.maximum(three, least)
+        x, y, z = _num_at_least(
+            one.to(tl.int32), two.to(tl.int32), three.to(tl.int32), held, scores, end - FIRST, BLOCK, SIGNED
+        )
+        if z >= TOP:
+            least, many = three, z
+        elif y >= TOP:
+            least, many, over, above = two, y, three, z
+        elif x >= TOP:
+            least, many, over, above = one, x, two, y
+        else:
+            over, above = one, x
+        step = tl.maximum((over - least) >> 2, 1)
+        one, two, three = least + step, least + 2 * step, least + 3 * step
+    least, equals = least.to(tl.int32), TOP - above
     if FORCED:
         before = FIRST
     key = held
-    for low in range(FIRST, end, BLOCK):
+    for low in range(0, end - FIRST, BLOCK):
         block = low + tl.arange(0, BLOCK)
-        if low > FIRST:
-            key = load_keys(scores, block, end, SIGNED)
+        if low > 0:
+            key = load_keys(scores, block, end - FIRST, SIGNED)
         taken = key >= least
         if many > TOP:
             equal = key == least
@@ -286,7 +298,8 @@ def select_row(
             equals -= tl.sum(equal.to(tl.int32), 0)
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
         for j in tl.static_range(PAGES):
-            tl.store(pages + at * PAGES + j, tl.load(table + block * PAGES + j, mask=taken, other=0), mask=taken)
+            page = tl.load(table + (FIRST + block) * PAGES + j, mask=taken, other=0)
+            tl.store(pages + at * PAGES + j, page, mask=taken)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
         place = i // PAGES
@@ -317,10 +330,9 @@ def _select_kernel(
         i = tl.arange(0, LIST_P)
         tl.store(out + i, tl.full([LIST_P], -1, tl.int32), mask=i < LIST)
         return
-    found = scores + row.to(tl.int64) * score_stride
+    found = scores + row.to(tl.int64) * score_stride + FIRST
     last_page = position // PAGE
-    end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
-    held = load_keys(found, FIRST + tl.arange(0, BLOCK), end, SIGNED)
+    held = load_keys(found, tl.arange(0, BLOCK), last_page // PAGES - LOCAL + 1 - FIRST, SIGNED)
     table = page_table + slot.to(tl.int64) * table_stride
     select_row(held, found, table, out, last_page, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK, PAGES, SIGNED)
 
@@ -371,7 +383,7 @@ def select(
     """pages [tokens, kv heads, list]: those chosen by score; in decode, where `positions` are lengths, with the forced
     ones, by their place. signed: scores may be negative."""
     num_tokens, num_kv_heads, num_listed = pages.shape
-    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2])))
+    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2] + 1)))
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,

@@ -17,43 +17,17 @@ from gossamer.ops.sparse.triton import (
     select,
     select_row,
     summarise,
-    to_keys,
     write_summaries,
 )
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
-# Scores that a choosing program holds, of a short row and of a long one, which has a launch of its own; it reads others
-# again for every two bits.
-_SHORT, _LONG = 1024, 16384
+# Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, which reads others
+# again in every step of its search.
+_SHORT, _LONG = 1024, 4096
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
-
-
-@triton.jit
-def _probabilities(logits, whole, low, end, GROUP: tl.constexpr, GROUP_T: tl.constexpr, BLOCK: tl.constexpr):
-    """Of entries low .. low + BLOCK - 1, summed over the group; zeros from `end` on."""
-    n, g = low + tl.arange(0, BLOCK), tl.arange(0, GROUP_T)
-    known = (n < end)[:, None] & (g < GROUP)[None, :]
-    at = logits + n[:, None] * GROUP + g[None, :]
-    return tl.sum(tl.exp2(tl.load(at, mask=known, other=float("-inf"), cache_modifier=".cg") - whole[None, :]), 1)
-
-
-@triton.jit
-def _score_blocks(
-    logits, probabilities, whole, low, end, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of blocks low .. low + BLOCK - 1, which are entries or, of NSA, made of the probabilities of their entries."""
-    if PER == 1:
-        total = _probabilities(logits, whole, low, end, GROUP, GROUP_T, BLOCK)
-    else:
-        at = (low + tl.arange(0, BLOCK)) * PER
-        total = tl.load(probabilities + at + PER, mask=at + PER < end, other=0.0)
-        for i in tl.static_range(PER):
-            total += tl.load(probabilities + at + i, mask=at + i < end, other=0.0) * (1.0 if i == 0 else 2.0)
-    return total
 
 
 @triton.jit
@@ -63,10 +37,8 @@ def _choose(
     SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
     LIST_P: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be.
-
-    A BLOCK of CHUNK scores or fewer is all that there may be.
-    """
+    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be."""
+    START: tl.constexpr = BEGIN // PER * PER
     g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = s[:, None] * GROUP_P + g[None, :]
@@ -74,27 +46,27 @@ def _choose(
     peak = tl.max(highest, 0)
     total = tl.load(sums + part, mask=known, other=0.0, cache_modifier=".cg") * tl.exp2(highest - peak[None, :])
     whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
+    n = tl.arange(0, CHUNK)
+    # By way of memory: what a sum over heads leaves is in several threads at once, which would all count it.
+    for low in range(START, end, CHUNK):
+        at = logits + (low + n)[:, None] * GROUP + g[None, :]
+        inside = (low + n < end)[:, None] & (g < GROUP)[None, :]
+        x = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        tl.store(scores + low - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=low + n < end)
+    tl.debug_barrier()
     last = position // PAGE
-    stop = tl.maximum(last - LOCAL + 1, FIRST)
-    if PER > 1:
-        START: tl.constexpr = BEGIN // PER * PER
-        for low in range(START, end, CHUNK):
-            n = low + tl.arange(0, CHUNK)
-            tl.store(scores + n, _probabilities(logits, whole, low, end, GROUP, GROUP_T, CHUNK), mask=n < end)
+    count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
+    if PER > 1:  # these were the probabilities of entries, of which blocks are made
+        blocks = scores + (tl.cdiv(end, PER) + 1) * PER
+        for low in range(0, count, CHUNK):
+            entry = (FIRST + low + n) * PER - START
+            score = tl.load(scores + entry + PER, mask=entry + PER < end - START, other=0.0)
+            for i in tl.static_range(PER):
+                score += tl.load(scores + entry + i, mask=entry + i < end - START, other=0.0) * (1.0 if i == 0 else 2.0)
+            tl.store(blocks + low + n, score, mask=low + n < count)
         tl.debug_barrier()
-    probabilities = scores
-    if PER > 1:
-        scores += tl.cdiv(end, PER) * PER + PER
-    if BLOCK <= CHUNK:
-        found = _score_blocks(logits, probabilities, whole, FIRST, end, PER, GROUP, GROUP_T, BLOCK)
-        held = to_keys(found, FIRST + tl.arange(0, BLOCK) < stop)
-    else:
-        for low in range(FIRST, stop, CHUNK):
-            block = low + tl.arange(0, CHUNK)
-            found = _score_blocks(logits, probabilities, whole, low, end, PER, GROUP, GROUP_T, CHUNK)
-            tl.store(scores + block, found, mask=block < stop)
-        tl.debug_barrier()
-        held = load_keys(scores, FIRST + tl.arange(0, BLOCK), stop)
+        scores = blocks
+    held = load_keys(scores, tl.arange(0, BLOCK), count)
     select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK)
 
 
@@ -197,7 +169,7 @@ def _score_kernel(
             arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == active - 1:
             tl.store(counter, 0)
-        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST <= SHORT):
+        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST < SHORT):
             state = row_head * SPLITS * GROUP_P
             _choose(
                 logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
@@ -215,7 +187,7 @@ def _choose_kernel(
     GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a row and KV head of more than SHORT blocks to score. It holds more than those that score could."""
+    """One program: a row and KV head of SHORT blocks to score or more. It holds more than those that score could."""
     row, head = tl.program_id(0), tl.program_id(1)
     slot, position, todo, end, _, active = _row(
         slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
@@ -223,7 +195,7 @@ def _choose_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if todo & (position // PAGE - LOCAL + 1 - FIRST > SHORT):
+    if todo & (position // PAGE - LOCAL + 1 - FIRST >= SHORT):
         row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
         state = row_head * SPLITS * GROUP_P
         _choose(
@@ -258,7 +230,7 @@ def choose_pages(
     logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
     # With several entries a block, their probabilities stand before the blocks' scores.
     before = 0 if entries.per_block == 1 else num_entries + entries.per_block
-    scores = q.new_empty(num_rows, num_kv_heads, before + num_pages, dtype=torch.float32)
+    scores = q.new_empty(num_rows, num_kv_heads, before + triton.cdiv(num_pages, 16) * 16, dtype=torch.float32)
     strides = where[0].stride(0), logits.stride(1), scores.stride(1)
     shape = {
         "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
@@ -274,7 +246,7 @@ def choose_pages(
         ATTEND=values is not None, EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
         num_warps=4, **options,
     )  # fmt: skip
-    if num_pages - rule.first - rule.local + 1 > _SHORT:
+    if num_pages - rule.first - rule.local >= _SHORT:
         _choose_kernel[(num_rows, num_kv_heads)](
             *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
             BLOCK=min(_LONG, triton.next_power_of_2(num_pages)), num_warps=16, **options,
