@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -188,19 +189,22 @@ def sparse_prefill(
             )
 
 
-def timed_us(call: Callable[[], object], repeats: int, calls: int = 1) -> list[float]:
-    """Without a graph: a prefill step is launched kernel by kernel. `calls` at a time hide the host's time."""
-    call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / calls)
+def timed_us(cases: dict[str, Callable[[], object]], repeats: int, calls: int = 1) -> dict[str, list[float]]:
+    """In turns, for the device slows as it warms, and without a graph: a prefill step is launched kernel by kernel.
+
+    `calls` at a time hide the host's time.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(1 + repeats):
+        for name, call in cases.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls if i else 1):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            if i:
+                times[name].append(1e3 * start.elapsed_time(end) / calls)
     return times
 
 
@@ -215,21 +219,23 @@ def cudnn(length: int) -> Callable[[], object]:
     return call
 
 
-def run_prefill(results: dict[str, dict[str, float | str]], details: Report, kv: str) -> None:
+def run_prefill(
+    results: dict[str, dict[str, float | str]], details: Report, kv: str, lengths: dict[str, int] = PREFILL
+) -> None:
     medians: dict[str, dict[str, float]] = {}
-    for name, length in PREFILL.items():
+    for name, length in lengths.items():
         cache = Cache(length, 1, kv)
         q = torch.randn(length, Q_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
         out = torch.empty_like(q)
         index_q = torch.randn(length, KV_HEADS, DIM, dtype=q.dtype, device="cuda")
         inputs, index_inputs = (prefill_inputs(length, rule) for rule in (RULE, MSA_RULE))
         repeats = 15 if length <= 1 << 16 else 5
-        calls = max(1, (1 << 16) // length)
-        times = {
-            "sparse": timed_us(lambda: sparse_prefill(cache, q, out, inputs), repeats, calls),  # noqa: B023
-            "MSA": timed_us(lambda: sparse_prefill(cache, q, out, index_inputs, index_q), repeats, calls),  # noqa: B023
-            "cuDNN, dense": timed_us(cudnn(length), repeats, calls),
+        cases: dict[str, Callable[[], object]] = {
+            "sparse": lambda: sparse_prefill(cache, q, out, inputs),  # noqa: B023
+            "MSA": lambda: sparse_prefill(cache, q, out, index_inputs, index_q),  # noqa: B023
+            "cuDNN, dense": cudnn(length),
         }
+        times = timed_us(cases, repeats, max(1, (1 << 16) // length))
         medians[name] = {case: statistics.median(values) for case, values in times.items()}
         flops = {"cuDNN, dense": 2.0 * Q_HEADS * DIM * length**2, "sparse": sparse_flops(length),
                  "MSA": sparse_flops(length, MSA_RULE)}  # fmt: skip
@@ -242,10 +248,11 @@ def run_prefill(results: dict[str, dict[str, float | str]], details: Report, kv:
             floor = common.floor_us(0, flops[case])
             details[f"prefill {name}, {case}"] = {"median": medians[name][case], "all": values, "floor": floor}
         torch.cuda.empty_cache()
-    exponent = {case: slope([(PREFILL[n], m[case]) for n, m in medians.items() if PREFILL[n] > CHUNK])
-                for case in ("sparse", "MSA", "cuDNN, dense")}  # fmt: skip
-    print("time against length, exponent from 16k on:", exponent)
-    details["exponent from 16k on"] = dict(exponent)
+    long = [name for name in medians if PREFILL[name] > CHUNK]
+    if len(long) > 1:
+        exponent = {case: slope([(PREFILL[n], medians[n][case]) for n in long]) for case in medians[long[0]]}
+        print("time against length, exponent from 16k on:", exponent)
+        details["exponent from 16k on"] = dict(exponent)
 
 
 def sparse_flops(length: int, rule: Selection = RULE) -> float:
@@ -285,7 +292,7 @@ def tune() -> None:
         for cut in candidates:
             setattr(module, name, lambda *_, cut=cut: cut)
             try:
-                print(name, cut, f"{statistics.median(timed_us(call, 5)):.0f} us", flush=True)
+                print(name, cut, f"{statistics.median(timed_us({name: call}, 5)[name]):.0f} us", flush=True)
             except Exception as error:  # a cut that does not fit the device
                 print(name, cut, str(error).splitlines()[0][:80])
         setattr(module, name, chosen)
@@ -298,6 +305,7 @@ def tune() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["decode", "prefill", "tune"])
+    parser.add_argument("--prefill", choices=PREFILL, nargs="+", default=list(PREFILL), help="lengths of prompts")
     parser.add_argument("--kv", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -307,7 +315,8 @@ def main() -> None:
         return
     details: Report = {}
     tables: dict[str, dict[str, float | str]] = {}
-    for part, measure in (("decode", run_decode), ("prefill", run_prefill)):
+    lengths = {name: PREFILL[name] for name in options.prefill}
+    for part, measure in (("decode", run_decode), ("prefill", partial(run_prefill, lengths=lengths))):
         if options.only in (None, part):
             results: dict[str, dict[str, float | str]] = {}
             measure(results, details, options.kv)

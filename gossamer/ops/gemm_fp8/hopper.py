@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.quantize_fp8.triton import quantize_rows
+from gossamer.ops.quantize_fp8.hopper import quantize_usual_rows
 
 # Triton 3.6's names, and those of later versions.
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -144,25 +144,6 @@ def _store_dense(
 
 
 @gluon.jit
-def _quantize(y, dtype: gl.constexpr):
-    """`quantize_rows`, at half the price where every row is zeros or holds no infinity and no tiny maximum.
-
-    NaN is in no maximum and stays NaN.
-    """
-    peak = gl.max(gl.abs(y), 1)
-    odd = (peak > 0) & ((peak < 2.0**-100) | (peak == float("inf")))
-    if gl.max(odd.to(gl.int32), 0) == 0:
-        scale = gl.where(peak > 0, gl.div_rn(peak, 448.0 if dtype == gl.float8e4nv else 57344.0), 1.0)
-        inverse = gl.div_rn(1.0, scale)
-        near = y * inverse[:, None]
-        q = gl.fma(gl.fma(-near, gl.broadcast(scale[:, None], y)[0], y), gl.broadcast(inverse[:, None], y)[0], near)
-        code = q.to(dtype)
-    else:
-        code, scale = quantize_rows(y, False, dtype)
-    return code, scale
-
-
-@gluon.jit
 def _silu(x):
     """x / (1 + exp(-x)), to some units in the last place."""
     return gl.inline_asm_elementwise(
@@ -187,7 +168,7 @@ def _store_quantized(
         y = gated_activation(gate, up, ALPHA, LIMIT)
     else:
         y = _silu(gate) * up
-    q, scale = _quantize(y, out_desc.dtype)
+    q, scale = quantize_usual_rows(y, out_desc.dtype)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
     gl.store(out_scales + n * scale_stride + row, scale)
     tma.store_wait(0)
