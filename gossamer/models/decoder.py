@@ -27,6 +27,7 @@ from gossamer.ops.norm import rms_norm
 from gossamer.ops.quantize_fp8 import Quantized
 
 _KINDS = block_topk, dsa, gqa, mla, msa, nsa
+_COLUMNS_FROM = 64  # rows: their scales lie group by group
 ATTENTION_KINDS: dict[str, ModuleType] = {kind.__name__.rpartition(".")[2]: kind for kind in _KINDS}
 Loader = Callable[[str, Part], None]
 
@@ -275,13 +276,16 @@ class Decoder:
 
 def _empty_fp8(x: torch.Tensor, shape: tuple[int, ...]) -> Quantized:
     """Scales of many rows lie as `quantize_activation` leaves them on a device: a group's side by side."""
-    many = shape[0] >= 64
+    many = shape[0] >= _COLUMNS_FROM
     scales = x.new_empty(shape[1::-1] if many else shape[:2], dtype=torch.float32)
     return x.new_empty(shape, dtype=torch.float8_e4m3fn), scales.t() if many else scales
 
 
 def _rows(attended: Attended, rows: torch.Tensor) -> Attended:
-    return attended[rows] if isinstance(attended, torch.Tensor) else (attended[0][rows], attended[1][rows])
+    if isinstance(attended, torch.Tensor):
+        return attended[rows]
+    q, scales = attended
+    return q[rows], scales.t()[:, rows].t() if len(rows) >= _COLUMNS_FROM else scales[rows]
 
 
 def _loaded(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -273,9 +273,10 @@ class CudaRunner:
             ids.copy_(torch.where(ids == -2, self.draft_token[slots.long()].int(), ids))
         num_sampling = sum(row.samples for row in rows)
         plan = self._token_plan(bucket, num_decode, len(rows), Chunks.of(rows[num_decode:]))
-        sample_rows, held = self.inputs.device["sample_rows"], [self._sequences[row.slot] for row in rows]
+        sample_rows = self.inputs.device["sample_rows"]
+        held = [self._sequences[row.slot] for row in rows[num_decode:]]
         if not (has_graph or self._drafts or any(s and s.params.prompt_logprobs is not None for s in held)):
-            # As many as some decode step has: its kernels are compiled.
+            # As many as some decode step has, so that there are no more sizes than those.
             plan.kept = sample_rows[: round_up(max(num_sampling, 1), self._buckets)]
         if has_graph and self._graphs is not None:
             hidden: torch.Tensor = self._graphs.replay(("mixed", bucket), plan)

@@ -19,6 +19,8 @@ from gossamer.server.outputs import OutputMode, OutputProcessor, RequestOutput
 from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
+FED_AT_ONCE = 32
+
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}, the mappings with an optional "cache_salt"."""
 
@@ -204,11 +206,9 @@ class LLM:
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one.
 
-        Nor more at a time than two steps compute: the device need not wait for the last of many.
+        Nor more than some at a time: the device need not wait for the last of many.
         """
-        limits = self._engine.config.scheduler
-        left = 2 * (limits.max_num_batched_tokens or 1)
-        while samples and left > 0 and self._engine.stats().num_waiting < limits.max_num_queued:
+        room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
+        for _ in range(min(room, len(samples), FED_AT_ONCE)):
             child, params, job = samples.popleft()
             self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
-            left -= len(job.token_ids)

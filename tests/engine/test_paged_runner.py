@@ -13,6 +13,7 @@ from models.tiny_checkpoints import CHECKPOINTS, page_options, save_checkpoint
 from gossamer.config import make_engine_config
 from gossamer.core import SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
+from gossamer.models import decoder
 from gossamer.models.decoder import Decoder
 
 PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((1, 5, 17, 40, 64, 33, 90))]
@@ -105,3 +106,17 @@ def test_rows_that_do_not_sample_end_at_the_last_attention(monkeypatch: pytest.M
         run(folder, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=wanted), paged=True, device="cpu")
         largest = max(hidden for num, hidden in sizes[1:] if num == 48)  # the first warms up, with all rows
         assert largest == 48 if wanted is not None else largest <= 5
+
+
+@pytest.mark.parametrize("num", [3, 64, 70])
+def test_scales_of_kept_rows_lie_as_those_of_any(num: int) -> None:
+    """What many rows' products expect side by side stays so."""
+    x = torch.randn(96, 256, dtype=torch.bfloat16)
+    q, scales = decoder._empty_fp8(x, (96, 2, 128))
+    scales.copy_(torch.randn(96, 2))
+    q.copy_(torch.randn(96, 2, 128))
+    rows = torch.randperm(96)[:num].int()
+    kept_q, kept = decoder._rows((q, scales), rows)
+    assert kept_q.float().equal(q.float()[rows])
+    assert kept.equal(scales[rows])
+    assert kept.stride() == decoder._empty_fp8(x, (num, 2, 128))[1].stride()

@@ -297,6 +297,8 @@ def _hopper_prefill_kernel(
     BLOCK_M: gl.constexpr = 128
     TOKENS: gl.constexpr = BLOCK_M // GROUP
     TILE: gl.constexpr = 2 * PAGE
+    REGS: gl.constexpr = 240 if BLOCK_R <= 256 else 232  # the feeder looks through many rows with more
+    FEED_REGS: gl.constexpr = 24 if BLOCK_R <= 256 else 40
     dtype: gl.constexpr = q.dtype.element_ty
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HEAD_DIM], dtype)
     k_wide = gl.allocate_shared_memory(dtype, [STAGES, TILE, HEAD_DIM], wide)
@@ -335,7 +337,7 @@ def _hopper_prefill_kernel(
             page_table, cu_seqlens_q, seq_lens, slots, num_rows, num_blocks, table_stride, window,
             NUM_KV_HEADS, HEAD_DIM, PAGE, TOKENS, BLOCK_R, HAS_WINDOW, STAGES,
         )),
-    ], [4, 1], [240, 24])  # fmt: skip
+    ], [4, 1], [REGS, FEED_REGS])  # fmt: skip
 
 
 def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:

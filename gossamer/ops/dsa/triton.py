@@ -325,6 +325,8 @@ def choose_tokens(
         raise ValueError(f"index keys {[*key_pages.shape]}: as wide as a power of two from 16 on")
     if not all(t.is_contiguous() for t in (q, weights, key_pages, chosen)) or page_table.stride(1) != 1:
         raise ValueError("choose_tokens needs contiguous tensors")
+    if top_k > _HELD:  # lists are counted in 16 bits
+        raise ValueError(f"index_topk must be at most {_HELD} on a GPU; got {top_k}")
     heads_p, half = max(16, triton.next_power_of_2(num_heads)), q.element_size() == 2
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     # Many tokens are those of chunks, whose neighbours share keys.

@@ -249,7 +249,7 @@ def choose_pages(
     if num_pages - rule.first - rule.local >= _SHORT:
         _choose_kernel[(num_rows, num_kv_heads)](
             *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
-            BLOCK=min(_LONG, triton.next_power_of_2(num_pages)), num_warps=16, **options,
+            BLOCK=min(_LONG, triton.next_power_of_2(num_pages + 1)), num_warps=16, **options,
         )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
