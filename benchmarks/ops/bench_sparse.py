@@ -1,6 +1,6 @@
 """Time of block-sparse attention beside dense: decode beside our own kernel, prefill beside cuDNN's causal attention.
 
-python benchmarks/ops/bench_sparse.py [--only decode|prefill|tune] [--out FILE]
+python benchmarks/ops/bench_sparse.py [--only decode|prefill|tune] [--prefill 4k ...] [--out FILE]
 Random keys and queries: neighbouring tokens choose unrelated pages, the worst case for whoever shares their reads.
 """
 

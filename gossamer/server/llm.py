@@ -20,6 +20,7 @@ from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
 FED_AT_ONCE = 32
+"""Samples that the engine gets between two of its steps, of a call with many."""
 
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}, the mappings with an optional "cache_salt"."""
