@@ -1,7 +1,8 @@
 """FP8 products against their floors and the library's: `python benchmarks/ops/bench_fp8.py [--sweep] [--out FILE]`.
 
 Dense: DeepSeek-V3's shapes, 1x128 by 128x128 scales; "own" is the kernel of this repository, the library's torch's
-scaled_mm with the same scales, and gossamer's whichever `library_is_faster` names. Experts: Qwen3-30B-A3B's block,
+scaled_mm with the same scales, gossamer's whichever `library_is_faster` names, and "read" a kernel that reads the
+weight and does nothing else: what no product of few rows can be faster than. Experts: Qwen3-30B-A3B's block,
 routing at random, layers in turns; the library's is torch._scaled_grouped_mm, a scale per row. `--sweep` times the
 tiles that `choose` and `choose_grouped` pick from; `--fused` the producers of quantised rows.
 """
@@ -17,10 +18,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
+from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
@@ -59,6 +64,20 @@ GROUPED = [
 ]
 Timed = dict[str, list[float]]
 Table = dict[str, dict[str, float | str]]
+
+
+@triton.jit
+def read_kernel(words, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Like a product, it reads what no kernel writes before the one ahead has ended."""
+    if PDL:
+        gdc_launch_dependents()
+    found = tl.zeros([BLOCK], tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        found ^= tl.load(words + at, at < size, 0)
+    if PDL:
+        gdc_wait()
+    tl.store(out + tl.program_id(0), tl.xor_sum(found, 0))
 
 
 def tried(fn: Callable[[], list[float]]) -> list[float]:
@@ -103,6 +122,12 @@ class Dense:
         return F.scaled_mm(
             self.a[0], q.t(), self.column_scales, recipe.BlockWise1x128, scales.t(), recipe.BlockWise128x128
         )
+
+    def read(self, i: int) -> None:
+        words = self.weights[i % len(self.weights)][0].view(torch.int32)
+        programs = 8 * torch.cuda.get_device_properties(words.device).multi_processor_count
+        out = words.new_empty(programs)
+        read_kernel[(programs,)](words, out, words.numel(), BLOCK=4096, num_warps=4, **overlap_options(words))
 
     def time(self, fn: Callable[[int], object]) -> list[float]:
         return common.measure_us(fn, calls=self.calls, repeats=9)
@@ -218,6 +243,7 @@ def dense(rows: tuple[int, ...], args: argparse.Namespace) -> tuple[dict[str, Ti
                 "gossamer": data.time(functools.partial(data.product, None)),
                 "own": data.time(functools.partial(data.product, data.own())),
                 "library": tried(lambda data=data: data.time(data.peer)),
+                "read": data.time(data.read) if num_rows <= 128 else [],
             }
             if args.fused:
                 norm, residual = torch.ones(width, device="cuda", dtype=torch.bfloat16), data.x.clone()

@@ -20,7 +20,7 @@ from gossamer.server.progress import count_on_terminal, progress_on_terminal
 from gossamer.server.tokenizer import Tokenizer, load_tokenizer
 
 FED_AT_ONCE = 32
-"""Samples that the engine gets between two of its steps, of a call with many."""
+"""Samples that the engine gets at least between two of its steps, of a call with many."""
 
 Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}, the mappings with an optional "cache_salt"."""
@@ -207,9 +207,13 @@ class LLM:
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one.
 
-        Nor more than some at a time: the device need not wait for the last of many.
+        Nor more than some, or two steps' prompts, at a time: the device need not wait for the last of many, and while
+        it computes one step the next is to be in flight.
         """
-        room = self._engine.config.scheduler.max_num_queued - self._engine.stats().num_waiting
-        for _ in range(min(room, len(samples), FED_AT_ONCE)):
+        scheduler = self._engine.config.scheduler
+        room = min(scheduler.max_num_queued - self._engine.stats().num_waiting, len(samples))
+        fed, tokens = 0, 2 * (scheduler.max_num_batched_tokens or 0)
+        while fed < room and (fed < FED_AT_ONCE or tokens > 0):
             child, params, job = samples.popleft()
             self._engine.add_request(child, job.token_ids, params, cache_salt=job.cache_salt)
+            fed, tokens = fed + 1, tokens - len(job.token_ids)

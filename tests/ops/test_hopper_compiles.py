@@ -52,12 +52,13 @@ else:
     kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
     constants = dict(WGS=3, PARTS=1, TOP_K=0, GATED=False, BIAS=True, CHANNEL_STEP=-1, GROUP_M=8, STAGES=4, FEEDERS=1,
                      REGS=160, FEED_REGS=32, ALPHA=1.0, LIMIT=0.0, PDL=True)
+    if family in ("experts", "down"):
+        constants |= dict(WGS=2, PARTS=2, TOP_K=8, BIAS=False, GROUP_M=1, REGS=216)
     if family == "experts":
         kinds["out_desc"] = kinds["a_desc"]
-        constants |= dict(WGS=2, PARTS=2, TOP_K=8, GATED=True, BIAS=False, GROUP_M=1, FEEDERS=4, REGS=216, FEED_REGS=80,
-                          ALPHA=1.702, LIMIT=7.0)
+        constants |= dict(GATED=True, FEEDERS=4, FEED_REGS=80, ALPHA=1.702, LIMIT=7.0)
 modules = {"mla_fp8": "mla.hopper_fp8", "mla_listed": "mla.hopper", "experts": "gemm_fp8.hopper",
-           "few": "gemm_fp8.hopper_few"}
+           "down": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few"}
 module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
 names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel",
          "mla_listed": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
@@ -75,7 +76,9 @@ assert compiled.metadata.shared <= 227 * 1024
 """
 
 
-@pytest.mark.parametrize("family", ["attention", "mla", "mla_listed", "mla_fp8", "moe", "gemm_fp8", "experts", "few"])
+@pytest.mark.parametrize(
+    "family", ["attention", "mla", "mla_listed", "mla_fp8", "moe", "gemm_fp8", "experts", "down", "few"]
+)
 def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gossamer.ops.quantize_fp8.hopper import quantize_usual_rows
+from gossamer.ops.quantize_fp8.hopper import quantize_rows
 
 _STAGES = 2
 _BLOCK_M = 128  # rows of a program: 64 for each of its two warpgroups
@@ -277,7 +277,7 @@ def _consume(
         scale = 1.0 / gl.maximum(weight, 1e-30)
         result = (total * gl.convert_layout(scale, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype)
         if out_scales is not None:
-            result, own = quantize_usual_rows(result.to(gl.float32), out.dtype.element_ty)
+            result, own = quantize_rows(result.to(gl.float32), out.dtype.element_ty)
             own = gl.convert_layout(own, gl.SliceLayout(1, LINES))
             gl.store(out_scales + token * strides[0] + (head * GROUP + m % GROUP) * strides[1], own, mask=inside)
         gl.store(out + offsets, gl.convert_layout(result, LINES), mask=inside[:, None])

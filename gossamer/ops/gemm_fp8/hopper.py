@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.quantize_fp8.hopper import quantize_usual_rows
+from gossamer.ops.quantize_fp8.hopper import quantize_rows
 
 # Triton 3.6's names, and those of later versions.
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -63,31 +63,56 @@ def _locate(tile, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def _hand_over(bar):
+    """What threads copied: wgmma reads through the async proxy, and a fence among the products would hold them up."""
+    fence_async_shared()
+    thread_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
 def _feed(
     fed, shared, WGS: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr, GATED: gl.constexpr,
-    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: brings the operands, as far ahead as there are stages."""
-    a, a_desc, w_desc = fed
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, _turns = shared
+    """The producer: brings the operands with their scales, as far ahead as there are stages.
+
+    A wait for scales that consumers load themselves, a step ahead, falls between their products.
+    """
+    a, a_desc, w_desc, a_scales, w_scales, row_stride, group_stride = fed
+    a_tiles, w_tiles, a_scale_tiles, w_scale_tiles, full, empty = shared[0]
+    rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, _turns = shared[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
+    groups, n_blocks = (K + BLOCK - 1) // BLOCK, (N + BLOCK - 1) // BLOCK
     if TOP_K:
         num_m = gl.load(num_m_ptr)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         m, n = _locate(tile, num_m, num_n, GROUP_M)
-        w_row = n * (BLOCK if GATED else BLOCK * PARTS)
-        if TOP_K:
-            w_row += gl.load(block_expert + m) * N
+        expert = gl.load(block_expert + m) if TOP_K else 0
+        w_row = expert * N + n * (BLOCK if GATED else BLOCK * PARTS)
+        # Past the end the last block's scale serves: nothing there is stored.
+        w_scale = w_scales + (expert * n_blocks * (2 if GATED else 1) + (n if GATED else n * PARTS)) * groups
+        following = n_blocks * groups if GATED else gl.where(n * PARTS + 1 < n_blocks, groups, 0)
         sources = ()
-        if GATED:
-            for i in gl.static_range(WGS):
-                assignment = gl.load(rows + (m * WGS + i) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))
+        scales = ()
+        for i in gl.static_range(WGS):
+            at = (m * WGS + i) * ROWS
+            own = at + gl.arange(0, ROWS, line)
+            if GATED:
+                own = gl.minimum(gl.load(rows + own), num_rows - 1) // TOP_K
+                assignment = gl.load(rows + at + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))
                 offsets = (assignment // TOP_K)[:, None] * K + columns
                 source = (offsets, (assignment < num_rows)[:, None])
                 sources = sources + source  # type: ignore[assignment]
-        for k in range(0, K, BLOCK):
+            elif TOP_K == 0:
+                own = gl.minimum(own, num_rows - 1)
+            scale = (a_scales + own * row_stride,)
+            scales = scales + scale  # type: ignore[assignment]
+        for group in range(groups):
+            k = group * BLOCK
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -97,15 +122,28 @@ def _feed(
                     copy_tile(w_desc, [w_row, i * K + k], bar, w_tiles.index(stage * PARTS + i))
                 else:
                     copy_tile(w_desc, [w_row + i * BLOCK, k], bar, w_tiles.index(stage * PARTS + i))
+                if CHANNEL_STEP < 0:
+                    pointer = w_scale + i * following + group + gl.arange(0, 1, line)
+                    copy_rows(w_scale_tiles.index(stage * PARTS + i), pointer)
             for i in gl.static_range(WGS):
                 a_tile = a_tiles.index(stage * WGS + i)
+                copy_rows(a_scale_tiles.index(stage * WGS + i), scales[i] + group * group_stride)
                 if GATED:
                     copy_rows(a_tile, a + k + sources[2 * i], mask=sources[2 * i + 1])
                 else:
                     copy_tile(a_desc, [(m * WGS + i) * ROWS, k], bar, a_tile)
             if GATED:
+                async_copy.commit_group()
+                if step > 0:
+                    async_copy.wait_group(1)
+                    _hand_over(full.index((step - 1) % STAGES))
+            else:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
+    if GATED:
+        async_copy.wait_group(0)
+        if step > 0:
+            _hand_over(full.index((step - 1) % STAGES))
 
 
 @gluon.jit
@@ -168,7 +206,7 @@ def _store_quantized(
         y = gated_activation(gate, up, ALPHA, LIMIT)
     else:
         y = _silu(gate) * up
-    q, scale = quantize_usual_rows(y, out_desc.dtype)
+    q, scale = quantize_rows(y, out_desc.dtype)
     row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, q.type.layout))
     gl.store(out_scales + n * scale_stride + row, scale)
     tma.store_wait(0)
@@ -178,50 +216,21 @@ def _store_quantized(
 
 
 @gluon.jit
-def _look(
-    tile, num_m, num_n, rows, block_expert, WG: gl.constexpr, WGS: gl.constexpr, TOP_K: gl.constexpr,
-    GATED: gl.constexpr, GROUP_M: gl.constexpr, LINES: gl.constexpr,
-):  # fmt: skip
-    """Loads what a warpgroup must know of a tile: its first row, its expert and the assignments of its rows.
-
-    Behind the last tile, of the place of that one, for expert 0: what follows from these may be loaded, not used.
-    """
-    inside = tile < num_m * num_n
-    num_m = gl.maximum(num_m, 1)
-    m, n = _locate(gl.minimum(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
+def _look(tile, num_m, num_n, rows, WG: gl.constexpr, WGS: gl.constexpr, TOP_K: gl.constexpr, GROUP_M: gl.constexpr):
+    """A warpgroup's first row in a tile, the tile's columns, and what is in that row; behind the last tile, of that."""
+    m, n = _locate(gl.minimum(tile, gl.maximum(num_m * num_n, 1) - 1), gl.maximum(num_m, 1), num_n, GROUP_M)
     row0 = (m * WGS + WG) * ROWS
-    places = row0 + gl.arange(0, ROWS, LINES)
-    first = gl.load(rows + row0, inside, 0) if TOP_K else row0
-    expert = gl.load(block_expert + m, inside, 0) if TOP_K else 0
-    assignments = gl.load(rows + places, inside & (places >= 0), 0) if GATED else places
-    return row0, n, first, expert, assignments
+    return row0, n, gl.load(rows + row0) if TOP_K else row0
 
 
 @gluon.jit
-def _scales(
-    looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS: gl.constexpr, TOP_K: gl.constexpr,
-    GATED: gl.constexpr, CHANNEL_STEP: gl.constexpr,
-):  # fmt: skip
-    """Where the scales of a tile begin, of rows and of both parts of the weight, and the first of each."""
-    _row0, n, _first, expert, assignments = looked
-    groups, n_blocks = (K + BLOCK - 1) // BLOCK, (N + BLOCK - 1) // BLOCK
-    a_row = assignments
-    block = n if GATED else n * PARTS
-    following = gl.minimum(block + 1, n_blocks - 1)
-    if GATED:
-        a_row = gl.minimum(assignments, num_rows - 1) // TOP_K
-        block += expert * 2 * n_blocks
-        following = block + n_blocks
-    elif TOP_K:
-        block += expert * n_blocks
-        following += expert * n_blocks
-    else:
-        a_row = gl.minimum(assignments, num_rows - 1)
-    places = a_scales + a_row * row_stride
-    place0, place1 = w_scales + block * groups, w_scales + following * groups
-    first0 = gl.load(place0) if CHANNEL_STEP < 0 else 1.0
-    first1 = gl.load(place1) if CHANNEL_STEP < 0 and PARTS == 2 else 1.0
-    return places, place0, place1, gl.load(places), first0, first1
+def _scale(a_scale_tiles, w_scale_tiles, a, w, CHANNEL_STEP: gl.constexpr, LINES: gl.constexpr):
+    """Of a product: the rows' scales times that of a block of the weight."""
+    scale = a_scale_tiles.index(a).load(LINES)
+    if CHANNEL_STEP < 0:
+        one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        scale *= gl.max(w_scale_tiles.index(w).load(one), 0)
+    return scale
 
 
 @gluon.jit
@@ -232,10 +241,11 @@ def _multiply(
 ):  # fmt: skip
     """One warpgroup: 64 rows of every tile of its program. CHANNEL_STEP -1: weights have scales of blocks.
 
-    What it must know of the next tile is loaded while it multiplies, the first scales of that while it stores.
+    Where the next tile begins is loaded while it multiplies this one.
     """
-    out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride = own
-    a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns = shared
+    out_desc, out_tiles, out_scales, bias, w_scales, scale_stride = own
+    a_tiles, w_tiles, a_scale_tiles, w_scale_tiles, full, empty = shared[0]
+    rows, _block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns = shared[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     LINES: gl.constexpr = gl.SliceLayout(1, ACC)
     groups = (K + BLOCK - 1) // BLOCK
@@ -244,34 +254,22 @@ def _multiply(
     TURNS: gl.constexpr = TOP_K > 0
     step = 0
     turn = 0
-    looked = _look(gl.program_id(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES)
-    row0, n, first = looked[0], looked[1], looked[2]
-    a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
-        looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
-    )
+    row0, n, first = _look(gl.program_id(0), num_m, num_n, rows, WG, WGS, TOP_K, GROUP_M)
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        looked = _look(
-            tile + gl.num_programs(0), num_m, num_n, rows, block_expert, WG, WGS, TOP_K, GATED, GROUP_M, LINES
-        )
+        looked = _look(tile + gl.num_programs(0), num_m, num_n, rows, WG, WGS, TOP_K, GROUP_M)
         if first < num_rows:
             acc0 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
             acc1 = gl.zeros([ROWS, BLOCK], gl.float32, ACC)
-            for group in range(groups):
+            for _ in range(groups):
                 stage = step % STAGES
-                ahead = gl.minimum(group + 1, groups - 1)
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-                if GATED:
-                    fence_async_shared()  # rows were copied by threads, and wgmma reads through the async proxy
                 a_tile = a_tiles.index(stage * WGS + WG)
                 token = _in_turn(a_tile, w_tiles.index(stage * PARTS), turns, turn, WG, WGS, TURNS)
-                scale0 = a_scale * w_scale0
-                scale1 = a_scale * w_scale1
-                # Loaded while the products run, for the next step.
-                a_scale = gl.load(a_ptrs + ahead * group_stride)
-                if CHANNEL_STEP < 0:
-                    w_scale0 = gl.load(w_ptr0 + ahead)
-                if CHANNEL_STEP < 0 and PARTS == 2:
-                    w_scale1 = gl.load(w_ptr1 + ahead)
+                scale0 = _scale(a_scale_tiles, w_scale_tiles, stage * WGS + WG, stage * PARTS, CHANNEL_STEP, LINES)
+                if PARTS == 2:
+                    scale1 = _scale(
+                        a_scale_tiles, w_scale_tiles, stage * WGS + WG, stage * PARTS + 1, CHANNEL_STEP, LINES
+                    )
                 product = warpgroup_mma_wait(0, deps=[token])
                 if PARTS == 1:
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -285,9 +283,6 @@ def _multiply(
                     acc1 = warpgroup_mma_wait(0, deps=[acc1 + product * scale1[:, None]])
                 step += 1
                 turn += PARTS
-            a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
-                looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
-            )
             out_tile = out_tiles.index(WG)
             if GATED:
                 _store_quantized(acc0, acc1, out_desc, out_tile, out_scales, row0, n, scale_stride, ALPHA, LIMIT)
@@ -308,10 +303,7 @@ def _multiply(
                 thread_barrier()
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
-            a_ptrs, w_ptr0, w_ptr1, a_scale, w_scale0, w_scale1 = _scales(
-                looked, a_scales, w_scales, num_rows, N, K, row_stride, PARTS, TOP_K, GATED, CHANNEL_STEP
-            )
-        row0, n, first = looked[0], looked[1], looked[2]
+        row0, n, first = looked
     tma.store_wait(0)
 
 
@@ -325,12 +317,15 @@ def _hopper_kernel(
 ):  # fmt: skip
     """What `triton._product_kernel` computes."""
     dtype: gl.constexpr = w_desc.dtype
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     a_tiles = gl.allocate_shared_memory(dtype, [STAGES * WGS, ROWS, BLOCK], w_desc.layout)
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK, BLOCK], w_desc.layout)
+    a_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * WGS, ROWS], plain)
+    w_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * PARTS, 1], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + FEEDERS * 32 if GATED else 1)
+        mbarrier.init(full.index(i), count=2 if GATED else 33)  # of scales each lane that copied them
         mbarrier.init(empty.index(i), count=WGS)
     turns = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(WGS):
@@ -341,9 +336,10 @@ def _hopper_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    shared = (a_tiles, w_tiles, full, empty, rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns)
-    own = (out_desc, out_tiles, out_scales, bias, a_scales, w_scales, row_stride, group_stride, scale_stride)
-    fed = (a, a_desc, w_desc)
+    tiles = (a_tiles, w_tiles, a_scale_tiles, w_scale_tiles, full, empty)
+    shared = (tiles, (rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns))
+    own = (out_desc, out_tiles, out_scales, bias, w_scales, scale_stride)
+    fed = (a, a_desc, w_desc, a_scales, w_scales, row_stride, group_stride)
     if WGS == 2:
         gl.warp_specialize([
             (_multiply, (
@@ -354,7 +350,7 @@ def _hopper_kernel(
                 gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
                 ALPHA, LIMIT,
             )),
-            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
+            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)),
         ], [4, FEEDERS], [REGS, FEED_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -370,7 +366,7 @@ def _hopper_kernel(
                 gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
                 ALPHA, LIMIT,
             )),
-            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, GROUP_M, STAGES)),
+            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)),
         ], [4, 4, FEEDERS], [REGS, REGS, FEED_REGS])  # fmt: skip
 
 

@@ -147,7 +147,8 @@ def _add_splits(
     AREA: gl.constexpr = ROWS * ROWS
     row = gl.arange(0, ROWS, gl.SliceLayout(1, acc0.type.layout))
     place = gl.arange(0, ROWS, gl.SliceLayout(0, acc0.type.layout))
-    partial += row[:, None] * ROWS + place[None, :]
+    # Eight columns of all rows lie together: what a warp stores at a time is one stretch of memory.
+    partial += place[None, :] // 8 * (8 * ROWS) + row[:, None] * 8 + place[None, :] % 8
     for i in gl.static_range(NUM):
         gl.store(partial + (split * NUM + i) * AREA, acc1 if i else acc0)
     thread_barrier()

@@ -212,8 +212,9 @@ class Config(NamedTuple):
 def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
-    As few programs as multiprocessors, or twice as many where K is long. Where more columns leave none to share a long
-    K, the plain kernel is faster; so is the library's from 129 rows on, but where columns are few.
+    As few programs as multiprocessors, or twice as many where K is long or rows are more than 64. Where more columns
+    leave none to share a long K, the plain kernel is faster; so is the library's from 129 rows on, but where columns
+    are few.
     """
     if not 32 <= num_rows <= 256 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
         return None
@@ -223,7 +224,7 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     tokens = 2 if long and num_rows > 64 else 1
     blocks = triton.cdiv(num_rows, 64 * tokens)
     programs = triton.cdiv(num_out, 64) * blocks
-    split_k = max(1, min(4, (264 if long else 132) // programs, width // (1536 * blocks)))
+    split_k = max(1, min(4, (264 if long or num_rows > 64 else 132) // programs, width // (1536 * blocks)))
     split_k = 1 << (split_k.bit_length() - 1)
     if (programs > 132 and split_k == 1 and width >= 3072) or (num_rows > 64 and num_out > 8192):
         return None
