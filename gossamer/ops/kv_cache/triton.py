@@ -29,6 +29,20 @@ def encode_e4m3(x):
 
 
 @triton.jit
+def scale_bits(largest):
+    """reference.page_scale of the largest size: an exponent alone, so that one over it is 0x7F000000 less it."""
+    return tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23), 87 << 23)
+
+
+@triton.jit
+def rescale(at, inside, ratio):
+    """E4M3 numbers times a power of two up to one; NaN stays what it is."""
+    code = tl.load(at, inside, 0)
+    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * ratio
+    tl.store(at, tl.where((code & 127) == 127, code, encode_e4m3(value)), inside)
+
+
+@triton.jit
 def _write_pages(
     new, pages, scales, positions, token_slots, page_table, head, begin, num_tokens, table_stride,
     NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
@@ -56,20 +70,14 @@ def _write_pages(
                 x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
                 size = tl.abs(x)
                 largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
-            # reference.page_scale, and one over it: both are exponents alone.
-            needed = ((tl.max(largest, 0).to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
-            needed = tl.maximum(needed, 87 << 23)
             held = tl.where(offset > 0, tl.load(scales + at).to(tl.int32, bitcast=True), 0)
-            grown = tl.maximum(needed, held)
+            grown = tl.maximum(scale_bits(tl.max(largest, 0)), held)
             inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)
             if grown > held:
                 ratio = held.to(tl.float32, bitcast=True) * inverse
                 for low in range(0, offset, BLOCK_T):
                     inside = (low + t < offset)[:, None] & (d < HEAD_DIM)
-                    code = tl.load(base + (low + t)[:, None] * HEAD_DIM + d, inside, 0)
-                    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * ratio
-                    code = tl.where((code & 127) == 127, code, encode_e4m3(value))
-                    tl.store(base + (low + t)[:, None] * HEAD_DIM + d, code, inside)
+                    rescale(base + (low + t)[:, None] * HEAD_DIM + d, inside, ratio)
             for low in range(0, count, BLOCK_T):
                 inside = (low + t < count)[:, None] & (d < HEAD_DIM)
                 x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)

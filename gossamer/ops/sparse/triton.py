@@ -246,24 +246,24 @@ def _num_at_least(one, two, three, held, scores, count, BLOCK: tl.constexpr, SIG
 
 @triton.jit
 def select_row(
-    held, scores, table, pages, last_page, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr,
-    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr = 1,
-    SIGNED: tl.constexpr = False,
+    held, scores, count, of, table, pages, last_page, kept, FIRST: tl.constexpr, LOCAL: tl.constexpr,
+    TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
+    PAGES: tl.constexpr = 1, SIGNED: tl.constexpr = False,
 ):  # fmt: skip
-    """The TOP best blocks in rising order to `pages`, as pages; equal ones from the earliest on, -1 behind them.
+    """The TOP best of `count` blocks, whose pages `of` has, in rising order to `pages`; equal ones from the earliest
+    on, -1 behind them.
 
     A search between two bounds: TOP keys or more (`many`) reach `least`, fewer (`above`) reach `over`. It ends where a
-    bound leaves TOP. `scores`: of the blocks from FIRST on; `held`: the keys of the first BLOCK of them, and of a BLOCK
-    of 1024 or fewer one is none. FORCED: the first blocks stand before them, the local ones behind. A block is PAGES
-    pages; LIST counts pages.
+    bound leaves TOP. `held`: the keys of the first BLOCK of `scores`, and of a BLOCK of 1024 or fewer one is none.
+    FORCED: the first blocks stand before them, the local ones behind; else their keys go to `kept`, if that is not
+    None. A block is PAGES pages; LIST counts pages.
     """
     i = tl.arange(0, LIST_P)
-    end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
-    many, above, before = end - FIRST, 0, 0
+    many, above, before = count, 0, 0
     num = tl.minimum(many, TOP)
     best = tl.max(held, 0)
-    for low in range(BLOCK, end - FIRST, BLOCK):
-        best = tl.maximum(best, tl.max(load_keys(scores, low + tl.arange(0, BLOCK), end - FIRST, SIGNED), 0))
+    for low in range(BLOCK, count, BLOCK):
+        best = tl.maximum(best, tl.max(load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED), 0))
     over = best.to(tl.int64) + 1  # in 64 bits: the distance of two keys may not fit 32
     least = tl.full([], -2147483647 if SIGNED else 0, tl.int64)  # above the key of what is not there
     # The best of many scores are within some octaves of the largest; an octave is 2^23.
@@ -271,7 +271,7 @@ def select_row(
     while (many > TOP) & (over - least > 1):
         one, two, three = tl.maximum(one, least), tl.maximum(two, least), tl.maximum(three, least)
         x, y, z = _num_at_least(
-            one.to(tl.int32), two.to(tl.int32), three.to(tl.int32), held, scores, end - FIRST, BLOCK, SIGNED
+            one.to(tl.int32), two.to(tl.int32), three.to(tl.int32), held, scores, count, BLOCK, SIGNED
         )
         if z >= TOP:
             least, many = three, z
@@ -287,10 +287,10 @@ def select_row(
     if FORCED:
         before = FIRST
     key = held
-    for low in range(0, end - FIRST, BLOCK):
+    for low in range(0, count, BLOCK):
         block = low + tl.arange(0, BLOCK)
         if low > 0:
-            key = load_keys(scores, block, end - FIRST, SIGNED)
+            key = load_keys(scores, block, count, SIGNED)
         taken = key >= least
         if many > TOP:
             equal = key == least
@@ -298,11 +298,14 @@ def select_row(
             equals -= tl.sum(equal.to(tl.int32), 0)
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
         for j in tl.static_range(PAGES):
-            page = tl.load(table + (FIRST + block) * PAGES + j, mask=taken, other=0)
+            page = tl.load(of + block * PAGES + j, mask=taken, other=0)
             tl.store(pages + at * PAGES + j, page, mask=taken)
+        if kept is not None:
+            tl.store(kept + at, key.to(tl.float32, bitcast=True), mask=taken)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
         place = i // PAGES
+        end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
         page = tl.where(place < FIRST, place, end + place - FIRST - num) * PAGES + i % PAGES
         forced = ((place < FIRST) | (place >= FIRST + num)) & (i < LIST) & (page <= last_page)
         tl.store(pages + i, tl.load(table + page, mask=forced, other=0), mask=forced)
@@ -332,9 +335,13 @@ def _select_kernel(
         return
     found = scores + row.to(tl.int64) * score_stride + FIRST
     last_page = position // PAGE
-    held = load_keys(found, tl.arange(0, BLOCK), last_page // PAGES - LOCAL + 1 - FIRST, SIGNED)
+    count = tl.maximum(last_page // PAGES - LOCAL + 1 - FIRST, 0)
+    held = load_keys(found, tl.arange(0, BLOCK), count, SIGNED)
     table = page_table + slot.to(tl.int64) * table_stride
-    select_row(held, found, table, out, last_page, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK, PAGES, SIGNED)
+    select_row(
+        held, found, count, table + FIRST * PAGES, table, out, last_page, None, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P,
+        BLOCK, PAGES, SIGNED,
+    )  # fmt: skip
 
 
 def entry_pass(

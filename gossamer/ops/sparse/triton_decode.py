@@ -23,21 +23,21 @@ from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _BLOCK_N = 64
-# Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, which reads others
-# again in every step of its search.
+# Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, of several programs
+# that hold the others' best, of which it reads what it cannot hold again in every step of its search.
 _SHORT, _LONG = 1024, 4096
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
 
 
 @triton.jit
-def _choose(
-    logits, peaks, sums, scores, table, pages, position, end, active,
+def _score(
+    logits, peaks, sums, scores, end, active, low, high,
     BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
-    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be."""
+    """Where scores of the blocks from FIRST on stand, now those of low .. high - 1 do: made of their entries' logits
+    and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
     g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
     known = (s < active)[:, None] & (g < GROUP)[None, :]
@@ -46,28 +46,26 @@ def _choose(
     peak = tl.max(highest, 0)
     total = tl.load(sums + part, mask=known, other=0.0, cache_modifier=".cg") * tl.exp2(highest - peak[None, :])
     whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
-    n = tl.arange(0, CHUNK)
+    n = tl.arange(0, BLOCK)
     # By way of memory: what a sum over heads leaves is in several threads at once, which would all count it.
-    for low in range(START, end, CHUNK):
-        at = logits + (low + n)[:, None] * GROUP + g[None, :]
-        inside = (low + n < end)[:, None] & (g < GROUP)[None, :]
+    stop = tl.minimum(end, (FIRST + high) * PER + (1 if PER > 1 else 0))
+    for entry in range((FIRST + low) * PER, stop, BLOCK):
+        at = logits + (entry + n)[:, None] * GROUP + g[None, :]
+        inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
         x = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        tl.store(scores + low - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=low + n < end)
+        tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
     tl.debug_barrier()
-    last = position // PAGE
-    count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
     if PER > 1:  # these were the probabilities of entries, of which blocks are made
         blocks = scores + (tl.cdiv(end, PER) + 1) * PER
-        for low in range(0, count, CHUNK):
-            entry = (FIRST + low + n) * PER - START
+        for block in range(low, high, BLOCK):
+            entry = (FIRST + block + n) * PER - START
             score = tl.load(scores + entry + PER, mask=entry + PER < end - START, other=0.0)
             for i in tl.static_range(PER):
                 score += tl.load(scores + entry + i, mask=entry + i < end - START, other=0.0) * (1.0 if i == 0 else 2.0)
-            tl.store(blocks + low + n, score, mask=low + n < count)
+            tl.store(blocks + block + n, score, mask=block + n < high)
         tl.debug_barrier()
         scores = blocks
-    held = load_keys(scores, tl.arange(0, BLOCK), count)
-    select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK)
+    return scores
 
 
 @triton.jit
@@ -169,40 +167,71 @@ def _score_kernel(
             arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if arrived == active - 1:
             tl.store(counter, 0)
-        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST < SHORT):
+        count = tl.maximum(position // PAGE - LOCAL + 1 - FIRST, 0)
+        if (arrived == active - 1) & (count < SHORT):
             state = row_head * SPLITS * GROUP_P
-            _choose(
-                logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
-                position, end, active, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P,
-                PAGE, SHORT, SHORT,
+            found = _score(
+                logits, peaks + state, sums + state, scores + row_head * score_stride, end, active, 0, count,
+                BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, SHORT,
+            )  # fmt: skip
+            held = load_keys(found, tl.arange(0, SHORT), count)
+            select_row(
+                held, found, count, table + FIRST, table, pages + row_head * LIST, position // PAGE, None, FIRST, LOCAL,
+                TOP, True, LIST, LIST_P, SHORT,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _choose_kernel(
-    page_table, slots, seq_lens, peaks, sums, logits, scores, pages, table_stride, logit_stride, score_stride,
-    dense_below,
+    page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_pages, table_stride,
+    logit_stride, score_stride, dense_below,
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
     TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, SHARE: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a row and KV head of SHORT blocks to score or more. It holds more than those that score could."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """One program: the TOP best of SHARE blocks of a row of SHORT or more to score, for a KV head.
+
+    The last of a row to arrive chooses among what all have found. SHARE < SHORT, for `select_row`; MOST: of them, LIST
+    or fewer.
+    """
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position, todo, end, _, active = _row(
         slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
     )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if todo & (position // PAGE - LOCAL + 1 - FIRST >= SHORT):
+    last = position // PAGE
+    count = last - LOCAL + 1 - FIRST
+    if todo & (count >= SHORT) & (part * SHARE < count):
         row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
         state = row_head * SPLITS * GROUP_P
-        _choose(
-            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride,
-            page_table + slot.to(tl.int64) * table_stride, pages + row_head * LIST, position, end, active,
-            BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P, PAGE, CHUNK, BLOCK,
+        low, high = part * SHARE, tl.minimum(count, (part + 1) * SHARE)
+        found = _score(
+            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride, end,
+            active, low, high, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, SHORT,
+        ) + low  # fmt: skip
+        table = page_table + slot.to(tl.int64) * table_stride
+        held = load_keys(found, tl.arange(0, SHORT), high - low)
+        best += row_head * tl.num_programs(2) * MOST
+        best_pages += row_head * tl.num_programs(2) * MOST
+        select_row(
+            held, found, high - low, table + FIRST + low, table, best_pages + part * MOST, last, best + part * MOST,
+            FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
         )  # fmt: skip
+        tl.debug_barrier()
+        counter = arrivals + row_head
+        num = tl.cdiv(count, SHARE)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num - 1:
+            tl.store(counter, 0)
+            left = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
+            others = load_keys(best, tl.arange(0, BLOCK), left)
+            select_row(
+                others, best, left, best_pages, table, pages + row_head * LIST, last, None, FIRST, LOCAL, TOP, True,
+                LIST, LIST_P, BLOCK,
+            )  # fmt: skip
 
 
 def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
@@ -247,9 +276,13 @@ def choose_pages(
         num_warps=4, **options,
     )  # fmt: skip
     if num_pages - rule.first - rule.local >= _SHORT:
-        _choose_kernel[(num_rows, num_kv_heads)](
-            *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
-            BLOCK=min(_LONG, triton.next_power_of_2(num_pages + 1)), num_warps=16, **options,
+        share = _SHORT - max(1, _SHORT // 16)
+        parts, most = triton.cdiv(num_pages, share), min(rule.num_scored, share)
+        best = scores.new_empty(num_rows, num_kv_heads, parts, most)
+        _choose_kernel[(num_rows, num_kv_heads, parts)](
+            *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
+            *strides, rule.dense_below, **shape, SHARE=share, MOST=most,
+            BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4, **options,
         )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
