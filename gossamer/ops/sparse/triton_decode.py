@@ -31,13 +31,14 @@ _LOGITS_BYTES = 128 << 20
 
 
 @triton.jit
-def _score(
-    logits, peaks, sums, scores, end, active, low, high,
+def _choose(
+    logits, peaks, sums, scores, table, pages, last, kept, end, active, low, high,
     BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
-    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
+    LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where scores of the blocks from FIRST on stand, now those of low .. high - 1 do: made of their entries' logits
-    and what `active` programs found the maxima and sums to be."""
+    """Selects among the blocks low .. high - 1 from FIRST on, fewer than BLOCK, whose scores are made of their entries'
+    logits and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
     g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
     known = (s < active)[:, None] & (g < GROUP)[None, :]
@@ -57,15 +58,19 @@ def _score(
     tl.debug_barrier()
     if PER > 1:  # these were the probabilities of entries, of which blocks are made
         blocks = scores + (tl.cdiv(end, PER) + 1) * PER
-        for block in range(low, high, BLOCK):
-            entry = (FIRST + block + n) * PER - START
-            score = tl.load(scores + entry + PER, mask=entry + PER < end - START, other=0.0)
-            for i in tl.static_range(PER):
-                score += tl.load(scores + entry + i, mask=entry + i < end - START, other=0.0) * (1.0 if i == 0 else 2.0)
-            tl.store(blocks + block + n, score, mask=block + n < high)
+        own = (FIRST + low + n) * PER - START
+        score = tl.load(scores + own + PER, mask=own + PER < stop - START, other=0.0)
+        for i in tl.static_range(PER):
+            score += tl.load(scores + own + i, mask=own + i < stop - START, other=0.0) * (1.0 if i == 0 else 2.0)
+        tl.store(blocks + low + n, score, mask=low + n < high)
         tl.debug_barrier()
         scores = blocks
-    return scores
+    scores += low
+    held = load_keys(scores, n, high - low)
+    select_row(
+        held, scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST, LOCAL, TOP, FORCED, LIST,
+        LIST_P, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -170,14 +175,10 @@ def _score_kernel(
         count = tl.maximum(position // PAGE - LOCAL + 1 - FIRST, 0)
         if (arrived == active - 1) & (count < SHORT):
             state = row_head * SPLITS * GROUP_P
-            found = _score(
-                logits, peaks + state, sums + state, scores + row_head * score_stride, end, active, 0, count,
-                BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, SHORT,
-            )  # fmt: skip
-            held = load_keys(found, tl.arange(0, SHORT), count)
-            select_row(
-                held, found, count, table + FIRST, table, pages + row_head * LIST, position // PAGE, None, FIRST, LOCAL,
-                TOP, True, LIST, LIST_P, SHORT,
+            _choose(
+                logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
+                position // PAGE, None, end, active, 0, count, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P,
+                FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
             )  # fmt: skip
 
 
@@ -208,18 +209,14 @@ def _choose_kernel(
     if todo & (count >= SHORT) & (part * SHARE < count):
         row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
         state = row_head * SPLITS * GROUP_P
-        low, high = part * SHARE, tl.minimum(count, (part + 1) * SHARE)
-        found = _score(
-            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride, end,
-            active, low, high, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, SHORT,
-        ) + low  # fmt: skip
         table = page_table + slot.to(tl.int64) * table_stride
-        held = load_keys(found, tl.arange(0, SHORT), high - low)
         best += row_head * tl.num_programs(2) * MOST
         best_pages += row_head * tl.num_programs(2) * MOST
-        select_row(
-            held, found, high - low, table + FIRST + low, table, best_pages + part * MOST, last, best + part * MOST,
-            FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
+        _choose(
+            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride, table,
+            best_pages + part * MOST, last, best + part * MOST, end, active, part * SHARE,
+            tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, MOST,
+            False, MOST, LIST_P, SHORT,
         )  # fmt: skip
         tl.debug_barrier()
         counter = arrivals + row_head
