@@ -14,7 +14,7 @@ from gossamer.ops.sparse.selection import Entries, Selection
 
 _BLOCK_N = 64
 # Scores that a selecting program holds; it reads others again for every few bits.
-_SELECT_MOST = 8192
+_SELECT_MOST = 16384
 
 
 @triton.jit
@@ -224,24 +224,15 @@ def load_keys(scores, block, count, SIGNED: tl.constexpr = False):
 
 
 @triton.jit
-def _count(key, one, two, three, BITS: tl.constexpr):
-    """How many keys reach each of three bounds, in BITS bits each of one sum. A warp adds 32 bits in an instruction."""
-    WORD: tl.constexpr = tl.int64 if BITS > 10 else tl.int32
-    packed = (key >= one).to(WORD)
-    packed += (key >= two).to(WORD) << BITS
-    packed += (key >= three).to(WORD) << (2 * BITS)
-    return tl.sum(packed, 0)
-
-
-@triton.jit
-def _num_at_least(one, two, three, held, scores, count, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
-    """`_count` of the first BLOCK keys, which are `held`, and the others, as three numbers."""
-    BITS: tl.constexpr = 10 if BLOCK <= 1024 else 21
-    MOST: tl.constexpr = (1 << BITS) - 1
-    many = _count(held, one, two, three, BITS)
-    for low in range(BLOCK, count, BLOCK):
-        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED), one, two, three, BITS)
-    return (many & MOST).to(tl.int32), ((many >> BITS) & MOST).to(tl.int32), (many >> (2 * BITS)).to(tl.int32)
+def _num_at_least(one, two, three, key, BLOCK: tl.constexpr):
+    """How many of BLOCK keys reach each of three bounds, in ten bits each of one sum as long as that may be: a warp adds
+    32 bits in an instruction."""
+    packed = (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10) + ((key >= three).to(tl.int32) << 20)
+    if BLOCK > 1024:
+        packed = tl.sum(tl.reshape(packed, [BLOCK // 512, 512]), 1)
+        return tl.sum(packed & 1023, 0), tl.sum((packed >> 10) & 1023, 0), tl.sum(packed >> 20, 0)
+    packed = tl.sum(packed, 0)
+    return packed & 1023, (packed >> 10) & 1023, packed >> 20
 
 
 @triton.jit
@@ -270,9 +261,12 @@ def select_row(
     one, two, three = over - (1 << 25), over - (1 << 23), over - (1 << 21)
     while (many > TOP) & (over - least > 1):
         one, two, three = tl.maximum(one, least), tl.maximum(two, least), tl.maximum(three, least)
-        x, y, z = _num_at_least(
-            one.to(tl.int32), two.to(tl.int32), three.to(tl.int32), held, scores, count, BLOCK, SIGNED
-        )
+        lower, middle, upper = one.to(tl.int32), two.to(tl.int32), three.to(tl.int32)
+        x, y, z = _num_at_least(lower, middle, upper, held, BLOCK)
+        for low in range(BLOCK, count, BLOCK):
+            others = load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED)
+            more, most, all_three = _num_at_least(lower, middle, upper, others, BLOCK)
+            x, y, z = x + more, y + most, z + all_three
         if z >= TOP:
             least, many = three, z
         elif y >= TOP:
@@ -390,7 +384,8 @@ def select(
     """pages [tokens, kv heads, list]: those chosen by score; in decode, where `positions` are lengths, with the forced
     ones, by their place. signed: scores may be negative."""
     num_tokens, num_kv_heads, num_listed = pages.shape
-    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2] + 1)))
+    most = scores.shape[2] - rule.first - rule.local
+    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(max(most, 0) + 1)))
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,
@@ -401,4 +396,4 @@ def select(
 
 def select_warps(block: int) -> int:
     """To select among `block` scores."""
-    return max(1, min(8, block // 512))
+    return max(1, min(16, block // 512))
