@@ -339,10 +339,9 @@ def test_a_row_of_decode_chooses_by_compressed_entries(
 ) -> None:
     q, k, v, table, slots, positions = nsa_case()
     rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
-    monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_decode, "score_cut", lambda *_: (splits, 16))
     monkeypatch.setattr(triton_decode, "_SHORT", block)
     monkeypatch.setattr(triton_decode, "_LONG", 8 * block)
-    monkeypatch.setattr(triton_decode, "_BLOCK_N", 16)
     pages = torch.full((5, kv_heads, rule.num_blocks), -7, dtype=torch.int32)
     compressed, arrivals = torch.full_like(q, torch.nan), torch.zeros(10, dtype=torch.int32)
     keys = torch.empty(1, kv_heads, 64, q.shape[2])

@@ -225,8 +225,8 @@ def load_keys(scores, block, count, SIGNED: tl.constexpr = False):
 
 @triton.jit
 def _num_at_least(one, two, three, key, BLOCK: tl.constexpr):
-    """How many of BLOCK keys reach each of three bounds, in ten bits each of one sum as long as that may be: a warp adds
-    32 bits in an instruction."""
+    """How many of BLOCK keys reach each of three bounds. As far as ten bits hold them they are one sum: a warp adds 32
+    bits in an instruction."""
     packed = (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10) + ((key >= three).to(tl.int32) << 20)
     if BLOCK > 1024:
         packed = tl.sum(tl.reshape(packed, [BLOCK // 512, 512]), 1)

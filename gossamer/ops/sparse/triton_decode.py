@@ -22,7 +22,7 @@ from gossamer.ops.sparse.triton import (
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
-_BLOCK_N = 64
+_MOST_SPLITS = 128
 # Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, of several programs
 # that hold the others' best, of which it reads what it cannot hold again in every step of its search.
 _SHORT, _LONG = 1024, 4096
@@ -231,11 +231,12 @@ def _choose_kernel(
             )  # fmt: skip
 
 
-def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
-    """Programs that share a row's entries: enough to fill the device, each with a block at least."""
+def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
+    """Programs that share a row's entries, enough to fill the device, and entries of a product."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = triton.cdiv(4 * num_sms, num_rows * num_kv_heads)
-    return max(1, min(wanted, triton.cdiv(num_entries, _BLOCK_N), 64))
+    wanted = min(triton.cdiv(4 * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
+    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
+    return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
 
 def choose_pages(
@@ -251,7 +252,7 @@ def choose_pages(
     group_p = max(16, triton.next_power_of_2(group))
     num_pages = triton.cdiv(max_seq_len, page_size)
     num_entries = num_pages * entries.per_block
-    splits = num_splits(num_rows, num_kv_heads, num_entries, q.device)
+    splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
     state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
     logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
     # With several entries a block, their probabilities stand before the blocks' scores.
@@ -262,7 +263,7 @@ def choose_pages(
         "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
         "LOCAL": rule.local, "TOP": rule.num_scored, "LIST": pages.shape[2],
         "LIST_P": triton.next_power_of_2(pages.shape[2]), "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
-        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": _BLOCK_N,
+        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": block_n,
         "SPLITS": splits, "SPLITS_P": triton.next_power_of_2(splits), "SHORT": _SHORT,
     }  # fmt: skip
     options = overlap_options(q)
