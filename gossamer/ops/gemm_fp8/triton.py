@@ -62,30 +62,20 @@ def _add_splits(acc, partial, offsets, stride, SPLIT_K: tl.constexpr):
     return acc
 
 
-@triton.jit
-def _prefetch(at, num_bytes):
-    """Brings so many bytes, a multiple of 16, from each of these addresses to L2."""
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }", "=r,l,r", [at.to(tl.int64), num_bytes],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["num_rows", "row_stride", "group_stride", "scale_stride"])
 def _product_kernel(
-    a_ptr, a_desc, a_scales_ptr, w_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr,
-    block_expert_ptr, num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
+    a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
+    num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
     BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
     SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
 
     GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored, fp32 or quantised. Else
-    parts are neighbouring columns. Results are in the order of `rows_ptr`. AHEAD: the weight of a
-    program's only tile is on its way to L2 before the kernel ahead has ended.
+    parts are neighbouring columns. Results are in the order of `rows_ptr`.
     """
     EARLY: tl.constexpr = TOP_K > 0 and not GATED and not FLATTEN
     STEP: tl.constexpr = BLOCK_N if GATED else BLOCK_N * PARTS
@@ -96,10 +86,6 @@ def _product_kernel(
     start = tl.program_id(1) * span
     columns = tl.arange(0, 128)
     if PDL:
-        if AHEAD:
-            ahead = tl.minimum(tl.program_id(0) * STEP + tl.arange(0, STEP), N - 1).to(tl.int64) * K
-            ahead += tl.minimum(start, K - 16)
-            _prefetch(w_ptr + ahead, tl.full([STEP], 1, tl.int32) * tl.minimum(span, tl.maximum(K - start, 16)))
         if GATED:
             gdc_wait()
         gdc_launch_dependents()  # of gate and up, when the order is there: what follows reads it ahead of its wait
@@ -353,15 +339,14 @@ def _product(
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, **overlap_options(a)}
     options |= swiglu_options(swiglu)
     _product_kernel[(programs, split_k)](
-        a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales, w,
+        a, TensorDescriptor.from_tensor(a, [config.block_m, BLOCK_K]), a_scales,
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
         a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a))[:3],
         partial, counters, num_rows, n, k, *_strides(a_scales), 0 if out_scales is None else out_scales.stride(1),
         TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
         BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, EXACT=exact,
         DTYPE=TRITON_DTYPE[a.dtype], SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent,
-        AHEAD=not top_k and most_blocks == 1 and not config.persistent, **options,
+        BLOCK_N=config.block_n, GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Decode: one launch scores, its last program of a row to arrive selects, and another attends to what was selected."""
+"""Decode: a launch scores, one selects, and one attends to what was selected."""
 
 import torch
 import triton
@@ -17,14 +17,15 @@ from gossamer.ops.sparse.triton import (
     select,
     select_row,
     summarise,
+    to_keys,
     write_summaries,
 )
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
 _MOST_SPLITS = 128
-# Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, of several programs
-# that hold the others' best, of which it reads what it cannot hold again in every step of its search.
+# Scores that a choosing program holds, one more than it has; and that which chooses among the others' best, which reads
+# what it cannot hold again in every step of its search.
 _SHORT, _LONG = 1024, 4096
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
@@ -40,36 +41,35 @@ def _choose(
     """Selects among the blocks low .. high - 1 from FIRST on, fewer than BLOCK, whose scores are made of their entries'
     logits and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
-    g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
+    g, s, n = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P), tl.arange(0, BLOCK)
+    # Of one entry a block all is on its way at once.
+    index = (FIRST + low + n) * PER
+    x = tl.load(
+        logits + index[:, None] * GROUP + g[None, :], mask=(low + n < high)[:, None] & (g < GROUP)[None, :],
+        other=float("-inf"),
+    )  # fmt: skip
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = s[:, None] * GROUP_P + g[None, :]
-    highest = tl.load(peaks + part, mask=known, other=LOW, cache_modifier=".cg")
+    highest = tl.load(peaks + part, mask=known, other=LOW)
+    total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
-    total = tl.load(sums + part, mask=known, other=0.0, cache_modifier=".cg") * tl.exp2(highest - peak[None, :])
-    whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
-    n = tl.arange(0, BLOCK)
-    # By way of memory: what a sum over heads leaves is in several threads at once, which would all count it.
-    stop = tl.minimum(end, (FIRST + high) * PER + (1 if PER > 1 else 0))
-    for entry in range((FIRST + low) * PER, stop, BLOCK):
-        at = logits + (entry + n)[:, None] * GROUP + g[None, :]
-        inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
-        x = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
-    tl.debug_barrier()
-    if PER > 1:  # these were the probabilities of entries, of which blocks are made
-        blocks = scores + (tl.cdiv(end, PER) + 1) * PER
-        own = (FIRST + low + n) * PER - START
-        score = tl.load(scores + own + PER, mask=own + PER < stop - START, other=0.0)
-        for i in tl.static_range(PER):
-            score += tl.load(scores + own + i, mask=own + i < stop - START, other=0.0) * (1.0 if i == 0 else 2.0)
-        tl.store(blocks + low + n, score, mask=low + n < high)
+    whole = peak + tl.log2(tl.maximum(tl.sum(total * tl.exp2(highest - peak[None, :]), 0), 1e-30))
+    score = tl.sum(tl.exp2(x - whole[None, :]), 1)
+    if PER > 1:  # probabilities of entries go by way of memory, for a block's lie in several threads
+        stop = tl.minimum(end, (FIRST + high) * PER + 1)
+        for entry in range((FIRST + low) * PER, stop, BLOCK):
+            at = logits + (entry + n)[:, None] * GROUP + g[None, :]
+            inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
+            x = tl.load(at, mask=inside, other=float("-inf"))
+            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
         tl.debug_barrier()
-        scores = blocks
-    scores += low
-    held = load_keys(scores, n, high - low)
+        score = tl.load(scores + index + PER - START, mask=index + PER < stop, other=0.0)
+        for i in tl.static_range(PER):
+            weight = 1.0 if i == 0 else 2.0
+            score += tl.load(scores + index + i - START, mask=index + i < stop, other=0.0) * weight
     select_row(
-        held, scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST, LOCAL, TOP, FORCED, LIST,
-        LIST_P, BLOCK,
+        to_keys(score, low + n < high), scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST, LOCAL,
+        TOP, FORCED, LIST, LIST_P, BLOCK,
     )  # fmt: skip
 
 
@@ -92,19 +92,18 @@ def _row(
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _score_kernel(
-    q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits, scores,
-    arrivals, pages, table_stride, logit_stride, score_stride, scale_log2, dense_below,
-    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
-    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, BOUNDS: tl.constexpr,
-    ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits,
+    table_stride, logit_stride, scale_log2, dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BOUNDS: tl.constexpr, ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a row's query heads of a KV head against a part of the entries that it sees.
 
-    It leaves their logits, each head's maximum and sum of exponentials (ATTEND: and its attention to `values`); the
-    last of a row to arrive chooses the row's pages. SUMMARISE: and of a page's last token, the page's summary.
-    EARLY: no kernel ahead in this step wrote an entry that a row sees; the first ones are read before the wait.
+    It leaves their logits, each head's maximum and sum of exponentials (ATTEND: and its attention to `values`).
+    SUMMARISE: and of a page's last token, the page's summary. EARLY: no kernel ahead in this step wrote an entry that
+    a row sees; the first ones are read before the wait.
     """
     START: tl.constexpr = BEGIN // PER * PER
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -165,37 +164,21 @@ def _score_kernel(
         if ATTEND:
             mixed = mixed / tl.maximum(total, 1e-30)[:, None]
             tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=real[:, None])
-        tl.debug_barrier()
-        counter = arrivals + row * NUM_KV_HEADS + head
-        arrived = 0
-        if active > 1:
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        if arrived == active - 1:
-            tl.store(counter, 0)
-        count = tl.maximum(position // PAGE - LOCAL + 1 - FIRST, 0)
-        if (arrived == active - 1) & (count < SHORT):
-            state = row_head * SPLITS * GROUP_P
-            _choose(
-                logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
-                position // PAGE, None, end, active, 0, count, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P,
-                FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _choose_kernel(
     page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_pages, table_stride,
     logit_stride, score_stride, dense_below,
-    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
-    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, SHARE: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GROUP_T: tl.constexpr,
+    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
+    LIST_P: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr, SHORT: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the TOP best of SHARE blocks of a row of SHORT or more to score, for a KV head.
+    """One program: the TOP best of SHARE blocks of a row, fewer than SHORT, for a KV head.
 
-    The last of a row to arrive chooses among what all have found. SHARE < SHORT, for `select_row`; MOST: of them, LIST
-    or fewer.
+    Of a row with more than that the last program to arrive chooses among what all have found, MOST each.
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position, todo, end, _, active = _row(
@@ -205,37 +188,44 @@ def _choose_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     last = position // PAGE
-    count = last - LOCAL + 1 - FIRST
-    if todo & (count >= SHORT) & (part * SHARE < count):
-        row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
-        state = row_head * SPLITS * GROUP_P
-        table = page_table + slot.to(tl.int64) * table_stride
-        best += row_head * tl.num_programs(2) * MOST
-        best_pages += row_head * tl.num_programs(2) * MOST
+    count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
+    row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
+    logits += row_head * logit_stride
+    peaks += row_head * SPLITS * GROUP_P
+    sums += row_head * SPLITS * GROUP_P
+    scores += row_head * score_stride
+    table = page_table + slot.to(tl.int64) * table_stride
+    pages += row_head * LIST
+    if todo & (part == 0) & (count <= SHARE):
         _choose(
-            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride, table,
-            best_pages + part * MOST, last, best + part * MOST, end, active, part * SHARE,
-            tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, MOST,
-            False, MOST, LIST_P, SHORT,
+            logits, peaks, sums, scores, table, pages, last, None, end, active, 0, count, BEGIN, PER, GROUP, GROUP_P,
+            GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
         )  # fmt: skip
-        tl.debug_barrier()
-        counter = arrivals + row_head
-        num = tl.cdiv(count, SHARE)
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num - 1:
-            tl.store(counter, 0)
-            left = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
-            others = load_keys(best, tl.arange(0, BLOCK), left)
-            select_row(
-                others, best, left, best_pages, table, pages + row_head * LIST, last, None, FIRST, LOCAL, TOP, True,
-                LIST, LIST_P, BLOCK,
+    if PARTS > 1:  # noqa: SIM102 - known when compiling
+        if todo & (count > SHARE) & (part * SHARE < count):
+            best += row_head * (PARTS * MOST)
+            best_pages += row_head * (PARTS * MOST)
+            _choose(
+                logits, peaks, sums, scores, table, best_pages + part * MOST, last, best + part * MOST, end, active,
+                part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P,
+                FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
             )  # fmt: skip
+            tl.debug_barrier()
+            num = tl.cdiv(count, SHARE)
+            if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel", scope="gpu") == num - 1:
+                tl.store(arrivals + row_head, 0)
+                left = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
+                held = load_keys(best, tl.arange(0, BLOCK), left)
+                select_row(
+                    held, best, left, best_pages, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK
+                )
 
 
 def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
     """Programs that share a row's entries, enough to fill the device, and entries of a product."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     wanted = min(triton.cdiv(4 * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
-    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
+    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted // 2 else 64
     return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
 
@@ -255,33 +245,29 @@ def choose_pages(
     splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
     state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
     logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
-    # With several entries a block, their probabilities stand before the blocks' scores.
-    before = 0 if entries.per_block == 1 else num_entries + entries.per_block
-    scores = q.new_empty(num_rows, num_kv_heads, before + triton.cdiv(num_pages, 16) * 16, dtype=torch.float32)
-    strides = where[0].stride(0), logits.stride(1), scores.stride(1)
+    # With several entries a block: their probabilities.
+    scores = logits if entries.per_block == 1 else torch.empty_like(logits[..., 0])
+    share = _SHORT - 1
+    parts, most = triton.cdiv(max(1, num_pages - rule.first - rule.local), share), min(rule.num_scored, share)
+    best = logits.new_empty(num_rows, num_kv_heads, parts, most)
     shape = {
-        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
-        "LOCAL": rule.local, "TOP": rule.num_scored, "LIST": pages.shape[2],
-        "LIST_P": triton.next_power_of_2(pages.shape[2]), "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
-        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": block_n,
-        "SPLITS": splits, "SPLITS_P": triton.next_power_of_2(splits), "SHORT": _SHORT,
+        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group, "GROUP_P": group_p, "PAGE": page_size, "BLOCK_N": block_n, "SPLITS": splits,
     }  # fmt: skip
     options = overlap_options(q)
     _score_kernel[(num_rows * splits, num_kv_heads)](
-        q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages, *strides,
-        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1,
-        ATTEND=values is not None, EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
+        q, *keys, planes[0], planes[-1], values, *where, *state, logits, where[0].stride(0), logits.stride(1),
+        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1, ATTEND=values is not None,
+        EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None, num_warps=4, **options,
+    )  # fmt: skip
+    _choose_kernel[(num_rows, num_kv_heads, parts)](
+        *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
+        where[0].stride(0), logits.stride(1), scores.stride(1), rule.dense_below, **shape,
+        GROUP_T=triton.next_power_of_2(group), SPLITS_P=triton.next_power_of_2(splits), FIRST=rule.first,
+        LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], LIST_P=triton.next_power_of_2(pages.shape[2]),
+        SHARE=share, PARTS=parts, MOST=most, SHORT=_SHORT, BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)),
         num_warps=4, **options,
     )  # fmt: skip
-    if num_pages - rule.first - rule.local >= _SHORT:
-        share = _SHORT - max(1, _SHORT // 16)
-        parts, most = triton.cdiv(num_pages, share), min(rule.num_scored, share)
-        best = scores.new_empty(num_rows, num_kv_heads, parts, most)
-        _choose_kernel[(num_rows, num_kv_heads, parts)](
-            *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
-            *strides, rule.dense_below, **shape, SHARE=share, MOST=most,
-            BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4, **options,
-        )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
 
