@@ -42,16 +42,23 @@ def rescale(at, inside, ratio):
     tl.store(at, tl.where((code & 127) == 127, code, encode_e4m3(value)), inside)
 
 
-@triton.jit
-def _write_pages(
-    new, pages, scales, positions, token_slots, page_table, head, begin, num_tokens, table_stride,
+@triton.jit(do_not_specialize=["num_tokens"])
+def _write_kernel(
+    kv, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales, num_tokens, table_stride,
     NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The pages whose first token of this step is one of TOKENS from `begin` on, for one head of keys or values."""
+    """The pages whose first token of this step is one of TOKENS, for one head of keys or values."""
+    begin = tl.program_id(0) * TOKENS
+    is_v = tl.program_id(1) >= NUM_KV
+    head = tl.program_id(1) % NUM_KV
+    pages, scales = tl.where(is_v, v_pages, k_pages), tl.where(is_v, v_scales, k_scales)
     d = tl.arange(0, BLOCK_D)[None, :]
     t = tl.arange(0, BLOCK_T)
     n = tl.arange(0, PAGE)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for i in range(tl.minimum(num_tokens - begin, TOKENS)):
         token = begin + i
         slot = tl.load(token_slots + token)
@@ -63,7 +70,7 @@ def _write_pages(
             count = tl.minimum(tl.min(tl.where(same, PAGE, n), 0), PAGE - offset)
             at = tl.load(page_table + slot.to(tl.int64) * table_stride + position // PAGE).to(tl.int64) * NUM_KV + head
             base = pages + at * (PAGE * HEAD_DIM)
-            rows = new + token.to(tl.int64) * ROW
+            rows = kv + token.to(tl.int64) * ROW + tl.program_id(1) * HEAD_DIM
             largest = tl.zeros([BLOCK_T], tl.float32)
             for low in range(0, count, BLOCK_T):
                 inside = (low + t < count)[:, None] & (d < HEAD_DIM)
@@ -86,30 +93,6 @@ def _write_pages(
             # No warp may find the new scale where it looks for the old one.
             tl.debug_barrier()
             tl.store(scales + at, grown.to(tl.float32, bitcast=True))
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _write_kernel(
-    kv, positions, token_slots, page_table, k_pages, v_pages, k_scales, v_scales, num_tokens, table_stride,
-    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    begin = tl.program_id(0) * TOKENS
-    plane_head = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    new = kv + plane_head * HEAD_DIM
-    if plane_head < NUM_KV:
-        _write_pages(
-            new, k_pages, k_scales, positions, token_slots, page_table, plane_head, begin, num_tokens, table_stride,
-            NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _write_pages(
-            new, v_pages, v_scales, positions, token_slots, page_table, plane_head - NUM_KV, begin, num_tokens,
-            table_stride, NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
 
 
 def write_kv_fp8(
