@@ -33,7 +33,7 @@ _LOGITS_BYTES = 128 << 20
 
 @triton.jit
 def _choose(
-    logits, peaks, sums, scores, table, pages, last, kept, end, active, low, high,
+    logits, num_entries, peaks, sums, scores, table, pages, last, kept, end, active, low, high,
     BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
     SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
     LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -42,26 +42,24 @@ def _choose(
     logits and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
     g, s, n = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P), tl.arange(0, BLOCK)
-    # Of one entry a block all is on its way at once.
+    # A thread has all heads of an entry, whose sum crosses no threads. Of one entry a block all is on its way at once.
     index = (FIRST + low + n) * PER
-    x = tl.load(
-        logits + index[:, None] * GROUP + g[None, :], mask=(low + n < high)[:, None] & (g < GROUP)[None, :],
-        other=float("-inf"),
-    )  # fmt: skip
+    rows = logits + g[:, None] * num_entries
+    inside = (g < GROUP)[:, None] & (low + n < high)[None, :]
+    x = tl.load(rows + index[None, :], mask=inside, other=float("-inf"))
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = s[:, None] * GROUP_P + g[None, :]
     highest = tl.load(peaks + part, mask=known, other=LOW)
     total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
     whole = peak + tl.log2(tl.maximum(tl.sum(total * tl.exp2(highest - peak[None, :]), 0), 1e-30))
-    score = tl.sum(tl.exp2(x - whole[None, :]), 1)
+    score = tl.sum(tl.exp2(x - whole[:, None]), 0)
     if PER > 1:  # probabilities of entries go by way of memory, for a block's lie in several threads
         stop = tl.minimum(end, (FIRST + high) * PER + 1)
         for entry in range((FIRST + low) * PER, stop, BLOCK):
-            at = logits + (entry + n)[:, None] * GROUP + g[None, :]
-            inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
-            x = tl.load(at, mask=inside, other=float("-inf"))
-            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
+            inside = (g < GROUP)[:, None] & (entry + n < stop)[None, :]
+            x = tl.load(rows + (entry + n)[None, :], mask=inside, other=float("-inf"))
+            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[:, None]), 0), mask=entry + n < stop)
         tl.debug_barrier()
         score = tl.load(scores + index + PER - START, mask=index + PER < stop, other=0.0)
         for i in tl.static_range(PER):
@@ -93,7 +91,7 @@ def _row(
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _score_kernel(
     q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits,
-    table_stride, logit_stride, scale_log2, dense_below,
+    table_stride, num_entries, scale_log2, dense_below,
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BOUNDS: tl.constexpr, ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr,
@@ -135,7 +133,7 @@ def _score_kernel(
         real = g < GROUP
         q_rows = q + ((row_head * GROUP + g) * HEAD_DIM)[:, None] + d[None, :]
         queries = tl.load(q_rows, mask=real[:, None], other=0.0)
-        logits += row_head * logit_stride
+        logits += row_head * GROUP * num_entries
         peak = tl.full([GROUP_P], LOW, tl.float32)
         total = tl.zeros([GROUP_P], tl.float32)
         mixed = tl.zeros([GROUP_P, HEAD_DIM if ATTEND else 16], tl.float32)
@@ -147,7 +145,8 @@ def _score_kernel(
             if BOUNDS:
                 high_rows = entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
-            tl.store(logits + index[None, :] * GROUP + g[:, None], x, mask=real[:, None] & (index < stop)[None, :])
+            at = g[:, None] * num_entries + index[None, :]
+            tl.store(logits + at, x, mask=real[:, None] & (index < stop)[None, :])
             highest = tl.maximum(peak, tl.max(x, 1))
             fade = tl.exp2(peak - highest)
             p = tl.exp2(x - highest[:, None])
@@ -169,7 +168,7 @@ def _score_kernel(
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _choose_kernel(
     page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_pages, table_stride,
-    logit_stride, score_stride, dense_below,
+    num_entries, score_stride, dense_below,
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GROUP_T: tl.constexpr,
     SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
@@ -190,7 +189,7 @@ def _choose_kernel(
     last = position // PAGE
     count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
     row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
-    logits += row_head * logit_stride
+    logits += row_head * GROUP * num_entries
     peaks += row_head * SPLITS * GROUP_P
     sums += row_head * SPLITS * GROUP_P
     scores += row_head * score_stride
@@ -198,17 +197,17 @@ def _choose_kernel(
     pages += row_head * LIST
     if todo & (part == 0) & (count <= SHARE):
         _choose(
-            logits, peaks, sums, scores, table, pages, last, None, end, active, 0, count, BEGIN, PER, GROUP, GROUP_P,
-            GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
+            logits, num_entries, peaks, sums, scores, table, pages, last, None, end, active, 0, count, BEGIN, PER,
+            GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
         )  # fmt: skip
     if PARTS > 1:  # noqa: SIM102 - known when compiling
         if todo & (count > SHARE) & (part * SHARE < count):
             best += row_head * (PARTS * MOST)
             best_pages += row_head * (PARTS * MOST)
             _choose(
-                logits, peaks, sums, scores, table, best_pages + part * MOST, last, best + part * MOST, end, active,
-                part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P,
-                FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
+                logits, num_entries, peaks, sums, scores, table, best_pages + part * MOST, last, best + part * MOST,
+                end, active, part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T,
+                SPLITS_P, FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
             )  # fmt: skip
             tl.debug_barrier()
             num = tl.cdiv(count, SHARE)
@@ -244,9 +243,9 @@ def choose_pages(
     num_entries = num_pages * entries.per_block
     splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
     state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
-    logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
+    logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
     # With several entries a block: their probabilities.
-    scores = logits if entries.per_block == 1 else torch.empty_like(logits[..., 0])
+    scores = logits if entries.per_block == 1 else torch.empty_like(logits[:, :, 0])
     share = _SHORT - 1
     parts, most = triton.cdiv(max(1, num_pages - rule.first - rule.local), share), min(rule.num_scored, share)
     best = logits.new_empty(num_rows, num_kv_heads, parts, most)
@@ -256,13 +255,13 @@ def choose_pages(
     }  # fmt: skip
     options = overlap_options(q)
     _score_kernel[(num_rows * splits, num_kv_heads)](
-        q, *keys, planes[0], planes[-1], values, *where, *state, logits, where[0].stride(0), logits.stride(1),
+        q, *keys, planes[0], planes[-1], values, *where, *state, logits, where[0].stride(0), num_entries,
         scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1, ATTEND=values is not None,
         EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None, num_warps=4, **options,
     )  # fmt: skip
     _choose_kernel[(num_rows, num_kv_heads, parts)](
         *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
-        where[0].stride(0), logits.stride(1), scores.stride(1), rule.dense_below, **shape,
+        where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape,
         GROUP_T=triton.next_power_of_2(group), SPLITS_P=triton.next_power_of_2(splits), FIRST=rule.first,
         LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], LIST_P=triton.next_power_of_2(pages.shape[2]),
         SHARE=share, PARTS=parts, MOST=most, SHORT=_SHORT, BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)),
