@@ -245,18 +245,16 @@ def _combine_kernel(
         if not EARLY:
             gdc_wait()
     if NORM:
-        at = residual_ptr + token * hidden + columns
-        residual = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        residual = tl.load(residual_ptr + token * hidden + columns, inside, 0.0, cache_modifier=".cg").to(tl.float32)
     places, weights = (), ()
     for slot in tl.static_range(TOP_K):
-        assignment = token * TOP_K + slot
-        places += (tl.load(places_ptr + assignment, cache_modifier=".cg").to(tl.int64),)
-        weights += (tl.load(weights_ptr + assignment, cache_modifier=".cg"),)
+        places += (tl.load(places_ptr + token * TOP_K + slot, cache_modifier=".cg").to(tl.int64),)  # type: ignore[assignment]
+        weights += (tl.load(weights_ptr + token * TOP_K + slot, cache_modifier=".cg"),)  # type: ignore[assignment]
     if PDL and EARLY:
         gdc_wait()
     acc = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        place = places[slot]
+        place = places[slot]  # type: ignore[var-annotated]
         y = tl.load(y_ptr + place * hidden + columns, mask=columns < tl.where(place >= 0, hidden, 0), other=0.0)
         acc += y.to(tl.float32) * tl.where(place >= 0, weights[slot], 0.0)
     out = acc.to(out_ptr.dtype.element_ty)

@@ -140,10 +140,9 @@ def rope_write_kv(
         return
     num_values = 0 if v_pages is None else num_kv_heads
     num_heads = num_q_heads + num_kv_heads + num_values
-    scaled, packed = single and k_scales is not None, None
-    pages: tuple[torch.Tensor | None, ...] = k_pages, v_pages, k_scales, v_scales
-    if scaled:
-        pages = k_pages.view(torch.uint8), None if v_pages is None else v_pages.view(torch.uint8), k_scales, v_scales
+    packed, pages = None, (k_pages, v_pages, k_scales, v_scales)
+    if scaled := single and k_scales is not None and v_pages is not None:
+        pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8), k_scales, v_scales
     elif k_scales is not None:
         packed = qkv.new_empty(num_tokens, 2, num_kv_heads, head_dim)
         pages = packed, v_pages, None, None

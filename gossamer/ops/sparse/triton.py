@@ -238,8 +238,8 @@ def _num_at_least(one, two, three, key, BLOCK: tl.constexpr):
 @triton.jit
 def select_row(
     held, scores, count, of, table, pages, last_page, kept, FIRST: tl.constexpr, LOCAL: tl.constexpr,
-    TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
-    PAGES: tl.constexpr = 1, SIGNED: tl.constexpr = False,
+    TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr = 1,
+    SIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """The TOP best of `count` blocks, whose pages `of` has, in rising order to `pages`; equal ones from the earliest
     on, -1 behind them.
@@ -249,7 +249,7 @@ def select_row(
     FORCED: the first blocks stand before them, the local ones behind; else their keys go to `kept`, if that is not
     None. A block is PAGES pages; LIST counts pages.
     """
-    i = tl.arange(0, LIST_P)
+    i = tl.arange(0, triton.next_power_of_2(LIST))
     many, above, before = count, 0, 0
     num = tl.minimum(many, TOP)
     best = tl.max(held, 0)
@@ -304,15 +304,15 @@ def select_row(
         forced = ((place < FIRST) | (place >= FIRST + num)) & (i < LIST) & (page <= last_page)
         tl.store(pages + i, tl.load(table + page, mask=forced, other=0), mask=forced)
     else:
-        tl.store(pages + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num * PAGES) & (i < LIST))
+        tl.store(pages + i, i * 0 - 1, mask=(i >= num * PAGES) & (i < LIST))
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _select_kernel(
     scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    SIGNED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LIST: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. What attends to everything has no list: -1."""
     row = tl.program_id(0)
@@ -324,8 +324,8 @@ def _select_kernel(
     position = tl.load(positions + token) - OFFSET
     out = pages + row.to(tl.int64) * LIST
     if (slot < 0) | (position < dense_below):
-        i = tl.arange(0, LIST_P)
-        tl.store(out + i, tl.full([LIST_P], -1, tl.int32), mask=i < LIST)
+        i = tl.arange(0, triton.next_power_of_2(LIST))
+        tl.store(out + i, i * 0 - 1, mask=i < LIST)
         return
     found = scores + row.to(tl.int64) * score_stride + FIRST
     last_page = position // PAGE
@@ -333,8 +333,8 @@ def _select_kernel(
     held = load_keys(found, tl.arange(0, BLOCK), count, SIGNED)
     table = page_table + slot.to(tl.int64) * table_stride
     select_row(
-        held, found, count, table + FIRST * PAGES, table, out, last_page, None, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P,
-        BLOCK, PAGES, SIGNED,
+        held, found, count, table + FIRST * PAGES, table, out, last_page, None, FIRST, LOCAL, TOP, FORCED, LIST, BLOCK,
+        PAGES, SIGNED,
     )  # fmt: skip
 
 
@@ -389,8 +389,8 @@ def select(
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,
-        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, PAGES=rule.pages,
-        SIGNED=signed, BLOCK=block, num_warps=select_warps(block), **overlap_options(scores),
+        NUM_KV_HEADS=num_kv_heads, PAGE=page_size, PAGES=rule.pages, SIGNED=signed, BLOCK=block,
+        num_warps=select_warps(block), **overlap_options(scores),
     )  # fmt: skip
 
 

@@ -33,22 +33,23 @@ _LOGITS_BYTES = 128 << 20
 
 @triton.jit
 def _choose(
-    logits, num_entries, peaks, sums, scores, table, pages, last, kept, end, active, low, high,
-    BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
-    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr,
+    logits, num_entries, peaks, sums, scores, table, pages, last, kept, row_head, end, active, low, high,
+    BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, SPLITS: tl.constexpr,
+    FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Selects among the blocks low .. high - 1 from FIRST on, fewer than BLOCK, whose scores are made of their entries'
     logits and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
-    g, s, n = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P), tl.arange(0, BLOCK)
+    g, s = tl.arange(0, triton.next_power_of_2(GROUP)), tl.arange(0, triton.next_power_of_2(SPLITS))
+    n = tl.arange(0, BLOCK)
     # A thread has all heads of an entry, whose sum crosses no threads. Of one entry a block all is on its way at once.
     index = (FIRST + low + n) * PER
-    rows = logits + g[:, None] * num_entries
+    rows = logits + (row_head * GROUP + g[:, None]) * num_entries
     inside = (g < GROUP)[:, None] & (low + n < high)[None, :]
     x = tl.load(rows + index[None, :], mask=inside, other=float("-inf"))
     known = (s < active)[:, None] & (g < GROUP)[None, :]
-    part = s[:, None] * GROUP_P + g[None, :]
+    part = (row_head * SPLITS + s[:, None]) * GROUP_P + g[None, :]
     highest = tl.load(peaks + part, mask=known, other=LOW)
     total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
@@ -67,7 +68,7 @@ def _choose(
             score += tl.load(scores + index + i - START, mask=index + i < stop, other=0.0) * weight
     select_row(
         to_keys(score, low + n < high), scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST, LOCAL,
-        TOP, FORCED, LIST, LIST_P, BLOCK,
+        TOP, FORCED, LIST, BLOCK,
     )  # fmt: skip
 
 
@@ -170,15 +171,15 @@ def _choose_kernel(
     page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_pages, table_stride,
     num_entries, score_stride, dense_below,
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GROUP_T: tl.constexpr,
-    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr, SHORT: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+    LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
+    SHORT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the TOP best of SHARE blocks of a row, fewer than SHORT, for a KV head.
+    """One program: the TOP best of a row's blocks, or of a share of fewer than SHORT, for a KV head.
 
     Of a row with more than that the last program to arrive chooses among what all have found, MOST each.
     """
+    SHARE: tl.constexpr = SHORT - 1
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position, todo, end, _, active = _row(
         slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
@@ -189,16 +190,13 @@ def _choose_kernel(
     last = position // PAGE
     count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
     row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
-    logits += row_head * GROUP * num_entries
-    peaks += row_head * SPLITS * GROUP_P
-    sums += row_head * SPLITS * GROUP_P
     scores += row_head * score_stride
     table = page_table + slot.to(tl.int64) * table_stride
     pages += row_head * LIST
     if todo & (part == 0) & (count <= SHARE):
         _choose(
-            logits, num_entries, peaks, sums, scores, table, pages, last, None, end, active, 0, count, BEGIN, PER,
-            GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, True, LIST, LIST_P, SHORT,
+            logits, num_entries, peaks, sums, scores, table, pages, last, None, row_head, end, active, 0, count,
+            BEGIN, PER, GROUP, GROUP_P, SPLITS, FIRST, LOCAL, TOP, True, LIST, SHORT,
         )  # fmt: skip
     if PARTS > 1:  # noqa: SIM102 - known when compiling
         if todo & (count > SHARE) & (part * SHARE < count):
@@ -206,8 +204,8 @@ def _choose_kernel(
             best_pages += row_head * (PARTS * MOST)
             _choose(
                 logits, num_entries, peaks, sums, scores, table, best_pages + part * MOST, last, best + part * MOST,
-                end, active, part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P, GROUP_T,
-                SPLITS_P, FIRST, LOCAL, MOST, False, MOST, LIST_P, SHORT,
+                row_head, end, active, part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P,
+                SPLITS, FIRST, LOCAL, MOST, False, MOST, SHORT,
             )  # fmt: skip
             tl.debug_barrier()
             num = tl.cdiv(count, SHARE)
@@ -215,9 +213,7 @@ def _choose_kernel(
                 tl.store(arrivals + row_head, 0)
                 left = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
                 held = load_keys(best, tl.arange(0, BLOCK), left)
-                select_row(
-                    held, best, left, best_pages, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK
-                )
+                select_row(held, best, left, best_pages, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, BLOCK)
 
 
 def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
@@ -246,8 +242,8 @@ def choose_pages(
     logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
     # With several entries a block: their probabilities.
     scores = logits if entries.per_block == 1 else torch.empty_like(logits[:, :, 0])
-    share = _SHORT - 1
-    parts, most = triton.cdiv(max(1, num_pages - rule.first - rule.local), share), min(rule.num_scored, share)
+    parts = triton.cdiv(max(1, num_pages - rule.first - rule.local), _SHORT - 1)
+    most = min(rule.num_scored, _SHORT - 1)
     best = logits.new_empty(num_rows, num_kv_heads, parts, most)
     shape = {
         "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "NUM_KV_HEADS": num_kv_heads,
@@ -261,11 +257,9 @@ def choose_pages(
     )  # fmt: skip
     _choose_kernel[(num_rows, num_kv_heads, parts)](
         *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
-        where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape,
-        GROUP_T=triton.next_power_of_2(group), SPLITS_P=triton.next_power_of_2(splits), FIRST=rule.first,
-        LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], LIST_P=triton.next_power_of_2(pages.shape[2]),
-        SHARE=share, PARTS=parts, MOST=most, SHORT=_SHORT, BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)),
-        num_warps=4, **options,
+        where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape, FIRST=rule.first,
+        LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], PARTS=parts, MOST=most, SHORT=_SHORT,
+        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4, **options,
     )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
