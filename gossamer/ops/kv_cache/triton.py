@@ -29,6 +29,11 @@ def encode_e4m3(x):
 
 
 @triton.jit
+def finite_size(x):
+    return tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0)
+
+
+@triton.jit
 def scale_bits(largest):
     """reference.page_scale of the largest size: an exponent alone, so that one over it is 0x7F000000 less it."""
     return tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23), 87 << 23)
@@ -50,19 +55,15 @@ def _write_kernel(
 ):  # fmt: skip
     """The pages whose first token of this step is one of TOKENS, for one head of keys or values."""
     begin = tl.program_id(0) * TOKENS
-    is_v = tl.program_id(1) >= NUM_KV
-    head = tl.program_id(1) % NUM_KV
+    is_v, head = tl.program_id(1) >= NUM_KV, tl.program_id(1) % NUM_KV
     pages, scales = tl.where(is_v, v_pages, k_pages), tl.where(is_v, v_scales, k_scales)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    t = tl.arange(0, BLOCK_T)
-    n = tl.arange(0, PAGE)
+    d, t, n = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_T), tl.arange(0, PAGE)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for i in range(tl.minimum(num_tokens - begin, TOKENS)):
         token = begin + i
-        slot = tl.load(token_slots + token)
-        position = tl.load(positions + token)
+        slot, position = tl.load(token_slots + token), tl.load(positions + token)
         offset = position % PAGE
         before = tl.load(token_slots + token - 1, mask=token > 0, other=-1)
         if (slot >= 0) & ((offset == 0) | (before != slot)):
@@ -75,8 +76,7 @@ def _write_kernel(
             for low in range(0, count, BLOCK_T):
                 inside = (low + t < count)[:, None] & (d < HEAD_DIM)
                 x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
-                size = tl.abs(x)
-                largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
+                largest = tl.maximum(largest, tl.max(finite_size(x), 1))
             held = tl.where(offset > 0, tl.load(scales + at).to(tl.int32, bitcast=True), 0)
             grown = tl.maximum(scale_bits(tl.max(largest, 0)), held)
             inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)

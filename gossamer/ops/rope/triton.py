@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from gossamer.ops.dispatch import overlap_options
-from gossamer.ops.kv_cache.triton import encode_e4m3, rescale, scale_bits, write_kv_fp8
+from gossamer.ops.kv_cache.triton import encode_e4m3, finite_size, rescale, scale_bits, write_kv_fp8
 
 
 @triton.jit
@@ -21,12 +21,11 @@ def _rope_write_kv_kernel(
     row_stride, max_pages, page_size, eps, clip,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, NUM_V: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROW: tl.constexpr,
-    PACKED: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # NORM: 0 none, 1 per head, 2 over all heads at once. A program takes HEADS packed heads of one token, whatever
     # they are: masks tell queries, keys and values apart. PACKED: `k_pages` are [num_tokens, 2 * NUM_KV, HEAD_DIM].
-    # SCALED: pages are FP8, as bytes, and the token is the only one of the step in its page, of whose others TOKENS are
-    # in registers at once.
+    # SCALED: pages are FP8, as bytes, and the token is the only one of the step in its page.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -103,18 +102,15 @@ def _rope_write_kv_kernel(
     elif live:
         if SCALED:  # as `write_kv_fp8`
             a, b = x.to(qkv.dtype.element_ty).to(tl.float32), y.to(qkv.dtype.element_ty).to(tl.float32)
-            size, size_pair = tl.abs(a), tl.abs(b)
-            largest = tl.maximum(
-                tl.where(size < float("inf"), size, 0.0), tl.where(size_pair < float("inf"), size_pair, 0.0)
-            )
-            grown = tl.maximum(scale_bits(tl.max(largest, 1)[:, None]), held)
+            largest = tl.max(tl.maximum(finite_size(a), finite_size(b)), 1)[:, None]
+            grown = tl.maximum(scale_bits(largest), held)
             inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)
             kept, kept_pair = encode_e4m3(a * inverse), encode_e4m3(b * inverse)
             grows, ratio = is_kv & (grown > held), held.to(tl.float32, bitcast=True) * inverse
             old = tl.where(is_v, v_pages, k_pages) + owner * page_size * HEAD_DIM
-            t, d = tl.arange(0, TOKENS)[None, :, None], tl.arange(0, 2 * PAIRS)[None, None, :]
+            t, d = tl.arange(0, 16)[None, :, None], tl.arange(0, 2 * PAIRS)[None, None, :]
             num_old = tl.where(tl.max(grows.to(tl.int32)) > 0, position % page_size, 0).to(tl.int32)
-            for low in range(0, num_old, TOKENS):
+            for low in range(0, num_old, 16):
                 stale = grows[:, :, None] & (low + t < num_old) & (d < HEAD_DIM)
                 rescale(old[:, :, None] + (low + t) * HEAD_DIM + d, stale, ratio[:, :, None])
             tl.debug_barrier()  # no warp may find the new scale where it looks for the old one
@@ -135,8 +131,7 @@ def rope_write_kv(
     q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_full: bool, clip: float | None,
     single: bool,
 ) -> None:  # fmt: skip
-    num_tokens = qkv.shape[0]
-    if not num_tokens:
+    if not (num_tokens := qkv.shape[0]):
         return
     num_values = 0 if v_pages is None else num_kv_heads
     num_heads = num_q_heads + num_kv_heads + num_values
@@ -148,15 +143,13 @@ def rope_write_kv(
         pages = packed, v_pages, None, None
     # Few tokens: spread the heads over the device. Many: fewer and larger programs.
     heads = min(4 if num_tokens <= 64 else 8, triton.next_power_of_2(num_heads))
-    pairs = triton.next_power_of_2(head_dim // 2)
     warps = 4 if scaled else 2 if heads > 4 else 1
     _rope_write_kv_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, cos, sin, positions, token_slots,
-        page_table, *pages, q_out, qkv.stride(0), page_table.shape[1],
-        k_pages.shape[2], eps, clip or 0.0, NUM_Q=num_q_heads, NUM_KV=num_kv_heads, NUM_V=num_values,
-        HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1],
-        NORM=0 if q_norm is None else 2 if norm_full else 1, CLIP=clip is not None, HEADS=heads,
-        PAIRS=pairs, TOKENS=max(1, 2048 * warps // (heads * pairs)),
+        page_table, *pages, q_out, qkv.stride(0), page_table.shape[1], k_pages.shape[2], eps, clip or 0.0,
+        NUM_Q=num_q_heads, NUM_KV=num_kv_heads, NUM_V=num_values,
+        HEAD_DIM=head_dim, ROTARY_DIM=cos.shape[-1], NORM=0 if q_norm is None else 2 if norm_full else 1,
+        CLIP=clip is not None, HEADS=heads, PAIRS=triton.next_power_of_2(head_dim // 2),
         BLOCK_ROW=triton.next_power_of_2(max(num_q_heads, num_kv_heads) * head_dim),
         PACKED=packed is not None, SCALED=scaled, num_warps=warps, **overlap_options(qkv),
     )  # fmt: skip

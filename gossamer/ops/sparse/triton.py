@@ -384,8 +384,7 @@ def select(
     """pages [tokens, kv heads, list]: those chosen by score; in decode, where `positions` are lengths, with the forced
     ones, by their place. signed: scores may be negative."""
     num_tokens, num_kv_heads, num_listed = pages.shape
-    most = scores.shape[2] - rule.first - rule.local
-    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(max(most, 0) + 1)))
+    block = min(_SELECT_MOST, triton.next_power_of_2(max(63, scores.shape[2] - rule.first - rule.local) + 1))
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,

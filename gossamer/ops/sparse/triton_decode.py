@@ -8,18 +8,8 @@ from gossamer.ops.attention import triton_decode
 from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.sparse import triton as core
 from gossamer.ops.sparse.selection import Entries, Selection
-from gossamer.ops.sparse.triton import (
-    entry_rows,
-    entry_state,
-    load_keys,
-    logits_of,
-    select,
-    select_row,
-    summarise,
-    to_keys,
-    write_summaries,
-)
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
@@ -66,9 +56,9 @@ def _choose(
         for i in tl.static_range(PER):
             weight = 1.0 if i == 0 else 2.0
             score += tl.load(scores + index + i - START, mask=index + i < stop, other=0.0) * weight
-    select_row(
-        to_keys(score, low + n < high), scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST, LOCAL,
-        TOP, FORCED, LIST, BLOCK,
+    core.select_row(
+        core.to_keys(score, low + n < high), scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST,
+        LOCAL, TOP, FORCED, LIST, BLOCK,
     )  # fmt: skip
 
 
@@ -118,15 +108,15 @@ def _score_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         if not EARLY:
             tl.extra.cuda.gdc_wait()
-    low_rows = entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    low_rows = core.entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if BOUNDS:
-        high_rows = entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+        high_rows = core.entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if PDL and EARLY:
         tl.extra.cuda.gdc_wait()
     if SUMMARISE:  # noqa: SIM102 - known when compiling
         if (split == 0) & (slot >= 0) & (position > 0) & (position % PAGE == PAGE - 1):
             page = tl.load(table + position // PAGE)
-            summarise(k_pages, k_scales, first, second, page, head, NUM_KV_HEADS, PAGE, HEAD_DIM, BOUNDS, SCALED)
+            core.summarise(k_pages, k_scales, first, second, page, head, NUM_KV_HEADS, PAGE, HEAD_DIM, BOUNDS, SCALED)
     if todo & (split < active):
         row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
         g = tl.arange(0, GROUP_P)
@@ -140,11 +130,11 @@ def _score_kernel(
         mixed = tl.zeros([GROUP_P, HEAD_DIM if ATTEND else 16], tl.float32)
         for low in range(begin, stop, BLOCK_N):
             index = low + n
-            x = logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
+            x = core.logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
             following = index + BLOCK_N
-            low_rows = entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+            low_rows = core.entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             if BOUNDS:
-                high_rows = entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+                high_rows = core.entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
             at = g[:, None] * num_entries + index[None, :]
             tl.store(logits + at, x, mask=real[:, None] & (index < stop)[None, :])
@@ -154,7 +144,7 @@ def _score_kernel(
             total = total * fade + tl.sum(p, 1)
             peak = highest
             if ATTEND:
-                v = tl.trans(entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
+                v = tl.trans(core.entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
                 v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
                 p = p.to(queries.dtype)
                 mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
@@ -168,7 +158,7 @@ def _score_kernel(
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _choose_kernel(
-    page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_pages, table_stride,
+    page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_ids, table_stride,
     num_entries, score_stride, dense_below,
     BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
@@ -201,9 +191,9 @@ def _choose_kernel(
     if PARTS > 1:  # noqa: SIM102 - known when compiling
         if todo & (count > SHARE) & (part * SHARE < count):
             best += row_head * (PARTS * MOST)
-            best_pages += row_head * (PARTS * MOST)
+            best_ids += row_head * (PARTS * MOST)
             _choose(
-                logits, num_entries, peaks, sums, scores, table, best_pages + part * MOST, last, best + part * MOST,
+                logits, num_entries, peaks, sums, scores, table, best_ids + part * MOST, last, best + part * MOST,
                 row_head, end, active, part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P,
                 SPLITS, FIRST, LOCAL, MOST, False, MOST, SHORT,
             )  # fmt: skip
@@ -211,9 +201,9 @@ def _choose_kernel(
             num = tl.cdiv(count, SHARE)
             if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel", scope="gpu") == num - 1:
                 tl.store(arrivals + row_head, 0)
-                left = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
-                held = load_keys(best, tl.arange(0, BLOCK), left)
-                select_row(held, best, left, best_pages, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, BLOCK)
+                num = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
+                x = core.load_keys(best, tl.arange(0, BLOCK), num)
+                core.select_row(x, best, num, best_ids, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, BLOCK)
 
 
 def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
@@ -238,13 +228,12 @@ def choose_pages(
     num_pages = triton.cdiv(max_seq_len, page_size)
     num_entries = num_pages * entries.per_block
     splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
-    state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
+    state = core.entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
     logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
     # With several entries a block: their probabilities.
     scores = logits if entries.per_block == 1 else torch.empty_like(logits[:, :, 0])
     parts = triton.cdiv(max(1, num_pages - rule.first - rule.local), _SHORT - 1)
-    most = min(rule.num_scored, _SHORT - 1)
-    best = logits.new_empty(num_rows, num_kv_heads, parts, most)
+    best = logits.new_empty(num_rows, num_kv_heads, parts, most := min(rule.num_scored, _SHORT - 1))
     shape = {
         "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group, "GROUP_P": group_p, "PAGE": page_size, "BLOCK_N": block_n, "SPLITS": splits,
@@ -278,7 +267,7 @@ def sparse_decode(
     # A row of a step may see what another of the same step completes, unless that is a page away.
     within = summarise and scored and entries.tail > page_size
     if summarise and not within:
-        write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
+        core.write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
     pages = slots.new_empty(num_rows * scored, num_kv_heads, rule.num_blocks * rule.pages)
     selected = (pages, rule.dense_below, rule.pages) if scored else None
     if scored and index_q is not None:
@@ -286,7 +275,7 @@ def sparse_decode(
         num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
         scores = q.new_empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32)
         index_scores(index_q, summaries[0], *where, rule, scores, decode=True)
-        select(scores, *where, rule, page_size, pages, decode=True, signed=True)
+        core.select(scores, *where, rule, page_size, pages, decode=True, signed=True)
     elif scored:
         if workspace is None or workspace.arrivals.numel() < num_rows * num_kv_heads:
             raise ValueError(f"sparse_decode needs a DecodeWorkspace of {num_rows} rows")
