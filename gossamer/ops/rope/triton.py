@@ -108,9 +108,9 @@ def _rope_write_kv_kernel(
             kept, kept_pair = encode_e4m3(a * inverse), encode_e4m3(b * inverse)
             grows, ratio = is_kv & (grown > held), held.to(tl.float32, bitcast=True) * inverse
             old = tl.where(is_v, v_pages, k_pages) + owner * page_size * HEAD_DIM
-            t, d = tl.arange(0, 16)[None, :, None], tl.arange(0, 2 * PAIRS)[None, None, :]
+            t, d = tl.arange(0, 128 // HEADS)[None, :, None], tl.arange(0, 2 * PAIRS)[None, None, :]
             num_old = tl.where(tl.max(grows.to(tl.int32)) > 0, position % page_size, 0).to(tl.int32)
-            for low in range(0, num_old, 16):
+            for low in range(0, num_old, 128 // HEADS):
                 stale = grows[:, :, None] & (low + t < num_old) & (d < HEAD_DIM)
                 rescale(old[:, :, None] + (low + t) * HEAD_DIM + d, stale, ratio[:, :, None])
             tl.debug_barrier()  # no warp may find the new scale where it looks for the old one

@@ -33,24 +33,24 @@ def _choose(
     START: tl.constexpr = BEGIN // PER * PER
     g, s = tl.arange(0, triton.next_power_of_2(GROUP)), tl.arange(0, triton.next_power_of_2(SPLITS))
     n = tl.arange(0, BLOCK)
-    # A thread has all heads of an entry, whose sum crosses no threads. Of one entry a block all is on its way at once.
+    # Of one entry a block all is on its way at once.
     index = (FIRST + low + n) * PER
-    rows = logits + (row_head * GROUP + g[:, None]) * num_entries
-    inside = (g < GROUP)[:, None] & (low + n < high)[None, :]
-    x = tl.load(rows + index[None, :], mask=inside, other=float("-inf"))
+    rows = logits + row_head * GROUP * num_entries + g[None, :]
+    inside = (low + n < high)[:, None] & (g < GROUP)[None, :]
+    x = tl.load(rows + index[:, None] * GROUP, mask=inside, other=float("-inf"))
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = (row_head * SPLITS + s[:, None]) * GROUP_P + g[None, :]
     highest = tl.load(peaks + part, mask=known, other=LOW)
     total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
     whole = peak + tl.log2(tl.maximum(tl.sum(total * tl.exp2(highest - peak[None, :]), 0), 1e-30))
-    score = tl.sum(tl.exp2(x - whole[:, None]), 0)
+    score = tl.sum(tl.exp2(x - whole[None, :]), 1)
     if PER > 1:  # probabilities of entries go by way of memory, for a block's lie in several threads
         stop = tl.minimum(end, (FIRST + high) * PER + 1)
         for entry in range((FIRST + low) * PER, stop, BLOCK):
-            inside = (g < GROUP)[:, None] & (entry + n < stop)[None, :]
-            x = tl.load(rows + (entry + n)[None, :], mask=inside, other=float("-inf"))
-            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[:, None]), 0), mask=entry + n < stop)
+            inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
+            x = tl.load(rows + (entry + n)[:, None] * GROUP, mask=inside, other=float("-inf"))
+            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
         tl.debug_barrier()
         score = tl.load(scores + index + PER - START, mask=index + PER < stop, other=0.0)
         for i in tl.static_range(PER):
@@ -136,8 +136,7 @@ def _score_kernel(
             if BOUNDS:
                 high_rows = core.entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
-            at = g[:, None] * num_entries + index[None, :]
-            tl.store(logits + at, x, mask=real[:, None] & (index < stop)[None, :])
+            tl.store(logits + index[None, :] * GROUP + g[:, None], x, mask=real[:, None] & (index < stop)[None, :])
             highest = tl.maximum(peak, tl.max(x, 1))
             fade = tl.exp2(peak - highest)
             p = tl.exp2(x - highest[:, None])
@@ -210,7 +209,7 @@ def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.
     """Programs that share a row's entries, enough to fill the device, and entries of a product."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     wanted = min(triton.cdiv(4 * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
-    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted // 2 else 64
+    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
     return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
 
@@ -229,9 +228,9 @@ def choose_pages(
     num_entries = num_pages * entries.per_block
     splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
     state = core.entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
-    logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
+    logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
     # With several entries a block: their probabilities.
-    scores = logits if entries.per_block == 1 else torch.empty_like(logits[:, :, 0])
+    scores = logits if entries.per_block == 1 else torch.empty_like(logits[..., 0])
     parts = triton.cdiv(max(1, num_pages - rule.first - rule.local), _SHORT - 1)
     best = logits.new_empty(num_rows, num_kv_heads, parts, most := min(rule.num_scored, _SHORT - 1))
     shape = {
