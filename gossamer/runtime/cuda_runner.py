@@ -312,6 +312,7 @@ class CudaRunner:
             seq_lens=device["seq_lens"][:num_rows], cu_seqlens_q=device["cu_seqlens_q"][: num_rows - num_decode + 1],
             page_table=self.inputs.page_table, max_seq_len=self._max_model_len,
             workspace=self._workspace, chunks=chunks,
+            single=not self._drafts and num_decode == num_rows == len(positions),
         )  # fmt: skip
 
     def _pool(self) -> KVPool:

@@ -195,6 +195,31 @@ def test_rope_writes_what_an_unquantised_cache_would_hold(backend: str) -> None:
     assert cache.scales[1][page].equal(other.scales[1][page])
 
 
+@pytest.mark.parametrize(("num_q", "num_kv", "dim", "num_slots"), [(4, 2, 16, 3), (5, 3, 32, 65)])
+def test_steps_of_single_tokens_write_in_one_launch_what_two_do(
+    num_q: int, num_kv: int, dim: int, num_slots: int
+) -> None:
+    """Pages, scales and queries to the bit, while scales grow, NaN comes, and rows are padding."""
+    caches = [Cache(num_slots, 2 * PAGE, num_kv, dim) for _ in range(2)]
+    caches[1].table = caches[0].table
+    cos, sin = (torch.randn(2 * PAGE, dim, device=DEVICE) for _ in range(2))
+    rows = torch.arange(num_slots, dtype=torch.int32, device=DEVICE)
+    for step in range(PAGE + 8):
+        positions = step - rows % 7
+        slots = torch.where(positions >= 0, rows, -1)
+        qkv = torch.randn(num_slots, (num_q + 2 * num_kv) * dim, device=DEVICE) * 1.3**step
+        qkv[0, -1], qkv[2, -2] = (torch.nan, 1e30) if step == 5 else (0.0, 0.0)
+        queries = [torch.full((num_slots, num_q, dim), torch.nan, device=DEVICE) for _ in range(2)]
+        for cache, single, q in zip(caches, (False, True), queries, strict=True):
+            rope_write_kv(
+                qkv, num_q, num_kv, dim, cos, sin, positions, slots, cache.table, *cache.pages, q,
+                k_scales=cache.scales[0], v_scales=cache.scales[1], single=single, backend="triton",
+            )  # fmt: skip
+        assert queries[0].equal(queries[1])
+        for one, two in zip(caches[0].pages + caches[0].scales, caches[1].pages + caches[1].scales, strict=True):
+            assert one.view(torch.uint8).equal(two.view(torch.uint8))
+
+
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_the_list_of_slots_writes_the_same_and_zeroes_fresh_tails(heads_first: bool) -> None:
     cache, kv = Cache(1, 32, 2, 16), stream(21, 2, 16)

@@ -164,6 +164,39 @@ def test_on_the_device(q_heads: int, kv_heads: int, dim: int, planes: int) -> No
                 assert float((out[0].float() - expected).norm() / expected.norm()) < 1e-2
 
 
+@pytest.mark.gpu
+def test_long_rows_choose_the_best_on_the_device() -> None:
+    """Rows for one program, several, and one a share longer than those; a bound that only a longer one would need."""
+    rule, kv_heads, group, num_pages = Selection(32, 1, 8, 100), 4, 8, 6000
+    torch.manual_seed(0)
+    plane = torch.randn(num_pages, kv_heads, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    q = torch.randn(4, kv_heads * group, 128, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.stack([torch.randperm(num_pages, device=DEVICE).int() for _ in range(4)])
+    lens = torch.tensor([64 * 5999 + 3, 64 * 1033, 64 * 1032, 64 * 5000 + 64], dtype=torch.int32, device=DEVICE)
+    slots, scale = torch.arange(4, dtype=torch.int32, device=DEVICE), 0.3
+    arrivals, keys = torch.zeros(16, dtype=torch.int32, device=DEVICE), plane.expand(-1, -1, 64, -1)
+    for bound in (64 * 6000, 1 << 20):
+        pages = torch.full((4, kv_heads, 32), -7, dtype=torch.int32, device=DEVICE)
+        triton_decode.choose_pages(
+            q, (keys, None), (plane,), None, (table, slots, lens), rule, page_entries(rule, 64), scale, None, arrivals,
+            pages, bound, False,
+        )  # fmt: skip
+        assert not arrivals.any()
+        for row in range(4):
+            last = (int(lens[row]) - 1) // 64
+            place = torch.empty(num_pages, dtype=torch.int64, device=DEVICE)
+            place[table[row].long()] = torch.arange(num_pages, device=DEVICE)
+            found = place[pages[row].long()]
+            assert (found.diff() > 0).all()
+            assert found[:, [0, *range(24, 32)]].eq(torch.tensor([0, *range(last - 7, last + 1)], device=DEVICE)).all()
+            entries = plane[table[row, 1 : last - 7].long(), :, 0].double()
+            logits = torch.einsum("hgd,nhd->hgn", q[row].view(kv_heads, group, 128).double(), entries) * scale
+            scores = logits.softmax(-1).sum(1)
+            best = scores.gather(1, found[:, 1:24] - 1).amin(1)
+            others = scores.scatter(1, found[:, 1:24] - 1, 0.0).amax(1)
+            assert (best >= others * (1 - 1e-2)).all()
+
+
 @on_cpu
 def test_fp8_pages_count_as_what_they_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache([110, 61], 1, PAGE, (4, 2, 16), torch.float32)
@@ -339,10 +372,9 @@ def test_a_row_of_decode_chooses_by_compressed_entries(
 ) -> None:
     q, k, v, table, slots, positions = nsa_case()
     rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
-    monkeypatch.setattr(triton_decode, "num_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_decode, "score_cut", lambda *_: (splits, 16))
     monkeypatch.setattr(triton_decode, "_SHORT", block)
     monkeypatch.setattr(triton_decode, "_LONG", 8 * block)
-    monkeypatch.setattr(triton_decode, "_BLOCK_N", 16)
     pages = torch.full((5, kv_heads, rule.num_blocks), -7, dtype=torch.int32)
     compressed, arrivals = torch.full_like(q, torch.nan), torch.zeros(10, dtype=torch.int32)
     keys = torch.empty(1, kv_heads, 64, q.shape[2])

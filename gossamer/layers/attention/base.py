@@ -67,6 +67,8 @@ class PagedPlan:
     page_table: torch.Tensor
     max_seq_len: int
     workspace: DecodeWorkspace | None
+    single: bool = False
+    """Each token is its row's only one, and no two rows are one sequence's: no two tokens share a page."""
     chosen: torch.Tensor | None = None
     """What the last layer with an indexer chose, for those without one."""
     kept: torch.Tensor | None = None

@@ -198,7 +198,7 @@ class GQALayer(AttentionLayer):
             qkv, q.shape[1], config.num_kv_heads, config.head_dim, cos, sin,
             plan.positions, plan.token_slots, plan.page_table, k_pages, v_pages, q, **scales,
             q_norm=self.norms.get(self._q_norm), k_norm=self.norms.get(self._k_norm), eps=config.rms_norm_eps,
-            norm_full=config.qk_norm == "full", clip=config.clip_qkv, backend=self._backend,
+            norm_full=config.qk_norm == "full", clip=config.clip_qkv, single=plan.single, backend=self._backend,
         )  # fmt: skip
 
     def gives_fp8(self, plan: PagedPlan, planes: Sequence[torch.Tensor], num_tokens: int) -> bool:

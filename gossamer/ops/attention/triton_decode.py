@@ -249,16 +249,22 @@ def _decode_kernel(
                 )  # fmt: skip
 
 
-def _decode_cut(num_rows: int, workspace: DecodeWorkspace, page_bytes: int, scaled: bool) -> tuple[int, int, int]:
+def _decode_cut(
+    num_rows: int, num_listed: int, workspace: DecodeWorkspace, page_bytes: int, scaled: bool
+) -> tuple[int, int, int]:
     """Programs of a KV head, pipeline stages and registers a thread (0: any), for K and V pages of `page_bytes` in all.
 
-    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge. FP8 pages take
-    a program as long as others twice as large: twice as many programs hide that better than more pages in flight.
+    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge; few pages listed
+    for each are sooner there than a pipeline is filled. FP8 pages take a program as long as others twice as large:
+    twice as many programs hide that better than more pages in flight.
     """
+    few = max(1, workspace.num_programs // 4)
+    if 0 < num_rows * num_listed <= 4 * workspace.num_programs:
+        return few if num_rows * num_listed <= 2 * few else workspace.num_programs, 1 + scaled, 0
     if scaled:
         return workspace.num_programs, 2, 128 if page_bytes <= 16384 else 0
     if 4 * num_rows <= workspace.num_programs:
-        return max(1, workspace.num_programs // 4), 1 + min(4, 163840 // page_bytes), 0
+        return few, 1 + min(4, 163840 // page_bytes), 0
     return max(1, workspace.num_programs // 2), 1 + min(2, 98304 // page_bytes), 0
 
 
@@ -295,7 +301,7 @@ def paged_decode(
     if num_listed:
         pages_per_row = min(pages_per_row, max(num_listed, triton.cdiv(dense_below, page_size)))
     page_bytes, scaled = 2 * page_size * head_dim * k_pages.element_size(), k_scales is not None
-    max_programs, num_stages, registers = _decode_cut(num_rows, workspace, page_bytes, scaled)
+    max_programs, num_stages, registers = _decode_cut(num_rows, num_listed, workspace, page_bytes, scaled)
     # Programs without a share leave at once; their number never changes the others' shares.
     num_programs = min(max_programs, triton.cdiv(num_rows * pages_per_row, _MIN_PAGES))
     merge_g = triton.next_power_of_2(group)

@@ -77,17 +77,21 @@ def _product_kernel(
     GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored, fp32 or quantised. Else
     parts are neighbouring columns. Results are in the order of `rows_ptr`.
     """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    EARLY: tl.constexpr = TOP_K > 0 and not GATED and not FLATTEN
     STEP: tl.constexpr = BLOCK_N if GATED else BLOCK_N * PARTS
     HEIGHT: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     WIDTH: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
     n_tiles, n_blocks, groups = tl.cdiv(N, STEP), tl.cdiv(N, 128), tl.cdiv(K, 128)
-    num_blocks = tl.load(num_blocks_ptr) if TOP_K else tl.cdiv(num_rows, BLOCK_M)
     span = tl.cdiv(groups, SPLIT_K) * 128
     start = tl.program_id(1) * span
     columns = tl.arange(0, 128)
+    if PDL:
+        if GATED:
+            gdc_wait()
+        gdc_launch_dependents()  # of gate and up, when the order is there: what follows reads it ahead of its wait
+        if not EARLY:
+            gdc_wait()
+    num_blocks = tl.load(num_blocks_ptr, cache_modifier=".cg") if TOP_K else tl.cdiv(num_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), num_blocks * n_tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tiles that run at one time share rows and columns, so that both come from L2.
         band = tile // (GROUP_M * n_tiles) * GROUP_M
@@ -95,8 +99,10 @@ def _product_kernel(
         block = band + tile % (GROUP_M * n_tiles) % height
         n = tile % (GROUP_M * n_tiles) // height * STEP
         position = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        expert = tl.load(block_expert_ptr + block) if TOP_K else 0
-        row = tl.load(rows_ptr + position) if TOP_K else position
+        expert = tl.load(block_expert_ptr + block, cache_modifier=".cg") if TOP_K else 0
+        row = tl.load(rows_ptr + position, cache_modifier=".cg") if TOP_K else position
+        if PDL and EARLY:
+            gdc_wait()
         inside = row < num_rows
         a_row = row // TOP_K if GATED else position
         w_row = expert * N + n
@@ -159,6 +165,8 @@ def _product_kernel(
                 tl.store(out_scales_ptr + n // 128 * scale_stride + position, out_scale, mask=inside)
             else:
                 tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside[:, None] & known[None, :])
+    if PDL and EARLY:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["row_stride", "group_stride"])
@@ -412,5 +420,6 @@ def fp8_moe_mlp(
     _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None
     out = x if fp8 else torch.empty_like(x)  # x is not written then
-    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8)
+    early = isinstance(down, Config) and not down.persistent
+    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early)
     return fp8 or out

@@ -29,55 +29,22 @@ def encode_e4m3(x):
 
 
 @triton.jit
-def _write_pages(
-    new, pages, scales, positions, token_slots, page_table, head, begin, num_tokens, table_stride,
-    NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The pages whose first token of this step is one of TOKENS from `begin` on, for one head of keys or values."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    t = tl.arange(0, BLOCK_T)
-    n = tl.arange(0, PAGE)
-    for i in range(tl.minimum(num_tokens - begin, TOKENS)):
-        token = begin + i
-        slot = tl.load(token_slots + token)
-        position = tl.load(positions + token)
-        offset = position % PAGE
-        before = tl.load(token_slots + token - 1, mask=token > 0, other=-1)
-        if (slot >= 0) & ((offset == 0) | (before != slot)):
-            same = tl.load(token_slots + token + n, mask=token + n < num_tokens, other=-1) == slot
-            count = tl.minimum(tl.min(tl.where(same, PAGE, n), 0), PAGE - offset)
-            at = tl.load(page_table + slot.to(tl.int64) * table_stride + position // PAGE).to(tl.int64) * NUM_KV + head
-            base = pages + at * (PAGE * HEAD_DIM)
-            rows = new + token.to(tl.int64) * ROW
-            largest = tl.zeros([BLOCK_T], tl.float32)
-            for low in range(0, count, BLOCK_T):
-                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
-                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
-                size = tl.abs(x)
-                largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
-            # reference.page_scale, and one over it: both are exponents alone.
-            needed = ((tl.max(largest, 0).to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
-            needed = tl.maximum(needed, 87 << 23)
-            held = tl.where(offset > 0, tl.load(scales + at).to(tl.int32, bitcast=True), 0)
-            grown = tl.maximum(needed, held)
-            inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)
-            if grown > held:
-                ratio = held.to(tl.float32, bitcast=True) * inverse
-                for low in range(0, offset, BLOCK_T):
-                    inside = (low + t < offset)[:, None] & (d < HEAD_DIM)
-                    code = tl.load(base + (low + t)[:, None] * HEAD_DIM + d, inside, 0)
-                    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * ratio
-                    code = tl.where((code & 127) == 127, code, encode_e4m3(value))
-                    tl.store(base + (low + t)[:, None] * HEAD_DIM + d, code, inside)
-            for low in range(0, count, BLOCK_T):
-                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
-                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
-                # A finite number times `inverse` is finite, and no larger than 448.
-                tl.store(base + (offset + low + t)[:, None] * HEAD_DIM + d, encode_e4m3(x * inverse), inside)
-            # No warp may find the new scale where it looks for the old one.
-            tl.debug_barrier()
-            tl.store(scales + at, grown.to(tl.float32, bitcast=True))
+def finite_size(x):
+    return tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0)
+
+
+@triton.jit
+def scale_bits(largest):
+    """reference.page_scale of the largest size: an exponent alone, so that one over it is 0x7F000000 less it."""
+    return tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23), 87 << 23)
+
+
+@triton.jit
+def rescale(at, inside, ratio):
+    """E4M3 numbers times a power of two up to one; NaN stays what it is."""
+    code = tl.load(at, inside, 0)
+    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * ratio
+    tl.store(at, tl.where((code & 127) == 127, code, encode_e4m3(value)), inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -86,22 +53,46 @@ def _write_kernel(
     NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr, ROW: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """The pages whose first token of this step is one of TOKENS, for one head of keys or values."""
     begin = tl.program_id(0) * TOKENS
-    plane_head = tl.program_id(1)
+    is_v, head = tl.program_id(1) >= NUM_KV, tl.program_id(1) % NUM_KV
+    pages, scales = tl.where(is_v, v_pages, k_pages), tl.where(is_v, v_scales, k_scales)
+    d, t, n = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_T), tl.arange(0, PAGE)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    new = kv + plane_head * HEAD_DIM
-    if plane_head < NUM_KV:
-        _write_pages(
-            new, k_pages, k_scales, positions, token_slots, page_table, plane_head, begin, num_tokens, table_stride,
-            NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _write_pages(
-            new, v_pages, v_scales, positions, token_slots, page_table, plane_head - NUM_KV, begin, num_tokens,
-            table_stride, NUM_KV, HEAD_DIM, ROW, PAGE, TOKENS, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
+    for i in range(tl.minimum(num_tokens - begin, TOKENS)):
+        token = begin + i
+        slot, position = tl.load(token_slots + token), tl.load(positions + token)
+        offset = position % PAGE
+        before = tl.load(token_slots + token - 1, mask=token > 0, other=-1)
+        if (slot >= 0) & ((offset == 0) | (before != slot)):
+            same = tl.load(token_slots + token + n, mask=token + n < num_tokens, other=-1) == slot
+            count = tl.minimum(tl.min(tl.where(same, PAGE, n), 0), PAGE - offset)
+            at = tl.load(page_table + slot.to(tl.int64) * table_stride + position // PAGE).to(tl.int64) * NUM_KV + head
+            base = pages + at * (PAGE * HEAD_DIM)
+            rows = kv + token.to(tl.int64) * ROW + tl.program_id(1) * HEAD_DIM
+            largest = tl.zeros([BLOCK_T], tl.float32)
+            for low in range(0, count, BLOCK_T):
+                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
+                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.max(finite_size(x), 1))
+            held = tl.where(offset > 0, tl.load(scales + at).to(tl.int32, bitcast=True), 0)
+            grown = tl.maximum(scale_bits(tl.max(largest, 0)), held)
+            inverse = (0x7F000000 - grown).to(tl.float32, bitcast=True)
+            if grown > held:
+                ratio = held.to(tl.float32, bitcast=True) * inverse
+                for low in range(0, offset, BLOCK_T):
+                    inside = (low + t < offset)[:, None] & (d < HEAD_DIM)
+                    rescale(base + (low + t)[:, None] * HEAD_DIM + d, inside, ratio)
+            for low in range(0, count, BLOCK_T):
+                inside = (low + t < count)[:, None] & (d < HEAD_DIM)
+                x = tl.load(rows + (low + t)[:, None] * ROW + d, inside, 0.0).to(tl.float32)
+                # A finite number times `inverse` is finite, and no larger than 448.
+                tl.store(base + (offset + low + t)[:, None] * HEAD_DIM + d, encode_e4m3(x * inverse), inside)
+            # No warp may find the new scale where it looks for the old one.
+            tl.debug_barrier()
+            tl.store(scales + at, grown.to(tl.float32, bitcast=True))
 
 
 def write_kv_fp8(

@@ -22,7 +22,7 @@ def rope_write_kv(
     positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
     v_pages: torch.Tensor | None, q_out: torch.Tensor, *, k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None, q_norm: torch.Tensor | None = None, k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6, norm_full: bool = False, clip: float | None = None, backend: str = "auto",
+    eps: float = 1e-6, norm_full: bool = False, clip: float | None = None, single: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
     """From the packed projection to rotated queries and to keys and values in their pages, in one pass.
 
@@ -40,6 +40,7 @@ def rope_write_kv(
         k_scales, v_scales: of FP8 pages, which are written as `ops.kv_cache.write_kv_fp8` says.
         q_norm, k_norm: norm weights, both or neither: [head_dim], applied per head; with `norm_full` of q's and k's
             whole width, normalised over all heads at once (OLMoE).
+        single: no two of the tokens share a page, which FP8 pages are then written in one launch for.
     """
     num_tokens, num_heads = qkv.shape[0], num_q_heads + num_kv_heads * (1 if v_pages is None else 2)
     width = num_heads * head_dim
@@ -62,4 +63,5 @@ def rope_write_kv(
     run(
         qkv, num_q_heads, num_kv_heads, head_dim, cos, sin, positions, token_slots, page_table, k_pages, v_pages, q_out,
         k_scales=k_scales, v_scales=v_scales, q_norm=q_norm, k_norm=k_norm, eps=eps, norm_full=norm_full, clip=clip,
+        single=single,
     )  # fmt: skip

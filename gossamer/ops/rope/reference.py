@@ -18,6 +18,7 @@ def rope_write_kv(
     positions: torch.Tensor, token_slots: torch.Tensor, page_table: torch.Tensor, k_pages: torch.Tensor,
     v_pages: torch.Tensor | None, q_out: torch.Tensor, *, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_full: bool, clip: float | None,
+    single: bool,
 ) -> None:  # fmt: skip
     live = token_slots >= 0
     heads = qkv.unflatten(1, (-1, head_dim))[live]

@@ -14,7 +14,7 @@ from gossamer.ops.sparse.selection import Entries, Selection
 
 _BLOCK_N = 64
 # Scores that a selecting program holds; it reads others again for every few bits.
-_SELECT_MOST = 8192
+_SELECT_MOST = 16384
 
 
 @triton.jit
@@ -224,55 +224,49 @@ def load_keys(scores, block, count, SIGNED: tl.constexpr = False):
 
 
 @triton.jit
-def _count(key, one, two, three, BITS: tl.constexpr):
-    """How many keys reach each of three bounds, in BITS bits each of one sum. A warp adds 32 bits in an instruction."""
-    WORD: tl.constexpr = tl.int64 if BITS > 10 else tl.int32
-    packed = (key >= one).to(WORD)
-    packed += (key >= two).to(WORD) << BITS
-    packed += (key >= three).to(WORD) << (2 * BITS)
-    return tl.sum(packed, 0)
-
-
-@triton.jit
-def _num_at_least(one, two, three, held, scores, count, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
-    """`_count` of the first BLOCK keys, which are `held`, and the others, as three numbers."""
-    BITS: tl.constexpr = 10 if BLOCK <= 1024 else 21
-    MOST: tl.constexpr = (1 << BITS) - 1
-    many = _count(held, one, two, three, BITS)
-    for low in range(BLOCK, count, BLOCK):
-        many += _count(load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED), one, two, three, BITS)
-    return (many & MOST).to(tl.int32), ((many >> BITS) & MOST).to(tl.int32), (many >> (2 * BITS)).to(tl.int32)
+def _num_at_least(one, two, three, key, BLOCK: tl.constexpr):
+    """How many of BLOCK keys reach each of three bounds. As far as ten bits hold them they are one sum: a warp adds 32
+    bits in an instruction."""
+    packed = (key >= one).to(tl.int32) + ((key >= two).to(tl.int32) << 10) + ((key >= three).to(tl.int32) << 20)
+    if BLOCK > 1024:
+        packed = tl.sum(tl.reshape(packed, [BLOCK // 512, 512]), 1)
+        return tl.sum(packed & 1023, 0), tl.sum((packed >> 10) & 1023, 0), tl.sum(packed >> 20, 0)
+    packed = tl.sum(packed, 0)
+    return packed & 1023, (packed >> 10) & 1023, packed >> 20
 
 
 @triton.jit
 def select_row(
-    held, scores, table, pages, last_page, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr,
-    FORCED: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr = 1,
+    held, scores, count, of, table, pages, last_page, kept, FIRST: tl.constexpr, LOCAL: tl.constexpr,
+    TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr = 1,
     SIGNED: tl.constexpr = False,
 ):  # fmt: skip
-    """The TOP best blocks in rising order to `pages`, as pages; equal ones from the earliest on, -1 behind them.
+    """The TOP best of `count` blocks, whose pages `of` has, in rising order to `pages`; equal ones from the earliest
+    on, -1 behind them.
 
     A search between two bounds: TOP keys or more (`many`) reach `least`, fewer (`above`) reach `over`. It ends where a
-    bound leaves TOP. `scores`: of the blocks from FIRST on; `held`: the keys of the first BLOCK of them, and of a BLOCK
-    of 1024 or fewer one is none. FORCED: the first blocks stand before them, the local ones behind. A block is PAGES
-    pages; LIST counts pages.
+    bound leaves TOP. `held`: the keys of the first BLOCK of `scores`, and of a BLOCK of 1024 or fewer one is none.
+    FORCED: the first blocks stand before them, the local ones behind; else their keys go to `kept`, if that is not
+    None. A block is PAGES pages; LIST counts pages.
     """
-    i = tl.arange(0, LIST_P)
-    end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
-    many, above, before = end - FIRST, 0, 0
+    i = tl.arange(0, triton.next_power_of_2(LIST))
+    many, above, before = count, 0, 0
     num = tl.minimum(many, TOP)
     best = tl.max(held, 0)
-    for low in range(BLOCK, end - FIRST, BLOCK):
-        best = tl.maximum(best, tl.max(load_keys(scores, low + tl.arange(0, BLOCK), end - FIRST, SIGNED), 0))
+    for low in range(BLOCK, count, BLOCK):
+        best = tl.maximum(best, tl.max(load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED), 0))
     over = best.to(tl.int64) + 1  # in 64 bits: the distance of two keys may not fit 32
     least = tl.full([], -2147483647 if SIGNED else 0, tl.int64)  # above the key of what is not there
     # The best of many scores are within some octaves of the largest; an octave is 2^23.
     one, two, three = over - (1 << 25), over - (1 << 23), over - (1 << 21)
     while (many > TOP) & (over - least > 1):
         one, two, three = tl.maximum(one, least), tl.maximum(two, least), tl.maximum(three, least)
-        x, y, z = _num_at_least(
-            one.to(tl.int32), two.to(tl.int32), three.to(tl.int32), held, scores, end - FIRST, BLOCK, SIGNED
-        )
+        lower, middle, upper = one.to(tl.int32), two.to(tl.int32), three.to(tl.int32)
+        x, y, z = _num_at_least(lower, middle, upper, held, BLOCK)
+        for low in range(BLOCK, count, BLOCK):
+            others = load_keys(scores, low + tl.arange(0, BLOCK), count, SIGNED)
+            more, most, all_three = _num_at_least(lower, middle, upper, others, BLOCK)
+            x, y, z = x + more, y + most, z + all_three
         if z >= TOP:
             least, many = three, z
         elif y >= TOP:
@@ -287,10 +281,10 @@ def select_row(
     if FORCED:
         before = FIRST
     key = held
-    for low in range(0, end - FIRST, BLOCK):
+    for low in range(0, count, BLOCK):
         block = low + tl.arange(0, BLOCK)
         if low > 0:
-            key = load_keys(scores, block, end - FIRST, SIGNED)
+            key = load_keys(scores, block, count, SIGNED)
         taken = key >= least
         if many > TOP:
             equal = key == least
@@ -298,24 +292,27 @@ def select_row(
             equals -= tl.sum(equal.to(tl.int32), 0)
         at = before + tl.cumsum(taken.to(tl.int32), 0) - 1
         for j in tl.static_range(PAGES):
-            page = tl.load(table + (FIRST + block) * PAGES + j, mask=taken, other=0)
+            page = tl.load(of + block * PAGES + j, mask=taken, other=0)
             tl.store(pages + at * PAGES + j, page, mask=taken)
+        if kept is not None:
+            tl.store(kept + at, key.to(tl.float32, bitcast=True), mask=taken)
         before += tl.sum(taken.to(tl.int32), 0)
     if FORCED:
         place = i // PAGES
+        end = tl.maximum(last_page // PAGES - LOCAL + 1, FIRST)
         page = tl.where(place < FIRST, place, end + place - FIRST - num) * PAGES + i % PAGES
         forced = ((place < FIRST) | (place >= FIRST + num)) & (i < LIST) & (page <= last_page)
         tl.store(pages + i, tl.load(table + page, mask=forced, other=0), mask=forced)
     else:
-        tl.store(pages + i, tl.full([LIST_P], -1, tl.int32), mask=(i >= num * PAGES) & (i < LIST))
+        tl.store(pages + i, i * 0 - 1, mask=(i >= num * PAGES) & (i < LIST))
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["token_slots", "positions"])
 def _select_kernel(
     scores, page_table, token_slots, positions, pages, table_stride, score_stride, dense_below,
     OFFSET: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr,
-    LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    SIGNED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    LIST: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a token and KV head. What attends to everything has no list: -1."""
     row = tl.program_id(0)
@@ -327,14 +324,18 @@ def _select_kernel(
     position = tl.load(positions + token) - OFFSET
     out = pages + row.to(tl.int64) * LIST
     if (slot < 0) | (position < dense_below):
-        i = tl.arange(0, LIST_P)
-        tl.store(out + i, tl.full([LIST_P], -1, tl.int32), mask=i < LIST)
+        i = tl.arange(0, triton.next_power_of_2(LIST))
+        tl.store(out + i, i * 0 - 1, mask=i < LIST)
         return
     found = scores + row.to(tl.int64) * score_stride + FIRST
     last_page = position // PAGE
-    held = load_keys(found, tl.arange(0, BLOCK), last_page // PAGES - LOCAL + 1 - FIRST, SIGNED)
+    count = tl.maximum(last_page // PAGES - LOCAL + 1 - FIRST, 0)
+    held = load_keys(found, tl.arange(0, BLOCK), count, SIGNED)
     table = page_table + slot.to(tl.int64) * table_stride
-    select_row(held, found, table, out, last_page, FIRST, LOCAL, TOP, FORCED, LIST, LIST_P, BLOCK, PAGES, SIGNED)
+    select_row(
+        held, found, count, table + FIRST * PAGES, table, out, last_page, None, FIRST, LOCAL, TOP, FORCED, LIST, BLOCK,
+        PAGES, SIGNED,
+    )  # fmt: skip
 
 
 def entry_pass(
@@ -383,15 +384,15 @@ def select(
     """pages [tokens, kv heads, list]: those chosen by score; in decode, where `positions` are lengths, with the forced
     ones, by their place. signed: scores may be negative."""
     num_tokens, num_kv_heads, num_listed = pages.shape
-    block = max(min(64, _SELECT_MOST), min(_SELECT_MOST, triton.next_power_of_2(scores.shape[2] + 1)))
+    block = min(_SELECT_MOST, triton.next_power_of_2(max(63, scores.shape[2] - rule.first - rule.local) + 1))
     _select_kernel[(num_tokens * num_kv_heads,)](
         scores, page_table, token_slots, positions, pages, page_table.stride(0), scores.stride(1), rule.dense_below,
         OFFSET=int(decode), FIRST=rule.first, LOCAL=rule.local, TOP=rule.num_scored, FORCED=decode, LIST=num_listed,
-        LIST_P=triton.next_power_of_2(num_listed), NUM_KV_HEADS=num_kv_heads, PAGE=page_size, PAGES=rule.pages,
-        SIGNED=signed, BLOCK=block, num_warps=select_warps(block), **overlap_options(scores),
+        NUM_KV_HEADS=num_kv_heads, PAGE=page_size, PAGES=rule.pages, SIGNED=signed, BLOCK=block,
+        num_warps=select_warps(block), **overlap_options(scores),
     )  # fmt: skip
 
 
 def select_warps(block: int) -> int:
     """To select among `block` scores."""
-    return max(1, min(8, block // 512))
+    return max(1, min(16, block // 512))

@@ -1,4 +1,4 @@
-"""Decode: one launch scores, its last program of a row to arrive selects, and another attends to what was selected."""
+"""Decode: a launch scores, one selects, and one attends to what was selected."""
 
 import torch
 import triton
@@ -8,23 +8,14 @@ from gossamer.ops.attention import triton_decode
 from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION
 from gossamer.ops.attention.workspace import DecodeWorkspace
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.sparse import triton as core
 from gossamer.ops.sparse.selection import Entries, Selection
-from gossamer.ops.sparse.triton import (
-    entry_rows,
-    entry_state,
-    load_keys,
-    logits_of,
-    select,
-    select_row,
-    summarise,
-    write_summaries,
-)
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
-_BLOCK_N = 64
-# Scores that a choosing program holds: a short row has fewer; a long one has a launch of its own, which reads others
-# again in every step of its search.
+_MOST_SPLITS = 128
+# Scores that a choosing program holds, one more than it has; and that which chooses among the others' best, which reads
+# what it cannot hold again in every step of its search.
 _SHORT, _LONG = 1024, 4096
 # Bytes of logits at a time: what rows of a step exceed it follow in another launch.
 _LOGITS_BYTES = 128 << 20
@@ -32,42 +23,43 @@ _LOGITS_BYTES = 128 << 20
 
 @triton.jit
 def _choose(
-    logits, peaks, sums, scores, table, pages, position, end, active,
-    BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_T: tl.constexpr,
-    SPLITS_P: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    logits, num_entries, peaks, sums, scores, table, pages, last, kept, row_head, end, active, low, high,
+    BEGIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, SPLITS: tl.constexpr,
+    FIRST: tl.constexpr, LOCAL: tl.constexpr, TOP: tl.constexpr, FORCED: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's list, from the logits of its entries and what `active` programs found their maxima and sums to be."""
+    """Selects among the blocks low .. high - 1 from FIRST on, fewer than BLOCK, whose scores are made of their entries'
+    logits and what `active` programs found the maxima and sums to be."""
     START: tl.constexpr = BEGIN // PER * PER
-    g, s = tl.arange(0, GROUP_T), tl.arange(0, SPLITS_P)
+    g, s = tl.arange(0, triton.next_power_of_2(GROUP)), tl.arange(0, triton.next_power_of_2(SPLITS))
+    n = tl.arange(0, BLOCK)
+    # Of one entry a block all is on its way at once.
+    index = (FIRST + low + n) * PER
+    rows = logits + row_head * GROUP * num_entries + g[None, :]
+    inside = (low + n < high)[:, None] & (g < GROUP)[None, :]
+    x = tl.load(rows + index[:, None] * GROUP, mask=inside, other=float("-inf"))
     known = (s < active)[:, None] & (g < GROUP)[None, :]
-    part = s[:, None] * GROUP_P + g[None, :]
-    highest = tl.load(peaks + part, mask=known, other=LOW, cache_modifier=".cg")
+    part = (row_head * SPLITS + s[:, None]) * GROUP_P + g[None, :]
+    highest = tl.load(peaks + part, mask=known, other=LOW)
+    total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
-    total = tl.load(sums + part, mask=known, other=0.0, cache_modifier=".cg") * tl.exp2(highest - peak[None, :])
-    whole = peak + tl.log2(tl.maximum(tl.sum(total, 0), 1e-30))
-    n = tl.arange(0, CHUNK)
-    # By way of memory: what a sum over heads leaves is in several threads at once, which would all count it.
-    for low in range(START, end, CHUNK):
-        at = logits + (low + n)[:, None] * GROUP + g[None, :]
-        inside = (low + n < end)[:, None] & (g < GROUP)[None, :]
-        x = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        tl.store(scores + low - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=low + n < end)
-    tl.debug_barrier()
-    last = position // PAGE
-    count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
-    if PER > 1:  # these were the probabilities of entries, of which blocks are made
-        blocks = scores + (tl.cdiv(end, PER) + 1) * PER
-        for low in range(0, count, CHUNK):
-            entry = (FIRST + low + n) * PER - START
-            score = tl.load(scores + entry + PER, mask=entry + PER < end - START, other=0.0)
-            for i in tl.static_range(PER):
-                score += tl.load(scores + entry + i, mask=entry + i < end - START, other=0.0) * (1.0 if i == 0 else 2.0)
-            tl.store(blocks + low + n, score, mask=low + n < count)
+    whole = peak + tl.log2(tl.maximum(tl.sum(total * tl.exp2(highest - peak[None, :]), 0), 1e-30))
+    score = tl.sum(tl.exp2(x - whole[None, :]), 1)
+    if PER > 1:  # probabilities of entries go by way of memory, for a block's lie in several threads
+        stop = tl.minimum(end, (FIRST + high) * PER + 1)
+        for entry in range((FIRST + low) * PER, stop, BLOCK):
+            inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
+            x = tl.load(rows + (entry + n)[:, None] * GROUP, mask=inside, other=float("-inf"))
+            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
         tl.debug_barrier()
-        scores = blocks
-    held = load_keys(scores, tl.arange(0, BLOCK), count)
-    select_row(held, scores, table, pages, last, FIRST, LOCAL, TOP, True, LIST, LIST_P, BLOCK)
+        score = tl.load(scores + index + PER - START, mask=index + PER < stop, other=0.0)
+        for i in tl.static_range(PER):
+            weight = 1.0 if i == 0 else 2.0
+            score += tl.load(scores + index + i - START, mask=index + i < stop, other=0.0) * weight
+    core.select_row(
+        core.to_keys(score, low + n < high), scores, high - low, table + FIRST + low, table, pages, last, kept, FIRST,
+        LOCAL, TOP, FORCED, LIST, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -89,19 +81,18 @@ def _row(
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _score_kernel(
-    q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits, scores,
-    arrivals, pages, table_stride, logit_stride, score_stride, scale_log2, dense_below,
-    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
-    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, SHORT: tl.constexpr, BOUNDS: tl.constexpr,
-    ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    q, k_pages, k_scales, first, second, values, page_table, slots, seq_lens, peaks, sums, partials, logits,
+    table_stride, num_entries, scale_log2, dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BOUNDS: tl.constexpr, ATTEND: tl.constexpr, EARLY: tl.constexpr, SUMMARISE: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a row's query heads of a KV head against a part of the entries that it sees.
 
-    It leaves their logits, each head's maximum and sum of exponentials (ATTEND: and its attention to `values`); the
-    last of a row to arrive chooses the row's pages. SUMMARISE: and of a page's last token, the page's summary.
-    EARLY: no kernel ahead in this step wrote an entry that a row sees; the first ones are read before the wait.
+    It leaves their logits, each head's maximum and sum of exponentials (ATTEND: and its attention to `values`).
+    SUMMARISE: and of a page's last token, the page's summary. EARLY: no kernel ahead in this step wrote an entry that
+    a row sees; the first ones are read before the wait.
     """
     START: tl.constexpr = BEGIN // PER * PER
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -117,15 +108,15 @@ def _score_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         if not EARLY:
             tl.extra.cuda.gdc_wait()
-    low_rows = entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    low_rows = core.entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if BOUNDS:
-        high_rows = entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+        high_rows = core.entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if PDL and EARLY:
         tl.extra.cuda.gdc_wait()
     if SUMMARISE:  # noqa: SIM102 - known when compiling
         if (split == 0) & (slot >= 0) & (position > 0) & (position % PAGE == PAGE - 1):
             page = tl.load(table + position // PAGE)
-            summarise(k_pages, k_scales, first, second, page, head, NUM_KV_HEADS, PAGE, HEAD_DIM, BOUNDS, SCALED)
+            core.summarise(k_pages, k_scales, first, second, page, head, NUM_KV_HEADS, PAGE, HEAD_DIM, BOUNDS, SCALED)
     if todo & (split < active):
         row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
         g = tl.arange(0, GROUP_P)
@@ -133,17 +124,17 @@ def _score_kernel(
         real = g < GROUP
         q_rows = q + ((row_head * GROUP + g) * HEAD_DIM)[:, None] + d[None, :]
         queries = tl.load(q_rows, mask=real[:, None], other=0.0)
-        logits += row_head * logit_stride
+        logits += row_head * GROUP * num_entries
         peak = tl.full([GROUP_P], LOW, tl.float32)
         total = tl.zeros([GROUP_P], tl.float32)
         mixed = tl.zeros([GROUP_P, HEAD_DIM if ATTEND else 16], tl.float32)
         for low in range(begin, stop, BLOCK_N):
             index = low + n
-            x = logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
+            x = core.logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
             following = index + BLOCK_N
-            low_rows = entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+            low_rows = core.entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             if BOUNDS:
-                high_rows = entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+                high_rows = core.entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
             tl.store(logits + index[None, :] * GROUP + g[:, None], x, mask=real[:, None] & (index < stop)[None, :])
             highest = tl.maximum(peak, tl.max(x, 1))
@@ -152,7 +143,7 @@ def _score_kernel(
             total = total * fade + tl.sum(p, 1)
             peak = highest
             if ATTEND:
-                v = tl.trans(entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
+                v = tl.trans(core.entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
                 v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
                 p = p.to(queries.dtype)
                 mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
@@ -162,54 +153,64 @@ def _score_kernel(
         if ATTEND:
             mixed = mixed / tl.maximum(total, 1e-30)[:, None]
             tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=real[:, None])
-        tl.debug_barrier()
-        counter = arrivals + row * NUM_KV_HEADS + head
-        arrived = 0
-        if active > 1:
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        if arrived == active - 1:
-            tl.store(counter, 0)
-        if (arrived == active - 1) & (position // PAGE - LOCAL + 1 - FIRST < SHORT):
-            state = row_head * SPLITS * GROUP_P
-            _choose(
-                logits, peaks + state, sums + state, scores + row_head * score_stride, table, pages + row_head * LIST,
-                position, end, active, BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P,
-                PAGE, SHORT, SHORT,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["dense_below"], do_not_specialize_on_alignment=["slots", "seq_lens"])
 def _choose_kernel(
-    page_table, slots, seq_lens, peaks, sums, logits, scores, pages, table_stride, logit_stride, score_stride,
-    dense_below,
-    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr,
-    TOP: tl.constexpr, LIST: tl.constexpr, LIST_P: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, GROUP_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_P: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    page_table, slots, seq_lens, peaks, sums, logits, scores, arrivals, pages, best, best_ids, table_stride,
+    num_entries, score_stride, dense_below,
+    BEGIN: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+    LOCAL: tl.constexpr, TOP: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
+    SHORT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a row and KV head of SHORT blocks to score or more. It holds more than those that score could."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """One program: the TOP best of a row's blocks, or of a share of fewer than SHORT, for a KV head.
+
+    Of a row with more than that the last program to arrive chooses among what all have found, MOST each.
+    """
+    SHARE: tl.constexpr = SHORT - 1
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position, todo, end, _, active = _row(
         slots, seq_lens, row, dense_below, BEGIN, TAIL, PER, PAGE, BLOCK_N, SPLITS
     )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if todo & (position // PAGE - LOCAL + 1 - FIRST >= SHORT):
-        row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
-        state = row_head * SPLITS * GROUP_P
+    last = position // PAGE
+    count = tl.maximum(last - LOCAL + 1 - FIRST, 0)
+    row_head = (row * NUM_KV_HEADS + head).to(tl.int64)
+    scores += row_head * score_stride
+    table = page_table + slot.to(tl.int64) * table_stride
+    pages += row_head * LIST
+    if todo & (part == 0) & (count <= SHARE):
         _choose(
-            logits + row_head * logit_stride, peaks + state, sums + state, scores + row_head * score_stride,
-            page_table + slot.to(tl.int64) * table_stride, pages + row_head * LIST, position, end, active,
-            BEGIN, PER, GROUP, GROUP_P, GROUP_T, SPLITS_P, FIRST, LOCAL, TOP, LIST, LIST_P, PAGE, CHUNK, BLOCK,
+            logits, num_entries, peaks, sums, scores, table, pages, last, None, row_head, end, active, 0, count,
+            BEGIN, PER, GROUP, GROUP_P, SPLITS, FIRST, LOCAL, TOP, True, LIST, SHORT,
         )  # fmt: skip
+    if PARTS > 1:  # noqa: SIM102 - known when compiling
+        if todo & (count > SHARE) & (part * SHARE < count):
+            best += row_head * (PARTS * MOST)
+            best_ids += row_head * (PARTS * MOST)
+            _choose(
+                logits, num_entries, peaks, sums, scores, table, best_ids + part * MOST, last, best + part * MOST,
+                row_head, end, active, part * SHARE, tl.minimum(count, (part + 1) * SHARE), BEGIN, PER, GROUP, GROUP_P,
+                SPLITS, FIRST, LOCAL, MOST, False, MOST, SHORT,
+            )  # fmt: skip
+            tl.debug_barrier()
+            num = tl.cdiv(count, SHARE)
+            if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel", scope="gpu") == num - 1:
+                tl.store(arrivals + row_head, 0)
+                num = (num - 1) * MOST + tl.minimum(count - (num - 1) * SHARE, MOST)
+                x = core.load_keys(best, tl.arange(0, BLOCK), num)
+                core.select_row(x, best, num, best_ids, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, BLOCK)
 
 
-def num_splits(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> int:
-    """Programs that share a row's entries: enough to fill the device, each with a block at least."""
+def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
+    """Programs that share a row's entries, enough to fill the device, and entries of a product."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = triton.cdiv(4 * num_sms, num_rows * num_kv_heads)
-    return max(1, min(wanted, triton.cdiv(num_entries, _BLOCK_N), 64))
+    wanted = min(triton.cdiv(4 * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
+    block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
+    return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
 
 def choose_pages(
@@ -225,32 +226,29 @@ def choose_pages(
     group_p = max(16, triton.next_power_of_2(group))
     num_pages = triton.cdiv(max_seq_len, page_size)
     num_entries = num_pages * entries.per_block
-    splits = num_splits(num_rows, num_kv_heads, num_entries, q.device)
-    state = entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
+    splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
+    state = core.entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
     logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
-    # With several entries a block, their probabilities stand before the blocks' scores.
-    before = 0 if entries.per_block == 1 else num_entries + entries.per_block
-    scores = q.new_empty(num_rows, num_kv_heads, before + triton.cdiv(num_pages, 16) * 16, dtype=torch.float32)
-    strides = where[0].stride(0), logits.stride(1), scores.stride(1)
+    # With several entries a block: their probabilities.
+    scores = logits if entries.per_block == 1 else torch.empty_like(logits[..., 0])
+    parts = triton.cdiv(max(1, num_pages - rule.first - rule.local), _SHORT - 1)
+    best = logits.new_empty(num_rows, num_kv_heads, parts, most := min(rule.num_scored, _SHORT - 1))
     shape = {
-        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "FIRST": rule.first,
-        "LOCAL": rule.local, "TOP": rule.num_scored, "LIST": pages.shape[2],
-        "LIST_P": triton.next_power_of_2(pages.shape[2]), "NUM_KV_HEADS": num_kv_heads, "GROUP": group,
-        "GROUP_P": group_p, "GROUP_T": triton.next_power_of_2(group), "PAGE": page_size, "BLOCK_N": _BLOCK_N,
-        "SPLITS": splits, "SPLITS_P": triton.next_power_of_2(splits), "SHORT": _SHORT,
+        "BEGIN": entries.begin, "TAIL": entries.tail, "PER": entries.per_block, "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group, "GROUP_P": group_p, "PAGE": page_size, "BLOCK_N": block_n, "SPLITS": splits,
     }  # fmt: skip
     options = overlap_options(q)
     _score_kernel[(num_rows * splits, num_kv_heads)](
-        q, *keys, planes[0], planes[-1], values, *where, *state, logits, scores, arrivals, pages, *strides,
-        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1,
-        ATTEND=values is not None, EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None,
-        num_warps=4, **options,
+        q, *keys, planes[0], planes[-1], values, *where, *state, logits, where[0].stride(0), num_entries,
+        scale * LOG2E, rule.dense_below, **shape, HEAD_DIM=head_dim, BOUNDS=len(planes) > 1, ATTEND=values is not None,
+        EARLY=entries.tail > page_size, SUMMARISE=summarise, SCALED=keys[1] is not None, num_warps=4, **options,
     )  # fmt: skip
-    if num_pages - rule.first - rule.local >= _SHORT:
-        _choose_kernel[(num_rows, num_kv_heads)](
-            *where, *state[:2], logits, scores, pages, *strides, rule.dense_below, **shape, CHUNK=2 * _SHORT,
-            BLOCK=min(_LONG, triton.next_power_of_2(num_pages + 1)), num_warps=16, **options,
-        )  # fmt: skip
+    _choose_kernel[(num_rows, num_kv_heads, parts)](
+        *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
+        where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape, FIRST=rule.first,
+        LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], PARTS=parts, MOST=most, SHORT=_SHORT,
+        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4, **options,
+    )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
 
@@ -268,7 +266,7 @@ def sparse_decode(
     # A row of a step may see what another of the same step completes, unless that is a page away.
     within = summarise and scored and entries.tail > page_size
     if summarise and not within:
-        write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
+        core.write_summaries(k_pages, summaries, page_table, slots, seq_lens - 1, k_scales)
     pages = slots.new_empty(num_rows * scored, num_kv_heads, rule.num_blocks * rule.pages)
     selected = (pages, rule.dense_below, rule.pages) if scored else None
     if scored and index_q is not None:
@@ -276,7 +274,7 @@ def sparse_decode(
         num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
         scores = q.new_empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32)
         index_scores(index_q, summaries[0], *where, rule, scores, decode=True)
-        select(scores, *where, rule, page_size, pages, decode=True, signed=True)
+        core.select(scores, *where, rule, page_size, pages, decode=True, signed=True)
     elif scored:
         if workspace is None or workspace.arrivals.numel() < num_rows * num_kv_heads:
             raise ValueError(f"sparse_decode needs a DecodeWorkspace of {num_rows} rows")
