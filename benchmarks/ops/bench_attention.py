@@ -92,7 +92,7 @@ def prefill_case(rows: list[tuple[int, int]], kv: str) -> Callable[[int], None]:
     def call(i: int) -> None:
         paged_prefill(
             q, cache.k_pages, cache.v_pages, cache.page_table, cache.slots[0], cu_seqlens_q, cache.seq_lens,
-            max(q_lens), DIM**-0.5, out, **cache.scales,
+            max(q_lens), DIM**-0.5, out, num_context=sum(total for _, total in rows), **cache.scales,
         )  # fmt: skip
 
     return call

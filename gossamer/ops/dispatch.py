@@ -38,6 +38,11 @@ def overlap_options(x: torch.Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
+def is_hopper(x: torch.Tensor) -> bool:
+    """Whether Hopper's own kernels run on x's device: no later one has their instructions."""
+    return x.is_cuda and torch.version.hip is None and _capability(x.device.index) == (9, 0)
+
+
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
+from gossamer.ops.attention.triton import SCRATCH_PAGES, widen
 from gossamer.ops.kv_cache.reference import page_scale
 from gossamer.ops.quantize_fp8 import quantize_activation
+from gossamer.runtime.cuda_runner import WARM_UP_CONTEXT
 
 # rel-RMS against float64. Half precisions round the softmax weights before the product with V.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -52,7 +54,7 @@ class Batch:
         self.cu_seqlens_q = torch.tensor([0, *q_lens], device=DEVICE).cumsum(0).to(torch.int32)
         self.sinks = torch.randn(q_heads, device=DEVICE)
         self.window, self.scale, self.max_q_len = window, dim**-0.5, max(q_lens, default=0)
-        self.max_seq_len = max(seq_lens, default=0)
+        self.max_seq_len, self.num_context = max(seq_lens, default=0), sum(seq_lens)
 
     def _quantize(self) -> None:
         """Pages of very different sizes, E4M3 and scaled; where nothing was written, page and scale are NaN."""
@@ -86,7 +88,7 @@ class Batch:
         paged_prefill(
             self.q, self.k_pages, self.v_pages, self.page_table, self.slots, self.cu_seqlens_q, self.seq_lens,
             self.max_q_len, self.scale, out, out_scales=out_scales, window=self.window, sinks=sinks, backend="triton",
-            **self.scales,
+            num_context=self.num_context, **self.scales,
         )  # fmt: skip
         return out
 
@@ -214,7 +216,10 @@ def test_an_output_in_fp8_is_the_output_quantised(dtype: torch.dtype, fp8: bool)
         check_quantised(found, scales, batch.decode(batch.sinks, num_programs))
     with pytest.raises(ValueError, match="128"):
         decode_case([3], (4, 2, 16), dtype).decode(None, 1, out_scales=torch.zeros(1, 4, device=DEVICE))
-    for lens in ([50, 17, 70], [50, 1, 33]), ([300, 65], [300, 1]):  # on Hopper the second has a kernel of its own
+    lengths = [([50, 17, 70], [50, 1, 33]), ([300, 65], [300, 1])]  # on Hopper the second has a kernel of its own
+    if DEVICE == "cuda":
+        lengths.append(([900], [900]))  # and this one over FP8 pages too
+    for lens in lengths:
         batch = Batch(*lens, (6, 2, 128), dtype, padding=13, fp8=fp8)
         scales = torch.full(batch.q.shape[1::-1], torch.nan, device=DEVICE).t()
         check_quantised(batch.prefill(batch.sinks, scales), scales, batch.prefill(batch.sinks))
@@ -232,6 +237,27 @@ def test_fp8_pages_and_bf16_queries() -> None:
     batch.q *= torch.tensor([0, 1e-30, 3.0, 1e-3, 0, 2.0, 1.0], device=DEVICE)[:, None, None]
     for num_programs in (5, 1):
         check(batch.decode(batch.sinks, num_programs), batch.oracle(batch.sinks))
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_widened_pages_are_exact(window: int | None) -> None:
+    seq_lens, q_lens = [3 * PAGE + 2, 7, PAGE, 4 * PAGE + 6, 5], [3 * PAGE + 2, 1, 0, PAGE + 1, 5]
+    batch = Batch(seq_lens, q_lens, (6, 2, 32), torch.bfloat16, window=window, fp8=True)
+    planes = batch.k_pages, batch.v_pages, *batch.scales.values()
+    rows = batch.slots, batch.cu_seqlens_q, batch.seq_lens
+    k, v, table, slots = widen(planes, batch.page_table, rows, window, 16)
+    assert table.flatten().tolist() == list(range(16))
+    assert slots.tolist() == [0, 4, 5, 5, 10]
+    for row, (seq_len, q_len) in enumerate(zip(seq_lens, q_lens, strict=True)):
+        first = 0 if window is None else max(0, seq_len - q_len - window + 1) // PAGE
+        for p in range(first, -(-seq_len // PAGE) if q_len else 0):
+            page, held = batch.page_table[batch.slots[row], p], slice(seq_len - p * PAGE)
+            for found, exact in zip((k, v), batch.dequantized(), strict=True):
+                assert torch.equal(found[slots[row] + p, :, held].double(), exact[page][:, held])
+
+
+def test_a_warm_up_takes_the_largest_scratch() -> None:
+    assert SCRATCH_PAGES // 2 < WARM_UP_CONTEXT // 64 + 1 <= SCRATCH_PAGES  # sizes are powers of two
 
 
 def test_fp8_costs_no_more_than_its_rounding() -> None:
@@ -296,10 +322,23 @@ def test_on_the_device(heads: tuple[int, int, int], dtype: torch.dtype, window: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(32, 4, 128), (28, 4, 128), (16, 1, 64)])
-def test_a_row_alone_of_more_blocks_than_programs(heads: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_row_alone_of_more_blocks_than_programs(heads: tuple[int, int, int], fp8: bool) -> None:
     # On Hopper its blocks are taken in an order of their own, in whole rounds of the programs and a part of one.
-    batch = Batch([3000], [2900], heads, torch.bfloat16, padding=40)
+    batch = Batch([3000], [2900], heads, torch.bfloat16, padding=40, fp8=fp8)
+    batch.num_context += 5000  # a bound is enough
     check(batch.prefill(None), batch.oracle(None))
+
+
+@pytest.mark.gpu
+def test_few_new_tokens_of_fp8_rows_and_too_long_contexts_are_served_as_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gossamer.ops.attention.triton.widen", None)
+    for seq_lens, q_lens, context in (([3000, 900], [30, 30], 3900), ([900], [900], 1 << 20), ([900], [900], None)):
+        batch = Batch(seq_lens, q_lens, (32, 4, 128), torch.bfloat16, fp8=True)
+        batch.num_context = context  # type: ignore[assignment]
+        check(batch.prefill(None), batch.oracle(None))
 
 
 @pytest.mark.gpu

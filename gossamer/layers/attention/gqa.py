@@ -240,7 +240,8 @@ class GQALayer(AttentionLayer):
                 rows = _cut(*rows, below)
         paged_prefill(
             q, k_pages, v_pages, plan.page_table, *rows, plan.chunks.longest, self._scale, out,
-            out_scales=out_scales, **scales, window=self._window, backend=self._backend,
+            out_scales=out_scales, **scales, window=self._window, num_context=plan.chunks.num_context,
+            backend=self._backend,
         )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:

@@ -82,14 +82,16 @@ def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
     out_scales: torch.Tensor | None = None, window: int | None = None, sinks: torch.Tensor | None = None,
-    k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None, backend: str = "auto",
+    k_scales: torch.Tensor | None = None, v_scales: torch.Tensor | None = None, num_context: int | None = None,
+    backend: str = "auto",
 ) -> None:  # fmt: skip
     """Causal attention of each row's new tokens to all of its pages, where their keys already are; no host sync.
 
     q, out [num_tokens, num_q_heads, head_dim], rows packed: row r holds tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1]
     - 1 (int32 [num_rows + 1]), the last of which has position seq_lens[r] - 1. Rows may be empty or of one token;
-    tokens beyond cu_seqlens_q[num_rows] are padding, for which out is 0. `max_q_len` bounds a row's tokens. The rest
-    (out_scales are [num_tokens, num_q_heads]), and the errors, as for `paged_decode`.
+    tokens beyond cu_seqlens_q[num_rows] are padding, for which out is 0. `max_q_len` bounds a row's tokens. With a
+    `num_context` of at least the sum of seq_lens, FP8 pages may be widened to q's dtype, once and exactly, for a kernel
+    that wants them so. The rest (out_scales are [num_tokens, num_q_heads]), and the errors, as for `paged_decode`.
     """
     require_scales(k_pages, v_pages, k_scales, v_scales)
     if not use_kernel(q, backend):
@@ -101,4 +103,5 @@ def paged_prefill(
     implementation(
         q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, max_q_len, scale, out,
         out_scales=out_scales, window=window, sinks=sinks, k_scales=k_scales, v_scales=v_scales,
+        num_context=num_context,
     )  # fmt: skip

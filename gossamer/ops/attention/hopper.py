@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gossamer.ops.dispatch import is_hopper
 from gossamer.ops.quantize_fp8.hopper import quantize_rows
 
 _STAGES = 2
@@ -29,8 +30,17 @@ view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_me
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
+
+
+@gluon.jit
+def new_barriers(size: gl.constexpr, count: gl.constexpr):
+    """mbarriers [size], each of `count` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [size, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(size):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
 
 
 @gluon.jit
@@ -55,7 +65,7 @@ def _locate(
     rows = gl.arange(0, BLOCK_R, layout)
     starts = gl.load(cu_seqlens_q + rows, mask=rows < num_rows, other=0)
     counts = gl.load(cu_seqlens_q + rows + 1, mask=rows < num_rows, other=0) - starts
-    ends = gl.associative_scan((counts + TOKENS - 1) // TOKENS, 0, _add)
+    ends = gl.associative_scan((counts + TOKENS - 1) // TOKENS, 0, add)
     used = gl.max(ends, 0)
     row = gl.minimum(gl.sum((ends <= block).to(gl.int32), 0), num_rows - 1)
     row_stop = gl.load(cu_seqlens_q + row + 1)
@@ -306,18 +316,9 @@ def _hopper_prefill_kernel(
     k_tiles = view(k_wide, dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
     v_tiles = view(v_wide, dtype, [STAGES * 2 * (HEAD_DIM // 64), PAGE, 64], k_desc.layout)
     q_wide = gl.allocate_shared_memory(dtype, [2, 64, HEAD_DIM], wide)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    k_full, k_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    v_full, v_empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    turns = new_barriers(2, 1)
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
     strides = (row_stride, head_stride)
@@ -341,12 +342,11 @@ def _hopper_prefill_kernel(
 
 
 def serves(q: torch.Tensor, k_pages: torch.Tensor) -> bool:
-    """Whether the kernel of this module runs these shapes on this device."""
-    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return False
+    """Whether the kernel of this module runs these shapes on this device; FP8 pages once they are widened to bf16."""
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
     fits = page_size == 64 and head_dim in (64, 128) and q.shape[1] // num_kv_heads <= _BLOCK_M
-    return fits and q.dtype == k_pages.dtype and q.element_size() == 2
+    widened = q.dtype == torch.bfloat16 and k_pages.dtype == torch.float8_e4m3fn
+    return is_hopper(q) and fits and q.element_size() == 2 and (widened or q.dtype == k_pages.dtype)
 
 
 def paged_prefill(

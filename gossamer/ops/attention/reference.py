@@ -244,7 +244,7 @@ def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
     out_scales: torch.Tensor | None, window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None, num_context: int | None = None,
 ) -> None:  # fmt: skip
     """The definition, row by row and in float64 where q is, else in fp32; waits for the device."""
     dense = out if out_scales is None else torch.empty_like(q)

@@ -16,6 +16,8 @@ from gossamer.ops.quantize_fp8.triton import quantize_rows
 
 LOG2E = 1.4426950408889634
 NO_WINDOW = 2**31 - 1
+# FP8 pages that a step's prefill widens at most, and numbers of a page of keys: 1 GiB in bf16 with values.
+SCRATCH_PAGES, SCRATCH_PAGE = 4096, 65_536
 # Stands for minus infinity where a difference of two of them must be zero.
 LOW = tl.constexpr(-1e30)
 # Of fp32 products: three tf32 products on the tensor cores, whose error is near that of fp32.
@@ -199,6 +201,35 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_rows", "window"])
+def _widen_kernel(
+    k_pages, v_pages, k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, k_out, v_out, table_out, slots_out,
+    num_rows, table_stride, window, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program: a page, of all rows' laid end to end, of one head, if a new token of its row sees it."""
+    place = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_R)
+    mine = rows < num_rows
+    counts = tl.load(cu_seqlens_q + rows + 1, mask=mine, other=0) - tl.load(cu_seqlens_q + rows, mask=mine, other=0)
+    slot_of = tl.load(slots + rows, mask=mine, other=-1)
+    lens = tl.load(seq_lens + rows, mask=mine & (slot_of >= 0) & (counts > 0), other=0)
+    ends = tl.cumsum(tl.cdiv(lens, PAGE), 0)
+    begins = ends - tl.cdiv(lens, PAGE)
+    tl.store(table_out + place, place)
+    tl.store(slots_out + rows, begins, mask=mine)
+    own = (begins <= place) & (place < ends)
+    index = place - tl.sum(tl.where(own, begins, 0), 0)
+    first = tl.sum(tl.where(own, tl.maximum(lens - counts - window + 1, 0), 0), 0) // PAGE
+    if (place < tl.max(ends, 0)) & (index >= first):
+        line = page_table + tl.sum(tl.where(own, slot_of, 0), 0).to(tl.int64) * table_stride
+        page = tl.load(line + index) * NUM_KV_HEADS + tl.program_id(1)
+        source = page.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        target = (place * NUM_KV_HEADS + tl.program_id(1)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        tl.store(k_out + target, (tl.load(k_pages + source).to(tl.float32) * tl.load(k_scales + page)).to(tl.bfloat16))
+        tl.store(v_out + target, (tl.load(v_pages + source).to(tl.float32) * tl.load(v_scales + page)).to(tl.bfloat16))
+
+
 def check(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor, out_scales: torch.Tensor | None,
     window: int | None, indices: dict[str, torch.Tensor],
@@ -246,11 +277,30 @@ def row_block(num_rows: int) -> int:
     return max(32, triton.next_power_of_2(num_rows))
 
 
+def widen(
+    planes: tuple[torch.Tensor, ...], page_table: torch.Tensor, rows: tuple[torch.Tensor, ...], window: int | None,
+    num_pages: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Pages of keys and values in bf16, exactly, for scales are powers of two; their table, and the rows' slots in it.
+
+    planes: k_pages, v_pages and their scales. rows: slots, cu_seqlens_q, seq_lens. `num_pages` bounds the rows' pages.
+    The table is one line of them: a slot is where a row's begin.
+    """
+    shape, num_rows = planes[0].shape[1:], rows[0].shape[0]
+    k, v = (planes[0].new_empty(num_pages, *shape, dtype=torch.bfloat16) for _ in range(2))
+    table, slots = page_table.new_empty(num_pages, 1), page_table.new_empty(num_rows)
+    _widen_kernel[(num_pages, shape[0])](
+        *planes, page_table, *rows, k, v, table, slots, num_rows, page_table.stride(0), window or NO_WINDOW,
+        NUM_KV_HEADS=shape[0], PAGE=shape[1], SIZE=shape[1] * shape[2], BLOCK_R=row_block(num_rows), num_warps=4,
+    )  # fmt: skip
+    return k, v, table, slots
+
+
 def paged_prefill(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: torch.Tensor, slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor, max_q_len: int, scale: float, out: torch.Tensor, *,
     out_scales: torch.Tensor | None, window: int | None, sinks: torch.Tensor | None, k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None, num_context: int | None = None,
 ) -> None:  # fmt: skip
     indices = {"page_table": page_table, "slots": slots, "cu_seqlens_q": cu_seqlens_q, "seq_lens": seq_lens}
     check(q, k_pages, v_pages, out, out_scales, window, indices)
@@ -266,7 +316,16 @@ def paged_prefill(
             out_scales.fill_(1)
         return
     group = num_q_heads // num_kv_heads
-    if max_q_len * group > 64 and hopper.serves(q, k_pages):
+    pages = 0 if num_context is None else num_context // page_size + num_rows
+    # Widening a page takes about as long as 300 rows of scores over it save.
+    widens = num_tokens * group >= 1024 * num_rows and 0 < pages <= SCRATCH_PAGES and k_pages[0].numel() <= SCRATCH_PAGE
+    if max_q_len * group > 64 and (k_scales is None or widens) and hopper.serves(q, k_pages):
+        if k_scales is not None and v_scales is not None:
+            # Few sizes, so that one step's memory serves the next.
+            k_pages, v_pages, page_table, slots = widen(
+                (k_pages, v_pages, k_scales, v_scales), page_table, (slots, cu_seqlens_q, seq_lens), window,
+                triton.next_power_of_2(pages),
+            )  # fmt: skip
         hopper.paged_prefill(
             q, k_pages, v_pages, page_table, slots, cu_seqlens_q, seq_lens, scale * LOG2E, out, out_scales, strides,
             window, sinks,

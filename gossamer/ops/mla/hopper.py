@@ -21,18 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gossamer.ops.attention.hopper import copy_tile, view
-from gossamer.ops.gemm_fp8.hopper import copy_rows
+from gossamer.ops.attention.hopper import add, copy_tile, new_barriers, view
+from gossamer.ops.dispatch import is_hopper
+from gossamer.ops.gemm_fp8.hopper import copy_rows, thread_barrier
 
 _STAGES = 2
 HEADS, RANK, ROPE, PAGE = 64, 512, 64, 64
-# Triton 3.6's name, and that of later versions.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -43,7 +37,7 @@ def _share(slots, seq_lens, num_rows, program, num_programs, BLOCK_R: gl.constex
     lens = gl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     lens = gl.where(gl.load(slots + rows, mask=rows < num_rows, other=-1) >= 0, lens, 0)
     pages = (lens + 63) // 64
-    ends = gl.associative_scan(pages, 0, _add)
+    ends = gl.associative_scan(pages, 0, add)
     num_pages = gl.sum(pages, 0)
     share = gl.maximum((num_pages + num_programs - 1) // num_programs, MIN_PAGES)
     begin = program * share
@@ -186,7 +180,7 @@ def _attend(
                 total = total * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
                 total = warpgroup_mma(weights_tile, latent, total, is_async=True)
                 total = warpgroup_mma_wait(0, deps=[total])
-                _barrier()  # the other warpgroup reads the page too
+                thread_barrier()  # the other warpgroup reads the page too
                 mbarrier.arrive(empty.index(stage))
                 step += 1
             if TOP:
@@ -220,11 +214,7 @@ def _hopper_decode_kernel(
     q_wide = gl.allocate_shared_memory(dtype, [64, 512], wide)
     q_keys = gl.allocate_shared_memory(dtype, [64, 64], desc.layout)
     weights_tile = gl.allocate_shared_memory(dtype, [64, 64], desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=128 if TOP else 1)
-        mbarrier.init(empty.index(i), count=1)
+    full, empty = new_barriers(STAGES, 128 if TOP else 1), new_barriers(STAGES, 1)
     fence_async_shared()
     block = gl.program_id(0) % NUM_BLOCKS
     program = gl.program_id(0) // NUM_BLOCKS
@@ -241,10 +231,8 @@ def _hopper_decode_kernel(
 
 def serves(q: torch.Tensor, pages: torch.Tensor, group: int) -> bool:
     """Whether the kernel of this module runs these shapes on this device."""
-    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return False
     fits = (group, q.shape[2], *pages.shape[2:]) == (HEADS, RANK, PAGE, RANK + ROPE)
-    return fits and q.dtype == pages.dtype and q.element_size() == 2
+    return is_hopper(q) and fits and q.dtype == pages.dtype and q.element_size() == 2
 
 
 def decode(

@@ -19,8 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gossamer.ops.attention.hopper import copy_tile, view
-from gossamer.ops.mla.hopper import PAGE, RANK, ROPE, _barrier, _share
+from gossamer.ops.attention.hopper import copy_tile, new_barriers, view
+from gossamer.ops.dispatch import is_hopper
+from gossamer.ops.gemm_fp8.hopper import thread_barrier
+from gossamer.ops.mla.hopper import PAGE, RANK, ROPE, _share
 
 _STAGES = 2
 # Weights lie between 0 and 2^14: fp16 then keeps those that a sum of millions of tokens may need.
@@ -193,7 +195,7 @@ def _attend(
                     odd_total = warpgroup_mma(odd, weights_tile.slice(16 * k, 16), odd_total, is_async=True)
                     even_total, odd_total = warpgroup_mma_wait(2, deps=[even_total, odd_total])
                 even_total, odd_total = warpgroup_mma_wait(0, deps=[even_total, odd_total])
-                _barrier()  # all warps have read the page
+                thread_barrier()  # all warps have read the page
                 mbarrier.arrive(empty.index(stage))
                 step += 1
             total = gl.sum(weight, 0)
@@ -234,11 +236,7 @@ def _hopper_fp8_decode_kernel(
     q_keys = gl.allocate_shared_memory(gl.float16, [2, GROUP, 32], narrow)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, GROUP], gl.float16)
     weights_tile = gl.allocate_shared_memory(gl.float16, [TOKENS, GROUP], weights_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 1)
     fence_async_shared()
     block = gl.program_id(0) % NUM_BLOCKS
     program = gl.program_id(0) // NUM_BLOCKS
@@ -261,9 +259,7 @@ def _hopper_fp8_decode_kernel(
 
 def group_of(q: torch.Tensor, q_rope: torch.Tensor, pages: torch.Tensor, group: int) -> int:
     """Heads of a program, of the `group` that a plain one takes; 0 if the kernel does not run these shapes here."""
-    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return 0
-    fits = (q.dtype, pages.dtype) == (torch.bfloat16, torch.float8_e4m3fn)
+    fits = is_hopper(q) and (q.dtype, pages.dtype) == (torch.bfloat16, torch.float8_e4m3fn)
     fits = fits and (q.shape[2], *pages.shape[2:]) == (RANK, PAGE, RANK + ROPE) and group in (16, 32, 64)
     # Two numbers are loaded as one.
     return min(group, 32) * (fits and not any(n % 2 for n in (*q_rope.stride()[:2], q_rope.storage_offset())))
