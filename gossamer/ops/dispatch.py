@@ -30,8 +30,9 @@ def overlap_options(x: torch.Tensor) -> dict[str, bool]:
 
     Programmatic dependent launch (Hopper on): `PDL` is a constexpr of the kernel. Such a kernel, in every program and
     on every path, calls gdc_wait() before it reads what an earlier kernel wrote and before it writes anything at all,
-    and gdc_launch_dependents() as early as it likes: what waits for it waits until all of it has ended. Weights may be
-    read before the wait, for no kernel writes them just ahead of one that uses them.
+    and gdc_launch_dependents() as early as it likes: what waits for it waits until all of it has ended. Before the wait
+    it may read weights, which no kernel writes, and what was complete when the kernel ahead let it start: what that one
+    itself had waited for, and what earlier steps left (a copy between steps waits for all).
     """
     if not x.is_cuda or torch.version.hip is not None or _capability(x.device.index) < (9, 0):
         return {"PDL": False}

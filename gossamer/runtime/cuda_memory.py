@@ -30,6 +30,9 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
         torch.cuda.reset_peak_memory_stats(device)
         try:
             runner.warm_up_prefill(max_tokens)
+            # Chunks too short to widen FP8 pages for have a kernel of their own.
+            group = runner.decoder.config.num_q_heads // runner.decoder.config.num_kv_heads
+            runner.warm_up_prefill(min(max_tokens, max(1, 1023 // group)))
             runner.warm_up_decode_eagerly(max_num_seqs)
         except (ValueError, NotImplementedError) as error:  # how operators refuse shapes
             raise StartupError(f"No kernel serves this model: {error}.\nUse --ops-backend reference, slow.") from error

@@ -207,11 +207,12 @@ class LLM:
     def _feed(self, samples: deque[tuple[str, SamplingParams, _Job]]) -> None:
         """Queues no more samples than the engine's queue takes, so that it never has to refuse one.
 
-        Nor more than some, or two steps' prompts, at a time: the device need not wait for the last of many, and while
-        it computes one step the next is to be in flight.
+        Nor more than some, or what two steps admit, at a time: the device need not wait for the last of many, and
+        while it computes one step the next is to be in flight.
         """
         scheduler = self._engine.config.scheduler
         room = min(scheduler.max_num_queued - self._engine.stats().num_waiting, len(samples))
+        room = min(room, max(FED_AT_ONCE, 2 * (scheduler.max_num_seqs or 1)))
         fed, tokens = 0, 2 * (scheduler.max_num_batched_tokens or 0)
         while fed < room and (fed < FED_AT_ONCE or tokens > 0):
             child, params, job = samples.popleft()

@@ -195,25 +195,35 @@ def test_rope_writes_what_an_unquantised_cache_would_hold(backend: str) -> None:
     assert cache.scales[1][page].equal(other.scales[1][page])
 
 
-@pytest.mark.parametrize(("num_q", "num_kv", "dim", "num_slots"), [(4, 2, 16, 3), (5, 3, 32, 65)])
+@pytest.mark.parametrize(
+    ("num_q", "num_kv", "dim", "num_slots", "norm", "dtype"),
+    [
+        (4, 2, 16, 3, "", torch.float32), (5, 3, 32, 65, "", torch.float32), (4, 2, 32, 5, "head", torch.bfloat16),
+        (4, 2, 16, 4, "full", torch.bfloat16),
+    ],
+)  # fmt: skip
 def test_steps_of_single_tokens_write_in_one_launch_what_two_do(
-    num_q: int, num_kv: int, dim: int, num_slots: int
+    num_q: int, num_kv: int, dim: int, num_slots: int, norm: str, dtype: torch.dtype
 ) -> None:
     """Pages, scales and queries to the bit, while scales grow, NaN comes, and rows are padding."""
+    whole = norm == "full"
+    norms = [torch.randn(dim * (n if whole else 1), device=DEVICE).to(dtype) for n in (num_q, num_kv)] if norm else []
+    options = dict(zip(("q_norm", "k_norm"), norms, strict=False)) | {"norm_full": whole}
     caches = [Cache(num_slots, 2 * PAGE, num_kv, dim) for _ in range(2)]
     caches[1].table = caches[0].table
-    cos, sin = (torch.randn(2 * PAGE, dim, device=DEVICE) for _ in range(2))
+    cos, sin = (torch.randn(2 * PAGE, dim // 2 if norm else dim, device=DEVICE) for _ in range(2))
     rows = torch.arange(num_slots, dtype=torch.int32, device=DEVICE)
     for step in range(PAGE + 8):
         positions = step - rows % 7
         slots = torch.where(positions >= 0, rows, -1)
         qkv = torch.randn(num_slots, (num_q + 2 * num_kv) * dim, device=DEVICE) * 1.3**step
-        qkv[0, -1], qkv[2, -2] = (torch.nan, 1e30) if step == 5 else (0.0, 0.0)
-        queries = [torch.full((num_slots, num_q, dim), torch.nan, device=DEVICE) for _ in range(2)]
+        qkv[0, -1], qkv[2, -2] = (torch.nan, 1e15 if norm else 1e30) if step == 5 else (0.0, 0.0)
+        qkv = qkv.to(dtype)
+        queries = [torch.full((num_slots, num_q, dim), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
         for cache, single, q in zip(caches, (False, True), queries, strict=True):
             rope_write_kv(
                 qkv, num_q, num_kv, dim, cos, sin, positions, slots, cache.table, *cache.pages, q,
-                k_scales=cache.scales[0], v_scales=cache.scales[1], single=single, backend="triton",
+                k_scales=cache.scales[0], v_scales=cache.scales[1], single=single, **options, backend="triton",
             )  # fmt: skip
         assert queries[0].equal(queries[1])
         for one, two in zip(caches[0].pages + caches[0].scales, caches[1].pages + caches[1].scales, strict=True):

@@ -151,11 +151,15 @@ def test_samples_share_a_request_even_if_the_queue_cannot_hold_them_all(llm: LLM
     assert [seed for _, seed, _ in llm._engine.added] == [5 + i for i in range(QUEUE + 3)] * 2
 
 
-@pytest.mark.parametrize(("budget", "fed"), [(200, 50), (100, 32)])
-def test_the_prompts_of_two_steps_are_queued_before_the_first(llm: LLM, budget: int, fed: int) -> None:
+@pytest.mark.parametrize(("budget", "max_num_seqs", "fed"), [(200, 64, 50), (100, 64, 32), (800, 20, 40)])
+def test_the_prompts_of_two_steps_are_queued_before_the_first(
+    llm: LLM, budget: int, max_num_seqs: int, fed: int
+) -> None:
     """Else the device waits between steps: the second is to be in flight while the first runs."""
     engine = llm._engine
-    scheduler = dataclasses.replace(engine.config.scheduler, max_num_queued=1000, max_num_batched_tokens=budget)
+    scheduler = dataclasses.replace(
+        engine.config.scheduler, max_num_queued=1000, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs
+    )
     engine.config = dataclasses.replace(engine.config, scheduler=scheduler)
     seen, step = [], engine.step
     engine.step = lambda: seen.append(len(engine.added)) or step()

@@ -233,15 +233,16 @@ class GQALayer(AttentionLayer):
         """The chunks' tokens of a step, or those at positions `below`: the others' rows are then zeroed or left."""
         k_pages, v_pages, scales = split_planes(planes)
         rows = plan.slots[plan.num_decode :], plan.cu_seqlens_q, plan.seq_lens[plan.num_decode :]
+        num_context = plan.chunks.num_context
         if below is not None:
+            num_context = min(num_context, below * len(rows[0]))
             if plan.chunks.span[0] >= below:
                 return
             if plan.chunks.span[1] > below:
                 rows = _cut(*rows, below)
         paged_prefill(
             q, k_pages, v_pages, plan.page_table, *rows, plan.chunks.longest, self._scale, out,
-            out_scales=out_scales, **scales, window=self._window, num_context=plan.chunks.num_context,
-            backend=self._backend,
+            out_scales=out_scales, **scales, window=self._window, num_context=num_context, backend=self._backend,
         )  # fmt: skip
 
     def output(self, attended: Attended, stream: ResidualStream) -> None:

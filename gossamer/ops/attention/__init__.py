@@ -90,8 +90,9 @@ def paged_prefill(
     q, out [num_tokens, num_q_heads, head_dim], rows packed: row r holds tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1]
     - 1 (int32 [num_rows + 1]), the last of which has position seq_lens[r] - 1. Rows may be empty or of one token;
     tokens beyond cu_seqlens_q[num_rows] are padding, for which out is 0. `max_q_len` bounds a row's tokens. With a
-    `num_context` of at least the sum of seq_lens, FP8 pages may be widened to q's dtype, once and exactly, for a kernel
-    that wants them so. The rest (out_scales are [num_tokens, num_q_heads]), and the errors, as for `paged_decode`.
+    `num_context` of at least the sum of seq_lens, of rows with tokens, FP8 pages may be widened to q's dtype, once and
+    exactly, for a kernel that wants them so. The rest (out_scales are [num_tokens, num_q_heads]), and the errors, as
+    for `paged_decode`.
     """
     require_scales(k_pages, v_pages, k_scales, v_scales)
     if not use_kernel(q, backend):

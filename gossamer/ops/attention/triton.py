@@ -201,7 +201,9 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "window"])
+@triton.jit(
+    do_not_specialize=["num_rows", "window"], do_not_specialize_on_alignment=["slots", "cu_seqlens_q", "seq_lens"]
+)
 def _widen_kernel(
     k_pages, v_pages, k_scales, v_scales, page_table, slots, cu_seqlens_q, seq_lens, k_out, v_out, table_out, slots_out,
     num_rows, table_stride, window, NUM_KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr,
