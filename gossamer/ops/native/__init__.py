@@ -1,0 +1,89 @@
+"""Decode steps of dense decoders as native code, which LLVM compiles at start for the CPU at hand (AVX-512 with bf16).
+
+The step reads weights where torch and oneDNN packed them, and the pages of the KV cache where they lie. What it is
+given are tables of addresses; their entries are here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+ROW_COUNTS = (1, 2, 4, 8, 12, 16)
+"""Numbers of rows that there are kernels for."""
+MAX_ROWS = ROW_COUNTS[-1]
+TILE = 64
+"""Outputs that lie together in a packed weight."""
+
+ARGUMENTS = (
+    "rows", "ids", "positions", "page_tables", "layers", "num_layers", "embed", "cos", "sin", "page_bytes",
+    "kv_head_bytes", "x", "qkv", "attended", "activated", "logits", "scratch", "barrier", "thread_num", "num_threads",
+    "bf16", "int4", "int8",
+)  # fmt: skip
+"""What the step's one argument points to, 8 bytes each; the last three are the kernels for as many rows."""
+KINDS = ("bf16", "int4", "int8")
+WEIGHT = ("kernel", "data", "tile_bytes", "half_bytes", "scales", "bias")
+"""Of a weight; scales of the int8 head fp32 [N], its bias int32: -128 times the sums of its rows. Others: fp32 [N]."""
+LAYER = (
+    "attn_norm", "mlp_norm", "q_norm", "k_norm", "k_pages", "v_pages", "window",
+    *(f"{name}.{field}" for name in ("qkv", "o", "gate_up", "down") for field in WEIGHT),
+)  # fmt: skip
+"""Of a layer, norms in fp32; after the last layer's, as a layer of its own: the final norm and, as qkv, the head."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that a step is compiled for."""
+
+    hidden: int
+    intermediate: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    page_size: int
+    eps: float
+    qk_norm: bool
+    int8_head: bool
+
+    @property
+    def q_width(self) -> int:
+        return self.num_q_heads * self.head_dim
+
+    @property
+    def qkv(self) -> int:
+        return self.q_width + 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def scratch(self) -> dict[str, int]:
+        """Where a thread's own memory holds what, in bytes; "end" is its size."""
+        widest = max(self.hidden, self.intermediate, self.q_width)
+        sizes = {
+            "normed": 2 * MAX_ROWS * self.hidden, "sums": 4 * MAX_ROWS * (widest // 32), "first": 128 * MAX_ROWS,
+            "second": 128 * MAX_ROWS, "digits": 2 * MAX_ROWS * self.hidden, "steps": 4 * MAX_ROWS,
+            "q": 2 * self.group * self.head_dim, "scores": 4 * self.group * self.page_size,
+            "mixed": 4 * self.group * self.head_dim, "largest": 4 * self.group, "weights": 4 * self.group,
+        }  # fmt: skip
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += -(-size // 64) * 64
+        return offsets | {"end": end}
+
+
+def modules(shape: Shape, kinds: list[str]) -> Iterator[str]:
+    """LLVM's language for `step`, and for the kernels `<kind>_<rows>` of these kinds, a module each."""
+    from llvmlite import ir
+
+    from gossamer.ops.native import products, step
+
+    for kind in kinds:
+        for rows in ROW_COUNTS:
+            module = ir.Module()
+            getattr(products, kind)(module, rows)
+            yield str(module)
+    module = ir.Module()
+    step.build(module, shape)
+    yield str(module)
