@@ -21,15 +21,15 @@ def bf16(module, rows):
     """x bf16."""
     b = Emitter(module, f"bf16_{rows}", VOID, *ARGUMENTS)
     x, pitch, k, weight, *_, out = b.arguments
-    columns, unrolled = 2 if rows <= 8 else 1, 4 if rows <= 2 else 2
-    for first in range(0, 2, columns):
-        cells = [(row, column) for row in range(rows) for column in range(columns)]
+    columns, block, unrolled = 2, rows if rows <= 8 else rows // 2, 4 if rows <= 2 else 2
+    for first, start in ((c, r) for c in range(0, 2, columns) for r in range(0, rows, block)):
+        cells = [(row, column) for row in range(start, start + block) for column in range(columns)]
         sums = {cell: b.variable(b.all(0.0, FLOATS)) for cell in cells}
         with b.loop(0, b.over(k, 2), unrolled) as pair:
             for u in range(unrolled):
                 base = b.times(b.plus(pair, u), 4 * TILE)
                 tiles = [b.get(PAIRS, weight, base, 128 * (first + c)) for c in range(columns)]
-                for row in range(rows):
+                for row in range(start, start + block):
                     value = _broadcast(b, x, b.times(pitch, row), b.times(pair, 4), 4 * u)
                     for c in range(columns):
                         b.store(b.dot_bf16(b.value(sums[row, c]), value, tiles[c]), sums[row, c])
@@ -42,9 +42,9 @@ def int4(module, rows):
     """x bf16: w = (q - 8) * scale + zero. A digit q becomes 128 + q in bf16, exactly, by setting an exponent's bits."""
     b = Emitter(module, f"int4_{rows}", VOID, *ARGUMENTS)
     x, pitch, k, weight, scales, stride, group_sums, out = b.arguments
-    num_groups, columns = b.over(k, 32), 2 if rows <= 8 else 1
-    for first in range(0, 2, columns):
-        cells = [(row, column) for row in range(rows) for column in range(columns)]
+    num_groups, columns, block = b.over(k, 32), 2, rows if rows <= 8 else rows // 2
+    for first, start in ((c, r) for c in range(0, 2, columns) for r in range(0, rows, block)):
+        cells = [(row, column) for row in range(start, start + block) for column in range(columns)]
         totals = {cell: b.variable(b.all(0.0, FLOATS)) for cell in cells}
         with b.loop(0, num_groups) as group:
             sums = {cell: b.all(0.0, FLOATS) for cell in cells}
@@ -56,7 +56,7 @@ def int4(module, rows):
                 both = b.or_(even, b.shl(odd, b.all(16, INTS)))
                 digits = [b.lshr(both, b.all(4, INTS)) if first + c else both for c in range(columns)]
                 digits = [b.or_(b.and_(d, b.all(0x000F000F, INTS)), b.all(0x43004300, INTS)) for d in digits]
-                for row in range(rows):
+                for row in range(start, start + block):
                     value = _broadcast(b, x, b.times(pitch, row), b.times(group, 64), 4 * pair)
                     for c in range(columns):
                         sums[row, c] = b.dot_bf16(sums[row, c], value, b.bitcast(digits[c], PAIRS))
@@ -65,7 +65,7 @@ def int4(module, rows):
                 scale = b.bitcast(b.shl(both, b.all(16, INTS)), FLOATS)
                 zero = b.bitcast(b.and_(both, b.all(0xFFFF0000, INTS)), FLOATS)
                 zero = b.fused(scale, b.all(-136.0, FLOATS), zero)
-                for row in range(rows):
+                for row in range(start, start + block):
                     of_x = b.get(FLOAT, group_sums, b.times(b.plus(b.times(num_groups, row), group), 4))
                     total = b.fused(zero, b.splat(of_x), b.value(totals[row, c]))
                     b.store(b.fused(scale, sums[row, c], total), totals[row, c])
