@@ -25,7 +25,7 @@ from gossamer.ops.gemm.packed import packing_supported
 from gossamer.runtime import ceilings, cuda_memory, native_step
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.executor import Executor
-from gossamer.runtime.hardware import cache_folder, detect, has_fp8, require_fp8
+from gossamer.runtime.hardware import detect, has_fp8, require_fp8
 from gossamer.runtime.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def _native_step(
     if obstacle is not None:
         logger.info("Decode steps are not native code: %s.", obstacle)
         return None
-    return native_step.NativeStep(decoder, pool, cache_folder(config.cache_dir) / "native", report)
+    return native_step.NativeStep(decoder, pool, report)
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

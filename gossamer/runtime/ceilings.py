@@ -12,7 +12,7 @@ import torch
 
 from gossamer.config import DeviceCeilings, Hardware
 from gossamer.ops.cpu import wide_linear, wide_products
-from gossamer.runtime.hardware import cache_folder, has_fp8
+from gossamer.runtime.hardware import has_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load(folder: str | None, hardware: Hardware, dtype: str) -> DeviceCeilings |
 
 
 def _path(folder: str | None) -> Path:
-    return cache_folder(folder) / FILE_NAME
+    return (Path(folder) if folder else Path.home() / ".cache" / "gossamer") / FILE_NAME
 
 
 def _key(hardware: Hardware) -> str:

@@ -60,11 +60,6 @@ def require_fp8(hardware: Hardware, instead: str = "--quantization none") -> Non
         raise StartupError(f"{hardware.name} has no FP8 products (compute capability 8.9 or newer has); use {instead}.")
 
 
-def cache_folder(folder: str | None) -> Path:
-    """Where what was measured or compiled for this machine is kept: --cache-dir, or its default."""
-    return Path(folder) if folder else Path.home() / ".cache" / "gossamer"
-
-
 def available_memory() -> int:
     """Bytes that a process can still take without swapping, the limit of its control group included."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -24,9 +24,9 @@ WEIGHT = ("kernel", "data", "tile_bytes", "half_bytes", "scales", "bias")
 """Of a weight; scales of the int8 head fp32 [N], its bias int32: -128 times the sums of its rows. Others: fp32 [N]."""
 LAYER = (
     "attn_norm", "mlp_norm", "q_norm", "k_norm", "k_pages", "v_pages", "window",
-    *(f"{name}.{field}" for name in ("qkv", "o", "gate_up", "down") for field in WEIGHT),
+    *(f"{name}.{field}" for name in ("qkv", "o", "gate_up", "down", "head") for field in WEIGHT),
 )  # fmt: skip
-"""Of a layer, norms in fp32; after the last layer's, as a layer of its own: the final norm and, as qkv, the head."""
+"""Of a layer, norms in fp32; behind the last one's, as if of another: the final norm, as attn_norm, and the head."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ class Shape:
     @property
     def qkv(self) -> int:
         return self.q_width + 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each weight."""
+        return {
+            "qkv": (self.qkv, self.hidden), "o": (self.hidden, self.q_width), "head": (self.vocab_size, self.hidden),
+            "gate_up": (2 * self.intermediate, self.hidden), "down": (self.hidden, self.intermediate),
+        }  # fmt: skip
 
     @property
     def group(self) -> int:

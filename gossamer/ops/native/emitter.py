@@ -30,6 +30,7 @@ I8, I16, I32, I64, FLOAT, VOID = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType
 POINTER = ir.PointerType()
 BYTES, INTS, FLOATS = ir.VectorType(I8, 64), ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
 HALVES, PAIRS = ir.VectorType(_BFloat(), LANES), ir.VectorType(_BFloat(), 2 * LANES)
+LANE_BYTES = ir.VectorType(I8, LANES)
 
 
 class Emitter(ir.IRBuilder):
@@ -120,6 +121,22 @@ class Emitter(ir.IRBuilder):
         raw = self.get(ir.VectorType(I16, LANES), pointer, *offsets)
         return self.bitcast(self.shl(self.zext(raw, INTS), self.all(16, INTS)), FLOATS)
 
+    def round(self, value):
+        return self.invoke("llvm.roundeven.v16f32", FLOATS, value)
+
+    def larger(self, a, b):
+        return self.invoke("llvm.smax.i64", I64, a, self.number(b))
+
+    def smaller(self, a, b):
+        return self.invoke("llvm.smin.i64", I64, a, self.number(b))
+
+    def maximum(self, a, b):
+        """NaN if one is."""
+        return self.invoke("llvm.maximum.v16f32", FLOATS, a, b)
+
+    def lane_maximum(self, value):
+        return self.invoke("llvm.vector.reduce.fmaximum.v16f32", FLOAT, value)
+
     def lane_sum(self, value):
         return self.invoke(
             "llvm.vector.reduce.fadd.v16f32", FLOAT, ir.Constant(FLOAT, 0.0), value, fastmath=["reassoc"]
@@ -143,16 +160,14 @@ class Emitter(ir.IRBuilder):
         t = self.fmul(x, self.all(1.4426950408889634, FLOATS))
         low = self.all(-126.0, FLOATS)
         t = self.select(self.fcmp_ordered("<", t, low), low, t)
-        n = self.invoke("llvm.roundeven.v16f32", FLOATS, t)
+        n = self.round(t)
         r = self.fsub(t, n)
         total = self.all(1.5403530393381609e-4, FLOATS)
         for term in (1.3333558146428443e-3, 9.618129107628477e-3, 5.5504108664821580e-2, 0.24022650695910072,
                      0.6931471805599453, 1.0):  # fmt: skip
             total = self.fused(total, r, self.all(term, FLOATS))
         mask = ir.Constant(I16, -1)
-        return self.invoke(
-            "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, total, n, total, mask, ir.Constant(I32, 4)
-        )
+        return self.invoke("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, total, n, total, mask, ir.Constant(I32, 4))
 
     @contextmanager
     def loop(self, start, stop, step=1):
