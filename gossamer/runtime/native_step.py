@@ -3,6 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from gossamer.core import ScheduledRow
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.gqa import GQALayer
-from gossamer.layers.linear import Int4Weight, Int8HeadWeight, PackedWeight, Weight
+from gossamer.layers.linear import Int4Weight, Int8HeadWeight, PackedWeight
 from gossamer.layers.mlp import GatedMLP
 from gossamer.models.decoder import Decoder
 from gossamer.ops import gemm_weight_only as wo
@@ -18,12 +19,14 @@ from gossamer.ops import native
 from gossamer.ops.gemm.packed import pack_weight
 from gossamer.ops.native import jit
 
+_Weight = PackedWeight | Int4Weight | Int8HeadWeight
+
 
 def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
     """Why this model's decode steps are not native; None if they are."""
     c = decoder.config
     if c.attention != "gqa" or c.moe or c.swiglu or c.clip_qkv is not None or c.num_draft_layers or decoder.paged:
-        return "the model is not a dense decoder with grouped queries"
+        return "the model is not a plain dense decoder with grouped queries"
     if c.qk_norm == "full" or c.rope.rotary_dim not in (None, c.head_dim):
         return "its heads are normed together or rotate in part"
     q_width, kv_width = c.num_q_heads * c.head_dim, 2 * c.num_kv_heads * c.head_dim
@@ -33,16 +36,16 @@ def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
     if pool.page_size % 16 or {decoder.fmt.dtype, pool.tensor.dtype} != {torch.bfloat16}:
         return "pages are no multiple of 16 tokens, or not bf16"
     weights = [linear.weight for b in decoder.blocks for linear in (*b.attention.linears, *b.mlp.linears)]
-    if not all(isinstance(weight, PackedWeight | Int4Weight) for weight in weights):
-        return "its layers are neither bf16 nor int4"
-    if not isinstance(decoder.head, PackedWeight | Int8HeadWeight):
-        return "its head is neither bf16 nor int8"
+    if not all(isinstance(weight, _Weight) for weight in (*weights, decoder.head)):
+        return "its weights are neither bf16 nor int4"
     return jit.obstacle() or (None if _layouts_known() else "torch packs weights in an unknown way")
 
 
 def _layouts_known() -> bool:
     """Whether torch and oneDNN pack some numbers as `ops.native.products` says."""
     n, k = 2 * native.TILE, native.TILE
+    if not hasattr(torch.ops.mkldnn, "data_ptr"):
+        return False
     with torch.inference_mode(False):
         numbers = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         q, ones = (numbers & 15).to(torch.uint8), torch.ones(n, k // 32)
@@ -84,7 +87,9 @@ class NativeStep:
         )  # fmt: skip
         self._kinds: set[str] = set()
         layers = [self._layer(i, *pool.layers[i][:2]) for i in range(c.num_layers)]
-        layers.append({"attn_norm": self._floats(decoder.final_norm)} | self._weight("head", decoder.head))
+        layers.append(
+            {"attn_norm": self._floats(decoder.final_norm)} | self._weight("head", cast(_Weight, decoder.head))
+        )
         self._layers = np.array([[layer.get(name, 0) for name in native.LAYER] for layer in layers], np.int64)
         self._code, modules = jit.Code(), native.modules(shape, sorted(self._kinds))
         total = 1 + len(self._kinds) * len(native.ROW_COUNTS)
@@ -94,9 +99,8 @@ class NativeStep:
         address = self._code.address
         self._step, self._num_threads = address("step"), 0
         self._kernels = {n: {kind: address(f"{kind}_{n}") for kind in self._kinds} for n in native.ROW_COUNTS}
-        self._rows, self._arguments = (
-            np.zeros(size, np.int64) for size in ((3, native.MAX_ROWS), len(native.ARGUMENTS))
-        )
+        self._rows = np.zeros((3, native.MAX_ROWS), np.int64)
+        self._arguments = np.zeros(len(native.ARGUMENTS), np.int64)
         self._logits = torch.zeros(native.MAX_ROWS, shape.vocab_size)
         keys, widths = pool.layers[0][0], (shape.hidden, shape.qkv, shape.q_width, shape.intermediate)
         buffers = [self._keep(torch.zeros(native.MAX_ROWS, width)) for width in widths]
@@ -141,45 +145,39 @@ class NativeStep:
             self._arguments[native.ARGUMENTS.index(name)] = value
 
     def _keep(self, tensor: torch.Tensor | None) -> int:
-        """The address of a tensor, which from now on lives as long as this object."""
-        if tensor is None:
-            raise RuntimeError("a native step was made before its weights were loaded")
-        self._held.append(tensor)
-        return tensor.data_ptr()
+        """The address of a tensor that was loaded; from now on it lives as long as this object."""
+        self._held.append(cast(torch.Tensor, tensor))
+        return self._held[-1].data_ptr()
 
     def _floats(self, tensor: torch.Tensor | None) -> int:
-        return self._keep(None if tensor is None else tensor.float())
+        return self._keep(cast(torch.Tensor, tensor).float())
 
     def _layer(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> dict[str, int]:
         block = self._decoder.blocks[index]
-        attention, mlp = block.attention, block.mlp
-        if not isinstance(attention, GQALayer) or not isinstance(mlp, GatedMLP):
-            raise TypeError(f"layer {index} is not one of grouped queries and a gated MLP")
+        attention, mlp = cast(GQALayer, block.attention), cast(GatedMLP, block.mlp)
         norms = {"attn_norm": block.attn_norm, "mlp_norm": block.mlp_norm}
         norms |= dict(zip(("q_norm", "k_norm"), attention.norms.values(), strict=False))
         entry = {name: self._floats(norm) for name, norm in norms.items()}
         linears = {"qkv": attention.qkv, "o": attention.o, "gate_up": mlp.gate_up, "down": mlp.down}
         for name, linear in linears.items():
-            entry |= self._weight(name, linear.weight)
+            entry |= self._weight(name, cast(_Weight, linear.weight))
         window = self._decoder.config.sliding_window(index)
         return entry | {"k_pages": keys.data_ptr(), "v_pages": values.data_ptr(), "window": window or 1 << 62}
 
-    def _weight(self, name: str, weight: Weight | None) -> dict[str, int]:
+    def _weight(self, name: str, weight: _Weight) -> dict[str, int]:
         """A weight's entries, under this name. A tile holds 64 outputs, its halves begin side by side."""
+        bias, scales, half_bytes = weight.bias, 0, 64
         if isinstance(weight, PackedWeight):
-            kind, (n, k), bits, scales = "bf16", weight.weight.shape, 16, 0
+            kind, (n, k), bits = "bf16", weight.weight.shape, 16
         elif isinstance(weight, Int4Weight):
-            (groups, n), scales = weight.scale.shape[:2], weight.scale.data_ptr()
-            kind, k, bits = "int4", 32 * groups, 4
-        elif isinstance(weight, Int8HeadWeight):
-            kind, (k, n), bits, scales = "int8", weight.weight.shape, 8, weight.scale.data_ptr()
+            kind, (k, n), bits, half_bytes, scales = "int4", weight.scale.shape[:2], 4, 16, weight.scale.data_ptr()
+            k *= 32
         else:
-            raise TypeError(f"{name} is held as {type(weight).__name__}")
-        bias = torch.zeros(n) if weight.bias is None else weight.bias
-        if kind == "int8":  # digits are 128 too large, so that they have no sign
+            kind, (k, n), bits, scales = "int8", weight.weight.shape, 8, weight.scale.data_ptr()
             tiles = _bytes(weight.weight, n * k).view(torch.int8).view(-1, k // 4, native.TILE, 4)
+            # Digits of x are 128 too large, so that they have no sign.
             bias = tiles.sum((1, 3), dtype=torch.int32).mul_(-128).view(torch.float32)
         self._kinds.add(kind)
-        half_bytes = 16 if kind == "int4" else 64
-        values = native.KINDS.index(kind), _address(weight.weight), 8 * bits * k, half_bytes, scales, self._floats(bias)
+        address = self._floats(torch.zeros(n) if bias is None else bias)
+        values = native.KINDS.index(kind), _address(weight.weight), 8 * bits * k, half_bytes, scales, address
         return {f"{name}.{field}": value for field, value in zip(native.WEIGHT, values, strict=True)}

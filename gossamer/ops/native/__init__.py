@@ -53,14 +53,6 @@ class Shape:
         return self.q_width + 2 * self.num_kv_heads * self.head_dim
 
     @property
-    def weights(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of each weight."""
-        return {
-            "qkv": (self.qkv, self.hidden), "o": (self.hidden, self.q_width), "head": (self.vocab_size, self.hidden),
-            "gate_up": (2 * self.intermediate, self.hidden), "down": (self.hidden, self.intermediate),
-        }  # fmt: skip
-
-    @property
     def group(self) -> int:
         return self.num_q_heads // self.num_kv_heads
 

@@ -39,6 +39,11 @@ class _Step:
             b.zext(b.call_pointer(self.argument(name, POINTER), I32), I64) for name in ("thread_num", "num_threads")
         )
         self.rows = self.argument("rows")
+        s = shape
+        self.sizes = {  # outputs and inputs of each weight
+            "qkv": (s.qkv, s.hidden), "o": (s.hidden, s.q_width), "head": (s.vocab_size, s.hidden),
+            "gate_up": (2 * s.intermediate, s.hidden), "down": (s.hidden, s.intermediate),
+        }  # fmt: skip
         own = b.at(self.argument("scratch", POINTER), b.times(self.thread, shape.scratch["end"]))
         self.mine = {name: b.at(own, offset) for name, offset in shape.scratch.items()}
         self.x, self.qkv, self.attended, self.activated, self.logits = (
@@ -131,7 +136,7 @@ class _Step:
 
     def product(self, weight, x, finish, parts=1):
         """`finish(row, column, *values)` gets sixteen outputs of each of the weight's parts, which are of one size."""
-        b, (num_out, width) = self.b, self.shape.weights[weight]
+        b, (num_out, width) = self.b, self.sizes[weight]
         outs, digits = (self.mine["first"], self.mine["second"])[:parts], x is self.mine["digits"]
         if not digits:
             self.group_sums(weight, x, width)
@@ -151,7 +156,7 @@ class _Step:
 
     def half_tile(self, weight, x, tile, half, out, digits):
         """The products of all rows with half a tile of a weight, into `out` [rows, 2, 16]."""
-        b, (num_out, width) = self.b, self.shape.weights[weight]
+        b, (num_out, width) = self.b, self.sizes[weight]
         kind, data, tile_bytes, half_bytes = (self.of_layer(f"{weight}.{name}") for name in WEIGHT[:4])
         kernel = b.get(POINTER, self.table, b.times(kind, 8), 8 * ARGUMENTS.index("bf16"))
         start = b.inttoptr(b.plus(data, b.times(tile, tile_bytes), b.times(half, half_bytes)), POINTER)
