@@ -80,8 +80,10 @@ class NativeStep:
     """
 
     def __init__(self, decoder: Decoder, pool: KVPool, report: Callable[[str, float], None]) -> None:
+        from gossamer.ops.native import step  # needs llvmlite, which not everyone has
+
         c, self._decoder, self._held = decoder.config, decoder, list[torch.Tensor]()
-        self._shape = shape = native.Shape(
+        shape = native.Shape(
             c.hidden_size, c.intermediate_size, c.num_q_heads, c.num_kv_heads, c.head_dim, c.vocab_size,
             pool.page_size, c.rms_norm_eps, c.qk_norm == "head", isinstance(decoder.head, Int8HeadWeight),
         )  # fmt: skip
@@ -91,13 +93,13 @@ class NativeStep:
             {"attn_norm": self._floats(decoder.final_norm)} | self._weight("head", cast(_Weight, decoder.head))
         )
         self._layers = np.array([[layer.get(name, 0) for name in native.LAYER] for layer in layers], np.int64)
-        self._code, modules = jit.Code(), native.modules(shape, sorted(self._kinds))
+        self._code, modules = jit.Code(), step.modules(shape, sorted(self._kinds))
         total = 1 + len(self._kinds) * len(native.ROW_COUNTS)
         for i, module in enumerate(modules):
             report("Compiling kernels", i / total)
             self._code.add(module)
         address = self._code.address
-        self._step, self._num_threads = address("step"), 0
+        self._step, self._num_threads, self._scratch = address("step"), 0, step.scratch(shape)["end"]
         self._kernels = {n: {kind: address(f"{kind}_{n}") for kind in self._kinds} for n in native.ROW_COUNTS}
         self._rows = np.zeros((3, native.MAX_ROWS), np.int64)
         self._arguments = np.zeros(len(native.ARGUMENTS), np.int64)
@@ -127,7 +129,7 @@ class NativeStep:
         n, num_threads = len(rows), torch.get_num_threads()
         if num_threads > self._num_threads:
             self._num_threads = num_threads
-            self._set(scratch=self._keep(torch.zeros(num_threads * self._shape.scratch["end"], dtype=torch.uint8)))
+            self._set(scratch=self._keep(torch.zeros(num_threads * self._scratch, dtype=torch.uint8)))
         slots = [row.slot for row in rows]
         self._rows[:, :n] = (
             last_token.numpy()[slots], [row.start_pos for row in rows],

@@ -4,7 +4,6 @@ The step reads weights where torch and oneDNN packed them, and the pages of the 
 given are tables of addresses; their entries are here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 ROW_COUNTS = (1, 2, 4, 8, 12, 16)
@@ -51,39 +50,3 @@ class Shape:
     @property
     def qkv(self) -> int:
         return self.q_width + 2 * self.num_kv_heads * self.head_dim
-
-    @property
-    def group(self) -> int:
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def scratch(self) -> dict[str, int]:
-        """Where a thread's own memory holds what, in bytes; "end" is its size."""
-        widest = max(self.hidden, self.intermediate, self.q_width)
-        sizes = {
-            "normed": 2 * MAX_ROWS * self.hidden, "sums": 4 * MAX_ROWS * (widest // 32), "first": 128 * MAX_ROWS,
-            "second": 128 * MAX_ROWS, "digits": 2 * MAX_ROWS * self.hidden, "steps": 4 * MAX_ROWS,
-            "q": 2 * self.group * self.head_dim, "scores": 4 * self.group * self.page_size,
-            "mixed": 4 * self.group * self.head_dim, "largest": 4 * self.group, "weights": 4 * self.group,
-        }  # fmt: skip
-        offsets, end = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = end
-            end += -(-size // 64) * 64
-        return offsets | {"end": end}
-
-
-def modules(shape: Shape, kinds: list[str]) -> Iterator[str]:
-    """LLVM's language for `step`, and for the kernels `<kind>_<rows>` of these kinds, a module each."""
-    from llvmlite import ir
-
-    from gossamer.ops.native import products, step
-
-    for kind in kinds:
-        for rows in ROW_COUNTS:
-            module = ir.Module()
-            getattr(products, kind)(module, rows)
-            yield str(module)
-    module = ir.Module()
-    step.build(module, shape)
-    yield str(module)

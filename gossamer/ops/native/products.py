@@ -1,7 +1,7 @@
 """Products of a few rows with 32 outputs of a weight, in the layouts of torch's and oneDNN's own packed weights.
 
-bf16 [N / 64, K / 2, 64, 2] | int8 [N / 64, K / 4, 64, 4] | int4 [N / 64, K, 32], outputs 32 apart in a byte, and scale and
-zero bf16 [K / 32, N, 2]. Half h of a tile of 64 is its outputs 16 h .. and 32 + 16 h .., sixteen each.
+bf16 [N / 64, K / 2, 64, 2] | int8 [N / 64, K / 4, 64, 4] | int4 [N / 64, K, 32], outputs 32 apart in a byte, and scale
+and zero bf16 [K / 32, N, 2]. Half h of a tile of 64 is its outputs 16 h .. and 32 + 16 h .., sixteen each.
 """
 
 from gossamer.ops.native import MAX_ROWS, TILE

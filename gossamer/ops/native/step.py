@@ -4,11 +4,13 @@ Stages of a layer: norm and qkv | rotary embedding, KV write, attention | output
 activation | down projection. The residual stream stays fp32; what is multiplied is bf16. The head follows the layers.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, product
 
 from llvmlite import ir
 
-from gossamer.ops.native import ARGUMENTS, KINDS, LAYER, MAX_ROWS, TILE, WEIGHT, Shape
+from gossamer.ops.native import ARGUMENTS, KINDS, LAYER, MAX_ROWS, ROW_COUNTS, TILE, WEIGHT, Shape, products
 from gossamer.ops.native.emitter import (
     BYTES,
     FLOAT,
@@ -23,12 +25,30 @@ from gossamer.ops.native.emitter import (
     VOID,
     Emitter,
 )  # fmt: skip
-from gossamer.ops.native.products import LOW_DIGIT
 
 
-def build(module: ir.Module, shape: Shape) -> None:
-    """Adds the function `step`, of a pointer to ARGUMENTS."""
+def modules(shape: Shape, kinds: list[str]) -> Iterator[str]:
+    """LLVM's language for the kernels `<kind>_<rows>` and for `step`, of a pointer to ARGUMENTS: a module each."""
+    for kind, rows in product(kinds, ROW_COUNTS):
+        module = ir.Module()
+        getattr(products, kind)(module, rows)
+        yield str(module)
+    module = ir.Module()
     _Step(module, shape).build()
+    yield str(module)
+
+
+def scratch(shape: Shape) -> dict[str, int]:
+    """Where a thread's own memory holds what, in bytes; "end" is its size."""
+    s, group = shape, shape.num_q_heads // shape.num_kv_heads
+    sizes = {
+        "normed": 2 * MAX_ROWS * s.hidden, "sums": MAX_ROWS * max(s.hidden, s.intermediate, s.q_width) // 8,
+        "first": 128 * MAX_ROWS, "second": 128 * MAX_ROWS, "digits": 2 * MAX_ROWS * s.hidden, "steps": 4 * MAX_ROWS,
+        "q": 2 * group * s.head_dim, "scores": 4 * group * s.page_size, "mixed": 4 * group * s.head_dim,
+        "largest": 4 * group, "weights": 4 * group,
+    }  # fmt: skip
+    rounded = [-(-size // 64) * 64 for size in sizes.values()]
+    return dict(zip((*sizes, "end"), accumulate(rounded, initial=0), strict=True))
 
 
 class _Step:
@@ -38,14 +58,13 @@ class _Step:
         self.thread, self.threads = (
             b.zext(b.call_pointer(self.argument(name, POINTER), I32), I64) for name in ("thread_num", "num_threads")
         )
-        self.rows = self.argument("rows")
-        s = shape
+        s, self.rows, self.group = shape, self.argument("rows"), shape.num_q_heads // shape.num_kv_heads
         self.sizes = {  # outputs and inputs of each weight
             "qkv": (s.qkv, s.hidden), "o": (s.hidden, s.q_width), "head": (s.vocab_size, s.hidden),
             "gate_up": (2 * s.intermediate, s.hidden), "down": (s.hidden, s.intermediate),
         }  # fmt: skip
-        own = b.at(self.argument("scratch", POINTER), b.times(self.thread, shape.scratch["end"]))
-        self.mine = {name: b.at(own, offset) for name, offset in shape.scratch.items()}
+        own = b.at(self.argument("scratch", POINTER), b.times(self.thread, scratch(shape)["end"]))
+        self.mine = {name: b.at(own, offset) for name, offset in scratch(shape).items()}
         self.x, self.qkv, self.attended, self.activated, self.logits = (
             self.argument(name, POINTER) for name in ("x", "qkv", "attended", "activated", "logits")
         )
@@ -204,7 +223,7 @@ class _Step:
             with b.loop(0, s.hidden, LANES) as i:
                 scaled = b.fmul(b.widened(x, b.times(i, 2)), inverse)
                 high = b.round(scaled)
-                low = b.round(b.fmul(b.fsub(scaled, high), b.all(LOW_DIGIT, FLOATS)))
+                low = b.round(b.fmul(b.fsub(scaled, high), b.all(products.LOW_DIGIT, FLOATS)))
                 for digit, value in ((0, high), (1, low)):
                     byte = b.trunc(b.fptosi(b.fadd(value, b.all(128.0, FLOATS)), INTS), LANE_BYTES)
                     b.put(byte, self.mine["digits"], b.times(b.plus(row, MAX_ROWS * digit), s.hidden), i)
@@ -228,8 +247,8 @@ class _Step:
         b, s = self.b, self.shape
         width, position = s.head_dim, b.get(I64, self.argument("positions", POINTER), b.times(row, 8))
         pages = b.get(POINTER, self.argument("page_tables", POINTER), b.times(row, 8))
-        qkv, queries = b.at(self.qkv, b.times(row, 4 * s.qkv)), b.times(head, s.group)
-        with b.loop(0, s.group) as i:
+        qkv, queries = b.at(self.qkv, b.times(row, 4 * s.qkv)), b.times(head, self.group)
+        with b.loop(0, self.group) as i:
             x = b.at(qkv, b.times(b.plus(queries, i), 4 * width))
             self.rotate(x, b.at(self.mine["q"], b.times(i, 2 * width)), position, "q_norm")
             b.put(ir.Constant(FLOAT, float("-inf")), self.mine["largest"], b.times(i, 4))
@@ -243,10 +262,10 @@ class _Step:
             low = b.larger(b.sub(start, b.times(page, size)), 0)
             high = b.smaller(b.sub(end, b.times(page, size)), size)
             at = self.page_offset(pages, page)
-            with b.loop(0, s.group) as i:
+            with b.loop(0, self.group) as i:
                 self.page_scores(i, b.at(keys, at), low, high)
             self.page_values(b.at(values, at), low, high)
-        with b.loop(0, s.group) as i:
+        with b.loop(0, self.group) as i:
             total = b.splat(b.get(FLOAT, self.mine["weights"], b.times(i, 4)))
             out = b.at(self.attended, b.times(row, 2 * s.q_width), b.times(b.plus(queries, i), 2 * width))
             for lane in range(0, width, LANES):
@@ -320,8 +339,8 @@ class _Step:
         b, s = self.b, self.shape
         width, blocks = s.head_dim, s.head_dim // LANES
         together = max(1, LANES // blocks)
-        for first in range(0, s.group, together):
-            cells = [(i, j) for i in range(first, min(first + together, s.group)) for j in range(blocks)]
+        for first in range(0, self.group, together):
+            cells = [(i, j) for i in range(first, min(first + together, self.group)) for j in range(blocks)]
             places = {(i, j): b.at(self.mine["mixed"], 4 * width * i + 64 * j) for i, j in cells}
             sums = {cell: b.variable(b.get(FLOATS, place)) for cell, place in places.items()}
             with b.loop(low, high) as token:
