@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from gossamer.core import ScheduledRow
 from gossamer.kv_cache.pool import KVPool
@@ -14,12 +15,11 @@ from gossamer.layers.attention.gqa import GQALayer
 from gossamer.layers.linear import Int4Weight, Int8HeadWeight, PackedWeight
 from gossamer.layers.mlp import GatedMLP
 from gossamer.models.decoder import Decoder
-from gossamer.ops import gemm_weight_only as wo
 from gossamer.ops import native
-from gossamer.ops.gemm.packed import pack_weight
 from gossamer.ops.native import jit
 
 _Weight = PackedWeight | Int4Weight | Int8HeadWeight
+_BITS = {"bf16": 16, "int4": 4, "int8": 8}
 
 
 def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
@@ -35,42 +35,62 @@ def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
         return f"a width is no multiple of {native.TILE}, or a head's is none of 32"
     if pool.page_size % 16 or {decoder.fmt.dtype, pool.tensor.dtype} != {torch.bfloat16}:
         return "pages are no multiple of 16 tokens, or not bf16"
-    weights = [linear.weight for b in decoder.blocks for linear in (*b.attention.linears, *b.mlp.linears)]
-    if not all(isinstance(weight, _Weight) for weight in (*weights, decoder.head)):
+    linears = [linear for b in decoder.blocks for linear in (*b.attention.linears, *b.mlp.linears)]
+    weights = [decoder.head, *(linear.weight for linear in linears)]
+    if not all(isinstance(weight, _Weight) for weight in weights):
         return "its weights are neither bf16 nor int4"
-    return jit.obstacle() or (None if _layouts_known() else "torch packs weights in an unknown way")
+    if (missing := jit.obstacle()) is not None:
+        return missing
+    known = all(map(_lies_as_known, cast(list[_Weight], weights)))
+    return None if known else "torch packs its weights in an unknown way"
 
 
-def _layouts_known() -> bool:
-    """Whether torch and oneDNN pack some numbers as `ops.native.products` says."""
-    n, k = 2 * native.TILE, native.TILE
-    if not hasattr(torch.ops.mkldnn, "data_ptr"):
+def _layout(weight: _Weight) -> tuple[str, int, int]:
+    """Kind, outputs and inputs."""
+    if isinstance(weight, PackedWeight):
+        return "bf16", *weight.weight.shape
+    if isinstance(weight, Int4Weight):
+        return "int4", weight.scale.shape[1], 32 * weight.scale.shape[0]
+    k, n = weight.weight.shape
+    return "int8", n, k
+
+
+def _tiles(weight: _Weight) -> torch.Tensor:
+    """A view of the packed numbers, as `ops.native.products` says that they lie."""
+    kind, n, k = _layout(weight)
+    size = n * k * _BITS[kind] // 8
+    raw = torch.frombuffer((ctypes.c_uint8 * size).from_address(_address(weight)), dtype=torch.uint8)
+    if kind == "int4":
+        return raw.view(-1, k, native.TILE // 2)
+    numbers = raw.view(torch.bfloat16 if kind == "bf16" else torch.int8)
+    return numbers.view(n // native.TILE, -1, native.TILE, 32 // _BITS[kind])
+
+
+def _address(weight: _Weight) -> int:
+    held = weight.weight
+    return int(torch.ops.mkldnn.data_ptr(held)) if held.is_mkldnn else held.data_ptr()
+
+
+@torch.inference_mode()
+def _lies_as_known(weight: _Weight) -> bool:
+    """Whether some columns read from the tiles are the weight's products with unit vectors.
+
+    torch and oneDNN choose layouts by their version, the CPU and the shape.
+    """
+    kind, n, k = _layout(weight)
+    if weight.weight.is_mkldnn and torch.ops.mkldnn._nbytes(weight.weight) < n * k * _BITS[kind] // 8:
         return False
-    with torch.inference_mode(False):
-        numbers = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        q, ones = (numbers & 15).to(torch.uint8), torch.ones(n, k // 32)
-        low, high = q.view(2, 2, -1, k).transpose(2, 3).unbind(1)
-        pairs = (
-            (pack_weight(numbers.bfloat16()), _interleaved(numbers.bfloat16(), 2)),
-            (wo.pack_int8_exact(numbers), _interleaved(numbers, 4)),
-            (wo.pack_int4(q, ones, ones, torch.bfloat16)[0], low | high << 4),
-        )
-        return all(torch.equal(_bytes(packed, t.nbytes), t.flatten().view(torch.uint8)) for packed, t in pairs)
-
-
-def _interleaved(weight: torch.Tensor, count: int) -> torch.Tensor:
-    """[N, K] -> [N / 64, K / count, 64, count]"""
-    n, k = weight.shape
-    return weight.view(n // native.TILE, native.TILE, k // count, count).transpose(1, 2).contiguous()
-
-
-def _address(weight: torch.Tensor) -> int:
-    return int(torch.ops.mkldnn.data_ptr(weight)) if weight.is_mkldnn else weight.data_ptr()
-
-
-def _bytes(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """A view of what a packed weight begins with."""
-    return torch.frombuffer((ctypes.c_uint8 * size).from_address(_address(weight)), dtype=torch.uint8)
+    columns, tiles = torch.tensor([0, k // 2 + 5, k - 2]), _tiles(weight)
+    if isinstance(weight, Int4Weight):
+        pairs = tiles[:, columns].transpose(0, 1)
+        scale, zero = weight.scale[columns // 32].float().unbind(-1)
+        found = (torch.cat((pairs & 15, pairs >> 4), -1).flatten(1) - 8.0) * scale + zero
+    else:
+        lanes = tiles.shape[-1]
+        found = tiles[:, columns // lanes, :, columns % lanes].flatten(1).float()
+        found *= 1.0 if isinstance(weight, PackedWeight) else weight.scale
+    product = weight(F.one_hot(columns, k).bfloat16()).float() - (0.0 if weight.bias is None else weight.bias.float())
+    return torch.allclose(found, product, rtol=0.02, atol=0.02 * float(found.abs().max()), equal_nan=True)
 
 
 class NativeStep:
@@ -168,18 +188,14 @@ class NativeStep:
 
     def _weight(self, name: str, weight: _Weight) -> dict[str, int]:
         """A weight's entries, under this name. A tile holds 64 outputs, its halves begin side by side."""
-        bias, scales, half_bytes = weight.bias, 0, 64
-        if isinstance(weight, PackedWeight):
-            kind, (n, k), bits = "bf16", weight.weight.shape, 16
-        elif isinstance(weight, Int4Weight):
-            kind, (k, n), bits, half_bytes, scales = "int4", weight.scale.shape[:2], 4, 16, weight.scale.data_ptr()
-            k *= 32
-        else:
-            kind, (k, n), bits, scales = "int8", weight.weight.shape, 8, weight.scale.data_ptr()
-            tiles = _bytes(weight.weight, n * k).view(torch.int8).view(-1, k // 4, native.TILE, 4)
-            # Digits of x are 128 too large, so that they have no sign.
-            bias = tiles.sum((1, 3), dtype=torch.int32).mul_(-128).view(torch.float32)
+        kind, n, k = _layout(weight)
+        bias = torch.zeros(n) if weight.bias is None else weight.bias
+        if kind == "int8":  # digits of x are 128 too large, so that they have no sign
+            bias = _tiles(weight).sum((1, 3), dtype=torch.int32).mul_(-128).view(torch.float32)
+        scales, half_bytes = (
+            0 if isinstance(weight, PackedWeight) else weight.scale.data_ptr(),
+            16 if kind == "int4" else 64,
+        )
         self._kinds.add(kind)
-        address = self._floats(torch.zeros(n) if bias is None else bias)
-        values = native.KINDS.index(kind), _address(weight.weight), 8 * bits * k, half_bytes, scales, address
+        values = native.KINDS.index(kind), _address(weight), 8 * _BITS[kind] * k, half_bytes, scales, self._floats(bias)
         return {f"{name}.{field}": value for field, value in zip(native.WEIGHT, values, strict=True)}

@@ -178,6 +178,12 @@ def test_what_is_not_native_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "neither" in str(why(BASE, quantization="int8"))
     assert "multiple of 64" in str(why(dataclasses.replace(BASE, intermediate_size=96)))
     assert "rotate in part" in str(why(dataclasses.replace(BASE, rope=RopeConfig(rotary_dim=16))))
+    tiles = native_step._tiles
+    for quantization in FORMATS:
+        assert why(BASE, quantization=quantization) is None
+        monkeypatch.setattr(native_step, "_tiles", lambda weight: tiles(weight).flip(2))
+        assert "unknown way" in str(why(BASE, quantization=quantization))
+        monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "gossamer[cpu]" in str(why(BASE))
 
