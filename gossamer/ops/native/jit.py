@@ -24,7 +24,8 @@ def obstacle() -> str | None:
 
 def _libgomp() -> Path | None:
     """The OpenMP library that torch brought along."""
-    return next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+    site = Path(torch.__file__).parents[1]
+    return next((file for folder in ("torch/lib", "torch.libs") for file in (site / folder).glob("libgomp*.so*")), None)
 
 
 class Code:
