@@ -32,6 +32,7 @@ from gossamer.layers.attention.base import AttentionBatch
 from gossamer.layers.linear import WeightFormat
 from gossamer.models.decoder import Decoder
 from gossamer.models.loader import inspect_model, iter_weights
+from gossamer.ops.sampling import argmax
 from gossamer.runtime.native_step import NativeStep, obstacle
 
 CONTEXT, PAGE_SIZE, BATCHES = 150, 64, (1, 4, 8, 16)
@@ -57,7 +58,7 @@ def stepper(decoder: Decoder, pool: KVPool, batch: int) -> Callable[[], torch.Te
     @torch.inference_mode()
     def step() -> torch.Tensor:
         rows = AttentionBatch(batch, [CONTEXT] * batch, [1] * batch, tables, PAGE_SIZE)
-        return decoder.logits(decoder.forward(ids, positions, rows, pool)).argmax(-1)
+        return argmax(decoder.logits(decoder.forward(ids, positions, rows, pool)))
 
     return step
 
@@ -69,7 +70,7 @@ def native_stepper(native: NativeStep, batch: int) -> Callable[[], torch.Tensor]
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
-        return native.logits(rows, last_token, tables).argmax(-1)
+        return argmax(native.logits(rows, last_token, tables))
 
     return step
 
