@@ -1,4 +1,4 @@
-"""Native decode steps beside torch's: no further from a float32 model, and the same whatever shares the batch."""
+"""Native decode steps beside torch's: nearer to a float32 model, and the same whatever shares the batch."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def rms(x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("quantization", FORMATS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_further_from_float32_than_torch(name: str, quantization: str) -> None:
+def test_nearer_to_float32_than_torch(name: str, quantization: str) -> None:
     torch.set_num_threads(2)
     models = Models(name, quantization)
     exact = models.by_torch(models.exact, models.wide)
@@ -131,7 +131,7 @@ def test_no_further_from_float32_than_torch(name: str, quantization: str) -> Non
     ours = models.step(list(range(len(LENGTHS))))
     assert exact.isfinite().all()
     assert rms(peer - exact) < 3e-2 * rms(exact)
-    assert rms(ours - exact) <= 1.1 * rms(peer - exact)
+    assert rms(ours - exact) <= 0.85 * rms(peer - exact)
     both = [x[~x.isnan()].float() for x in (models.written, models.written_by_torch)]
     assert both[0].shape == both[1].shape  # the same pages are zeroed, the same tokens written
     assert rms(both[0] - both[1]) < 1e-2 * rms(both[1])
