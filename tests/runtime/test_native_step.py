@@ -145,11 +145,12 @@ def test_a_row_is_the_same_whatever_shares_the_batch(quantization: str) -> None:
     alone = torch.cat([models.step([row]) for row in rows])
     for count in (2, 3, 5, 8, 9, 12, 13, 16):
         assert torch.equal(models.step(rows[-count:]), alone[-count:])
+    assert torch.equal(models.step([*rows, *rows[3:8]]), torch.cat((alone, alone[3:8])))
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         assert torch.equal(models.step(rows), alone)
     assert max(ROW_COUNTS) == len(rows)
-    assert not models.native.serves([ScheduledRow(0, 3, 1, [], [], True)] * 17)
+    assert not models.native.serves([ScheduledRow(0, 3, 1, [], [], True)] * 33)
     assert not models.native.serves([ScheduledRow(0, 3, 2, [7, 8], [], True)])
 
 
