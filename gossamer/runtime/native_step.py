@@ -153,24 +153,17 @@ class NativeStep:
             self._num_threads = num_threads
             self._set(scratch=self._keep(torch.zeros(num_threads * self._scratch, dtype=torch.uint8)))
         for first in range(0, len(rows), native.MAX_ROWS):
-            self._set(logits=self._logits[first:].data_ptr())
-            self._run(rows[first : first + native.MAX_ROWS], last_token, page_tables, num_threads)
+            part = rows[first : first + native.MAX_ROWS]
+            n, slots = len(part), [row.slot for row in part]
+            addresses = [page_tables[slot].buffer_info()[0] for slot in slots]
+            self._rows[:, :n] = last_token.numpy()[slots], [row.start_pos for row in part], addresses
+            longest = 1 + max(row.start_pos for row in part)
+            cos, sin = self._decoder.rotary.table(1 << (longest - 1).bit_length())
+            kernels = self._kernels[next(count for count in native.ROW_COUNTS if count >= n)]
+            tables = {"cos": cos.data_ptr(), "sin": sin.data_ptr(), "logits": self._logits[first:].data_ptr()}
+            self._set(rows=n, **tables, **kernels)
+            self._code.run(self._step, self._arguments.ctypes.data, num_threads)
         return self._logits[: len(rows)]
-
-    def _run(
-        self, rows: Sequence[ScheduledRow], last_token: torch.Tensor, page_tables: "Sequence[array[int]]",
-        num_threads: int,
-    ) -> None:  # fmt: skip
-        n, slots = len(rows), [row.slot for row in rows]
-        self._rows[:, :n] = (
-            last_token.numpy()[slots], [row.start_pos for row in rows],
-            [page_tables[slot].buffer_info()[0] for slot in slots],
-        )  # fmt: skip
-        longest = int(self._rows[1, :n].max()) + 1
-        cos, sin = self._decoder.rotary.table(1 << (longest - 1).bit_length())
-        kernels = self._kernels[next(count for count in native.ROW_COUNTS if count >= n)]
-        self._set(rows=n, cos=cos.data_ptr(), sin=sin.data_ptr(), **kernels)
-        self._code.run(self._step, self._arguments.ctypes.data, num_threads)
 
     def _set(self, **values: int) -> None:
         for name, value in values.items():
