@@ -111,9 +111,8 @@ class NativeStep:
         )  # fmt: skip
         self._kinds: set[str] = set()
         layers = [self._layer(i, *pool.layers[i][:2]) for i in range(c.num_layers)]
-        layers.append(
-            {"attn_norm": self._floats(decoder.final_norm)} | self._weight("head", cast(_Weight, decoder.head))
-        )
+        end = {"attn_norm": self._floats(decoder.final_norm)}
+        layers.append(end | self._weight("head", cast(_Weight, decoder.head)))
         self._layers = np.array([[layer.get(name, 0) for name in native.LAYER] for layer in layers], np.int64)
         self._code, modules = jit.Code(), step.modules(shape, sorted(self._kinds))
         total = 1 + len(self._kinds) * len(native.ROW_COUNTS)
@@ -195,10 +194,8 @@ class NativeStep:
         bias = torch.zeros(n) if weight.bias is None else weight.bias
         if kind == "int8":  # digits of x are 128 too large, so that they have no sign
             bias = _tiles(weight).sum((1, 3), dtype=torch.int32).mul_(-128).view(torch.float32)
-        scales, half_bytes = (
-            0 if isinstance(weight, PackedWeight) else weight.scale.data_ptr(),
-            16 if kind == "int4" else 64,
-        )
+        scales = 0 if isinstance(weight, PackedWeight) else weight.scale.data_ptr()
+        half_bytes = 16 if kind == "int4" else 64
         self._kinds.add(kind)
         values = native.KINDS.index(kind), _address(weight), 8 * _BITS[kind] * k, half_bytes, scales, self._floats(bias)
         return {f"{name}.{field}": value for field, value in zip(native.WEIGHT, values, strict=True)}

@@ -3,6 +3,7 @@
 Kernels are written as Python functions that emit LLVM's language: what they loop over in Python is unrolled.
 """
 
+import math
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -18,18 +19,13 @@ class _BFloat(ir.Type):
 
     __str__ = _to_string
 
-    def __eq__(self, other):
-        return isinstance(other, _BFloat)
-
-    def __hash__(self):
-        return hash(_BFloat)
-
 
 LANES = 16
 I8, I16, I32, I64, FLOAT, VOID = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), ir.VoidType()
 POINTER = ir.PointerType()
 BYTES, INTS, FLOATS = ir.VectorType(I8, 64), ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
-HALVES, PAIRS = ir.VectorType(_BFloat(), LANES), ir.VectorType(_BFloat(), 2 * LANES)
+HALVES = ir.VectorType(_BFloat(), LANES)
+PAIRS = ir.VectorType(HALVES.element, 2 * LANES)
 LANE_BYTES = ir.VectorType(I8, LANES)
 
 
@@ -138,9 +134,8 @@ class Emitter(ir.IRBuilder):
         return self.invoke("llvm.vector.reduce.fmaximum.v16f32", FLOAT, value)
 
     def lane_sum(self, value):
-        return self.invoke(
-            "llvm.vector.reduce.fadd.v16f32", FLOAT, ir.Constant(FLOAT, 0.0), value, fastmath=["reassoc"]
-        )
+        start = ir.Constant(FLOAT, 0.0)
+        return self.invoke("llvm.vector.reduce.fadd.v16f32", FLOAT, start, value, fastmath=["reassoc"])
 
     def lane_sums(self, values):
         """Sixteen vectors to one of their sums."""
@@ -156,15 +151,15 @@ class Emitter(ir.IRBuilder):
         return values[0]
 
     def exp(self, x):
-        """e^x by a polynomial of degree six on half an octave, to 2 units in the last place; NaN stays."""
-        t = self.fmul(x, self.all(1.4426950408889634, FLOATS))
+        """e^x as a power of two by a polynomial of degree six, to some 2e-7 of it; NaN stays."""
+        t = self.fmul(x, self.all(1 / math.log(2.0), FLOATS))
         low = self.all(-126.0, FLOATS)
         t = self.select(self.fcmp_ordered("<", t, low), low, t)
         n = self.round(t)
         r = self.fsub(t, n)
-        total = self.all(1.5403530393381609e-4, FLOATS)
-        for term in (1.3333558146428443e-3, 9.618129107628477e-3, 5.5504108664821580e-2, 0.24022650695910072,
-                     0.6931471805599453, 1.0):  # fmt: skip
+        terms = [math.log(2.0) ** k / math.factorial(k) for k in range(6, -1, -1)]
+        total = self.all(terms[0], FLOATS)
+        for term in terms[1:]:
             total = self.fused(total, r, self.all(term, FLOATS))
         mask = ir.Constant(I16, -1)
         return self.invoke("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, total, n, total, mask, ir.Constant(I32, 4))

@@ -11,20 +11,7 @@ from itertools import accumulate, product
 from llvmlite import ir
 
 from gossamer.ops.native import ARGUMENTS, KINDS, LAYER, MAX_ROWS, ROW_COUNTS, TILE, WEIGHT, Shape, products
-from gossamer.ops.native.emitter import (
-    BYTES,
-    FLOAT,
-    FLOATS,
-    I32,
-    I64,
-    INTS,
-    LANE_BYTES,
-    LANES,
-    PAIRS,
-    POINTER,
-    VOID,
-    Emitter,
-)  # fmt: skip
+from gossamer.ops.native.emitter import FLOAT, FLOATS, I32, I64, INTS, LANE_BYTES, LANES, PAIRS, POINTER, VOID, Emitter
 
 
 def modules(shape: Shape, kinds: list[str]) -> Iterator[str]:
@@ -55,9 +42,8 @@ class _Step:
     def __init__(self, module, shape):
         self.b, self.shape, self.layer = Emitter(module, "step", VOID, POINTER), shape, None
         b, self.table = self.b, self.b.arguments[0]
-        self.thread, self.threads = (
-            b.zext(b.call_pointer(self.argument(name, POINTER), I32), I64) for name in ("thread_num", "num_threads")
-        )
+        asked = (b.call_pointer(self.argument(name, POINTER), I32) for name in ("thread_num", "num_threads"))
+        self.thread, self.threads = (b.zext(value, I64) for value in asked)
         s, self.rows, self.group = shape, self.argument("rows"), shape.num_q_heads // shape.num_kv_heads
         self.sizes = {  # outputs and inputs of each weight
             "qkv": (s.qkv, s.hidden), "o": (s.hidden, s.q_width), "head": (s.vocab_size, s.hidden),
@@ -65,8 +51,9 @@ class _Step:
         }  # fmt: skip
         own = b.at(self.argument("scratch", POINTER), b.times(self.thread, scratch(shape)["end"]))
         self.mine = {name: b.at(own, offset) for name, offset in scratch(shape).items()}
+        buffers = "x", "qkv", "attended", "activated", "logits"
         self.x, self.qkv, self.attended, self.activated, self.logits = (
-            self.argument(name, POINTER) for name in ("x", "qkv", "attended", "activated", "logits")
+            self.argument(name, POINTER) for name in buffers
         )
 
     def argument(self, name, kind=I64):
@@ -283,14 +270,12 @@ class _Step:
         """
         b, s = self.b, self.shape
         width, offset = s.head_dim, b.urem(position, b.number(s.page_size))
-        at, first = (
-            self.page_offset(pages, b.over(position, s.page_size)),
-            b.times(head, self.argument("kv_head_bytes")),
-        )
+        at = self.page_offset(pages, b.over(position, s.page_size))
+        first = b.times(head, self.argument("kv_head_bytes"))
         planes = [b.at(self.of_layer(name, POINTER), first) for name in ("k_pages", "v_pages")]
         with b.if_then(b.icmp_unsigned("==", offset, b.number(0))), b.loop(0, 2 * s.page_size * width, 64) as i:
             for plane in planes:
-                b.put(b.all(0, BYTES), plane, at, i)
+                b.put(b.all(0.0, FLOATS), plane, at, i)
         token = b.plus(at, b.times(offset, 2 * width))
         heads = b.at(qkv, b.times(head, 4 * width), 4 * s.q_width)
         self.rotate(heads, b.at(planes[0], token), position, "k_norm")
