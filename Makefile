@@ -32,7 +32,7 @@ $(VENV)/.torch: | $(BIN)/python
 	@touch $@
 
 $(VENV)/.run: pyproject.toml | $(VENV)/.torch
-	$(PIP) install --progress-bar on -e .
+	$(PIP) install --progress-bar on -e '.[cpu]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch

@@ -21,9 +21,10 @@ ALL_PYTHON = SOURCES + [
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 MAX_ENGINE_LINES = 13_000
-MAX_KERNEL_LINES_IN_ALL = 6_100
+MAX_KERNEL_LINES_IN_ALL = 6_600
 """Lines of code, kernels apart from what calls them: latent and sparse attention and Hopper's own kernels brought 2,800
-lines. The design's 15,000 lines for all of it were meant for less; what is not a kernel keeps well below."""
+lines, native decode steps of CPUs 500. The design's 15,000 lines for all of it were meant for less; what is not a
+kernel keeps well below."""
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 150
@@ -61,6 +62,8 @@ def num_code_lines(path: Path) -> int:
 
 
 def is_kernel_file(path: Path) -> bool:
+    if path.parent == PACKAGE / "ops" / "native":
+        return path.stem in ("emitter", "products", "step")
     return path.name.startswith(("triton", "hopper")) and path.is_relative_to(PACKAGE / "ops")
 
 

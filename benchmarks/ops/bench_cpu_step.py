@@ -1,8 +1,9 @@
-"""Where a decode step of the default model goes on a CPU: milliseconds a step, and each operator's share of them.
+"""A decode step of the default model on a CPU, by torch's operators and native: milliseconds, and operators' shares.
 
     python benchmarks/ops/bench_cpu_step.py [--repeats 60] [--out benchmarks/results/cpu/cpu_step.json]
 
-Bare steps (decoder and greedy choice) in the main thread, no engine. Shares are self times of torch's profiler.
+Bare steps (decoder and greedy choice) in the main thread, no engine, both ways in turns. Shares are self times of
+torch's profiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Callable
 
 import torch
@@ -23,12 +25,15 @@ from common import environment
 from serving.cpu_peers import model_file
 
 from gossamer.config import LoadConfig
+from gossamer.core import ScheduledRow
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention import gqa
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.layers.linear import WeightFormat
 from gossamer.models.decoder import Decoder
 from gossamer.models.loader import inspect_model, iter_weights
+from gossamer.ops.sampling import argmax
+from gossamer.runtime.native_step import NativeStep, obstacle
 
 CONTEXT, PAGE_SIZE, BATCHES = 150, 64, (1, 4, 8, 16)
 PAGES = CONTEXT // PAGE_SIZE + 1
@@ -53,19 +58,33 @@ def stepper(decoder: Decoder, pool: KVPool, batch: int) -> Callable[[], torch.Te
     @torch.inference_mode()
     def step() -> torch.Tensor:
         rows = AttentionBatch(batch, [CONTEXT] * batch, [1] * batch, tables, PAGE_SIZE)
-        return decoder.logits(decoder.forward(ids, positions, rows, pool)).argmax(-1)
+        return argmax(decoder.logits(decoder.forward(ids, positions, rows, pool)))
 
     return step
 
 
-def times_ms(step: Callable[[], torch.Tensor], repeats: int) -> list[float]:
-    for _ in range(5):
-        step()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
+def native_stepper(native: NativeStep, batch: int) -> Callable[[], torch.Tensor]:
+    last_token = torch.arange(batch) + 1000
+    tables = [array("i", range(row * PAGES, (row + 1) * PAGES)) for row in range(batch)]
+    rows = [ScheduledRow(row, CONTEXT, 1, [], [], True) for row in range(batch)]
+
+    @torch.inference_mode()
+    def step() -> torch.Tensor:
+        return argmax(native.logits(rows, last_token, tables))
+
+    return step
+
+
+def times_ms(steps: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, list[float]]:
+    """In turns of ten steps, so that other users of the machine disturb all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(max(1, repeats // 10)):
+        for name, step in steps.items():
+            step()
+            for _ in range(10):
+                start = time.perf_counter()
+                step()
+                times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 
@@ -91,14 +110,19 @@ def main() -> None:
     for name, quantization in (("int4", "int4"), ("bf16", "none")):
         torch.set_num_threads(1)
         decoder, pool = build(quantization)
+        why = obstacle(decoder, pool)
+        native = NativeStep(decoder, pool, lambda *_: None) if why is None else None
+        print(f"{name}: {why or 'native too'}")
         torch.set_num_threads(threads)
         for batch in BATCHES:
-            step = stepper(decoder, pool, batch)
-            times = times_ms(step, args.repeats)
-            medians.setdefault(name, {})[f"b{batch}"] = round(statistics.median(times), 2)
-            fastest.setdefault(name, {})[f"b{batch}"] = round(min(times), 2)
-            breakdown[f"{name} b{batch}"] = shares(step)
-            print(f"{name} {batch:3} rows: median {statistics.median(times):.2f} ms, fastest {min(times):.2f} ms")
+            steps = {f"{name} torch": stepper(decoder, pool, batch)}
+            if native is not None:
+                steps[f"{name} native"] = native_stepper(native, batch)
+            for way, times in times_ms(steps, args.repeats).items():
+                medians.setdefault(way, {})[f"b{batch}"] = round(statistics.median(times), 2)
+                fastest.setdefault(way, {})[f"b{batch}"] = round(min(times), 2)
+                print(f"{way} {batch:3} rows: median {statistics.median(times):.2f} ms, fastest {min(times):.2f} ms")
+            breakdown[f"{name} b{batch}"] = shares(steps[f"{name} torch"])
             print("   ", breakdown[f"{name} b{batch}"])
     report = environment() | {
         "device": f"cpu, {threads} threads",

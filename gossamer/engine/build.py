@@ -1,6 +1,7 @@
 """Builds an engine from a config: inspect the model, resolve what is automatic, load, divide memory, start the loop."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from math import prod
 
@@ -21,11 +22,13 @@ from gossamer.models.decoder import ATTENTION_KINDS, Decoder
 from gossamer.models.loader import ModelSource, inspect_model, iter_weights
 from gossamer.models.shapes import expected_shapes
 from gossamer.ops.gemm.packed import packing_supported
-from gossamer.runtime import ceilings, cuda_memory
+from gossamer.runtime import ceilings, cuda_memory, native_step
 from gossamer.runtime.cuda_runner import CudaRunner
 from gossamer.runtime.executor import Executor
 from gossamer.runtime.hardware import detect, has_fp8, require_fp8
 from gossamer.runtime.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 # A dense copy beside int4/int8 weights doubles prefill speed on a CPU; it is kept while it takes at most this share
 # of free memory.
@@ -77,7 +80,8 @@ def build_engine(
         paged_runner.attach(pool)
         runner = paged_runner
     else:
-        runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads)
+        native = _native_step(decoder, pool, config, report)
+        runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads, native)
     limits = RequestLimits(vocab_size=model.vocab_size, max_model_len=plan.max_model_len)
     ends = model.eos_token_ids
     engine = Engine(
@@ -97,6 +101,19 @@ def inspect(config: EngineConfig) -> tuple[EngineConfig, ModelSource, Hardware]:
     source, hardware = inspect_model(config.load), detect(config.device)
     model = with_attention(config, hardware, source.config)
     return resolve(config, hardware, model), dataclasses.replace(source, config=model), hardware
+
+
+def _native_step(
+    decoder: Decoder, pool: KVPool, config: EngineConfig, report: ProgressCallback
+) -> native_step.NativeStep | None:
+    """Decode steps of a few rows as native code, where they can be had (a CPU)."""
+    if config.ops_backend == "reference" or decoder.fmt.dtype != torch.bfloat16:
+        return None
+    obstacle = native_step.obstacle(decoder, pool)
+    if obstacle is not None:
+        logger.info("Decode steps are not native code: %s.", obstacle)
+        return None
+    return native_step.NativeStep(decoder, pool, report)
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

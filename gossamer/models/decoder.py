@@ -92,7 +92,7 @@ class Decoder:
         self.head: Weight | None = None
         self._backend = backend
         self._kind = ATTENTION_KINDS[config.attention]
-        self._rotary = RotaryTable(config.rope, config.head_dim, max_model_len, fmt.dtype, fmt.device)
+        self.rotary = RotaryTable(config.rope, config.head_dim, max_model_len, fmt.dtype, fmt.device)
         self._loaders = self._collect_loaders()
 
     def _collect_loaders(self) -> dict[str, Loader]:
@@ -197,7 +197,7 @@ class Decoder:
     ) -> torch.Tensor:  # fmt: skip
         plan = self._kind.plan(self.config, batch, self.fmt.dtype)
         longest = max(start + length for start, length in zip(batch.starts, batch.lengths, strict=True))
-        cos, sin = self._rotary.lookup(positions, longest)
+        cos, sin = self.rotary.lookup(positions, longest)
         eps, backend = self.config.rms_norm_eps, self._backend
         for block, planes in layers:
             h = rms_norm(x, _loaded(block.attn_norm), eps, backend=backend)
@@ -235,7 +235,7 @@ class Decoder:
         self, x: torch.Tensor, layers: Iterable[tuple[Block, Sequence[torch.Tensor]]], plan: PagedPlan,
         norm: torch.Tensor, result: list[torch.Tensor],
     ) -> Iterator[Attend]:  # fmt: skip
-        cos, sin = self._rotary.table(plan.max_seq_len)
+        cos, sin = self.rotary.table(plan.max_seq_len)
         num_tokens, attention = x.shape[0], self.blocks[0].attention
         q = x.new_empty(num_tokens, *attention.q_shape)
         attended_shape = (num_tokens, *attention.out_shape)

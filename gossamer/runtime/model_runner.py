@@ -1,6 +1,7 @@
 """The executor of a CPU: per-slot state, one forward per batch, sampling."""
 
 import time
+from array import array
 from concurrent.futures import Future
 from itertools import accumulate
 
@@ -13,6 +14,7 @@ from gossamer.models.decoder import Decoder
 from gossamer.ops.sampling import argmax
 from gossamer.runtime.drafts import is_draft, pairs, single_rows, token_after, verify
 from gossamer.runtime.executor import Logprobs, step_result
+from gossamer.runtime.native_step import NativeStep
 from gossamer.runtime.sampler import Sampler, prompt_logprobs
 
 _Inputs = tuple[torch.Tensor, torch.Tensor, AttentionBatch]
@@ -24,14 +26,18 @@ class ModelRunner:
     The token a slot sampled last stays in `last_token`, so a decode row's input never waits for the host.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool, max_num_seqs: int, num_threads: int | None = None) -> None:
-        self._num_threads = num_threads
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, max_num_seqs: int, num_threads: int | None = None,
+        native: NativeStep | None = None,
+    ) -> None:  # fmt: skip
+        """`native`, if given, computes the steps that it serves."""
+        self._num_threads, self._native = num_threads, native
         self.decoder = decoder
         self.pool = pool
         self.device = decoder.fmt.device
         self.sampler = Sampler(decoder.config.vocab_size, max_num_seqs, self.device)
         self.last_token, self.draft_token = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=self.device)
-        self._page_tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._page_tables = [array("i") for _ in range(max_num_seqs)]
         self._sequences: list[AdmittedSequence | None] = [None] * max_num_seqs
 
     def submit(self, batch: ScheduledBatch) -> Future[StepResult]:
@@ -53,12 +59,16 @@ class ModelRunner:
             torch.set_num_threads(self._num_threads)
             self._num_threads = None
         self._update_slots(batch)
+        if self._native is not None and self._native.serves(batch.rows):
+            logits = self._native.logits(batch.rows, self.last_token, self._page_tables)
+            tokens, logprobs = self.sampler.sample(logits, batch.rows)
+            self._remember(batch.rows, tokens)
+            return step_result(batch, tokens.tolist(), logprobs, None, time.monotonic() - start_time, start_time)
         rows = batch.rows if self.decoder.drafter is None else single_rows(batch.rows)
         inputs = self._inputs(rows)
         hidden = self.decoder.forward(*inputs, self.pool)
         sampling = [row for row in rows if row.samples]
-        tokens = torch.empty(0, dtype=torch.int64)
-        logprobs: Logprobs = None
+        tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         if sampling:
             tokens, logprobs = self.sampler.sample(self.decoder.logits(self._last_rows(hidden, rows)), sampling)
         bonus = None
@@ -96,7 +106,7 @@ class ModelRunner:
 
     def _update_slots(self, batch: ScheduledBatch) -> None:
         for seq in batch.admitted:
-            self._page_tables[seq.slot] = []
+            self._page_tables[seq.slot] = array("i")
             self._sequences[seq.slot] = seq
             self.sampler.admit(seq)
         for row in batch.rows:
