@@ -80,7 +80,7 @@ def build_engine(
         paged_runner.attach(pool)
         runner = paged_runner
     else:
-        native = _native_step(decoder, pool, config, report)
+        native = None if config.ops_backend == "reference" else _native_step(decoder, pool, report)
         runner = ModelRunner(decoder, pool, config.scheduler.max_num_seqs or 1, config.num_threads, native)
     limits = RequestLimits(vocab_size=model.vocab_size, max_model_len=plan.max_model_len)
     ends = model.eos_token_ids
@@ -103,17 +103,15 @@ def inspect(config: EngineConfig) -> tuple[EngineConfig, ModelSource, Hardware]:
     return resolve(config, hardware, model), dataclasses.replace(source, config=model), hardware
 
 
-def _native_step(
-    decoder: Decoder, pool: KVPool, config: EngineConfig, report: ProgressCallback
-) -> native_step.NativeStep | None:
-    """Decode steps of a few rows as native code, where they can be had (a CPU)."""
-    if config.ops_backend == "reference" or decoder.fmt.dtype != torch.bfloat16:
-        return None
-    obstacle = native_step.obstacle(decoder, pool)
-    if obstacle is not None:
+def _native_step(decoder: Decoder, pool: KVPool, report: ProgressCallback) -> native_step.NativeStep | None:
+    """Decode rows as native code, where it can be had (a CPU)."""
+    try:
+        if (obstacle := native_step.obstacle(decoder, pool)) is None:
+            return native_step.NativeStep(decoder, pool, report)
         logger.info("Decode steps are not native code: %s.", obstacle)
-        return None
-    return native_step.NativeStep(decoder, pool, report)
+    except Exception as error:  # of an llvmlite or a CPU unlike those known: torch's operators serve
+        logger.warning("Decode steps are not native code: %s: %s", type(error).__name__, error)
+    return None
 
 
 def _count_experts(decoder: Decoder) -> list[ExpertUse]:

@@ -30,7 +30,7 @@ class ModelRunner:
         self, decoder: Decoder, pool: KVPool, max_num_seqs: int, num_threads: int | None = None,
         native: NativeStep | None = None,
     ) -> None:  # fmt: skip
-        """`native`, if given, computes the steps that it serves."""
+        """`native`, if given, computes decode rows."""
         self._num_threads, self._native = num_threads, native
         self.decoder = decoder
         self.pool = pool
@@ -59,24 +59,27 @@ class ModelRunner:
             torch.set_num_threads(self._num_threads)
             self._num_threads = None
         self._update_slots(batch)
-        if self._native is not None and self._native.serves(batch.rows):
-            logits = self._native.logits(batch.rows, self.last_token, self._page_tables)
-            tokens, logprobs = self.sampler.sample(logits, batch.rows)
-            self._remember(batch.rows, tokens)
-            return step_result(batch, tokens.tolist(), logprobs, None, time.monotonic() - start_time, start_time)
         rows = batch.rows if self.decoder.drafter is None else single_rows(batch.rows)
-        inputs = self._inputs(rows)
-        hidden = self.decoder.forward(*inputs, self.pool)
-        sampling = [row for row in rows if row.samples]
+        # Decode rows are native in every step: what else is in it must not change their tokens.
+        first = 0 if self._native is None else batch.num_decode_rows
+        logits, hidden = list[torch.Tensor](), torch.empty(0)
+        if self._native is not None and first:
+            logits.append(self._native.logits(rows[:first], self.last_token, self._page_tables))
+        rest, sampling = rows[first:], [row for row in rows if row.samples]
+        if rest:
+            inputs = self._inputs(rest)
+            hidden = self.decoder.forward(*inputs, self.pool)
+            if any(row.samples for row in rest):
+                logits.append(self.decoder.logits(self._last_rows(hidden, rest)))
         tokens, logprobs = torch.empty(0, dtype=torch.int64), None
         if sampling:
-            tokens, logprobs = self.sampler.sample(self.decoder.logits(self._last_rows(hidden, rows)), sampling)
+            tokens, logprobs = self.sampler.sample(logits[0] if len(logits) == 1 else torch.cat(logits), sampling)
         bonus = None
         if self.decoder.drafter is not None:
             tokens, bonus, logprobs = self._draft(hidden, inputs, rows, tokens, logprobs)
         elif sampling:
             self._remember(sampling, tokens)
-        prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows)
+        prompt = prompt_logprobs(self.decoder, self.sampler, self._sequences, hidden, batch.rows, -first)
         seconds = time.monotonic() - start_time
         return step_result(batch, tokens.tolist(), logprobs, prompt, seconds, start_time, bonus)
 

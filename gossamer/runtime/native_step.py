@@ -20,8 +20,6 @@ from gossamer.ops.native import jit
 
 _Weight = PackedWeight | Int4Weight | Int8HeadWeight
 _BITS = {"bf16": 16, "int4": 4, "int8": 8}
-# Two calls of sixteen rows take three quarters of what torch's operators take at 32 (SmolLM2's shapes).
-_MOST_ROWS = 2 * native.MAX_ROWS
 
 
 def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
@@ -35,6 +33,8 @@ def obstacle(decoder: Decoder, pool: KVPool) -> str | None:
     widths = c.hidden_size, c.intermediate_size, c.vocab_size, q_width, kv_width
     if any(n % native.TILE for n in widths) or c.head_dim % 32:
         return f"a width is no multiple of {native.TILE}, or a head's is none of 32"
+    if c.head_dim > 512 or c.num_q_heads // c.num_kv_heads * c.head_dim > 16384:
+        return "its heads are too many or too wide to be unrolled"
     if pool.page_size % 16 or {decoder.fmt.dtype, pool.tensor.dtype} != {torch.bfloat16}:
         return "pages are no multiple of 16 tokens, or not bf16"
     linears = [linear for b in decoder.blocks for linear in (*b.attention.linears, *b.mlp.linears)]
@@ -69,8 +69,7 @@ def _tiles(weight: _Weight) -> torch.Tensor:
 
 
 def _address(weight: _Weight) -> int:
-    held = weight.weight
-    return int(torch.ops.mkldnn.data_ptr(held)) if held.is_mkldnn else held.data_ptr()
+    return int((torch.ops.mkldnn if weight.weight.is_mkldnn else torch.Tensor).data_ptr(weight.weight))
 
 
 @torch.inference_mode()
@@ -104,41 +103,36 @@ class NativeStep:
     def __init__(self, decoder: Decoder, pool: KVPool, report: Callable[[str, float], None]) -> None:
         from gossamer.ops.native import step  # needs llvmlite, which not everyone has
 
-        c, self._decoder, self._held = decoder.config, decoder, list[torch.Tensor]()
+        c, self._decoder, self._page_size, self._held = decoder.config, decoder, pool.page_size, list[torch.Tensor]()
         shape = native.Shape(
             c.hidden_size, c.intermediate_size, c.num_q_heads, c.num_kv_heads, c.head_dim, c.vocab_size,
             pool.page_size, c.rms_norm_eps, c.qk_norm == "head", isinstance(decoder.head, Int8HeadWeight),
         )  # fmt: skip
         self._kinds: set[str] = set()
         layers = [self._layer(i, *pool.layers[i][:2]) for i in range(c.num_layers)]
-        end = {"attn_norm": self._floats(decoder.final_norm)}
-        layers.append(end | self._weight("head", cast(_Weight, decoder.head)))
+        layers.append(
+            {"attn_norm": self._floats(decoder.final_norm)} | self._weight("head", cast(_Weight, decoder.head))
+        )
         self._layers = np.array([[layer.get(name, 0) for name in native.LAYER] for layer in layers], np.int64)
         self._code, modules = jit.Code(), step.modules(shape, sorted(self._kinds))
-        total = 1 + len(self._kinds) * len(native.ROW_COUNTS)
         for i, module in enumerate(modules):
-            report("Compiling kernels", i / total)
+            report("Compiling kernels", i / (1 + len(self._kinds) * len(native.ROW_COUNTS)))
             self._code.add(module)
         address = self._code.address
         self._step, self._num_threads, self._scratch = address("step"), 0, step.scratch(shape)["end"]
         self._kernels = {n: {kind: address(f"{kind}_{n}") for kind in self._kinds} for n in native.ROW_COUNTS}
-        self._rows = np.zeros((3, native.MAX_ROWS), np.int64)
-        self._arguments = np.zeros(len(native.ARGUMENTS), np.int64)
-        self._logits = torch.zeros(_MOST_ROWS, shape.vocab_size)
+        self._rows, self._arguments = (np.zeros(n, np.int64) for n in ((3, native.MAX_ROWS), len(native.ARGUMENTS)))
+        self._logits = torch.zeros(0, shape.vocab_size)
         keys, widths = pool.layers[0][0], (shape.hidden, shape.qkv, shape.q_width, shape.intermediate)
         buffers = [self._keep(torch.zeros(native.MAX_ROWS, width)) for width in widths]
-        rows = [self._rows[i].ctypes.data for i in range(3)]
         openmp = map(address, ("GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"))
         self._set(
-            **dict(zip(("ids", "positions", "page_tables"), rows, strict=True)),
+            **dict(zip(("ids", "positions", "page_tables"), (row.ctypes.data for row in self._rows), strict=True)),
             **dict(zip(("x", "qkv", "attended", "activated"), buffers, strict=True)),
             **dict(zip(("barrier", "thread_num", "num_threads"), openmp, strict=True)),
             layers=self._layers.ctypes.data, num_layers=c.num_layers, embed=self._keep(decoder.embed),
             page_bytes=2 * keys.stride(0), kv_head_bytes=2 * keys.stride(1),
         )  # fmt: skip
-
-    def serves(self, rows: Sequence[ScheduledRow]) -> bool:
-        return len(rows) <= _MOST_ROWS and all(row.is_decode and row.samples for row in rows)
 
     def logits(
         self, rows: Sequence[ScheduledRow], last_token: torch.Tensor, page_tables: "Sequence[array[int]]"
@@ -151,13 +145,20 @@ class NativeStep:
         if num_threads > self._num_threads:
             self._num_threads = num_threads
             self._set(scratch=self._keep(torch.zeros(num_threads * self._scratch, dtype=torch.uint8)))
+        if len(rows) > len(self._logits):
+            self._logits = torch.zeros(len(rows), self._logits.shape[1])
         for first in range(0, len(rows), native.MAX_ROWS):
             part = rows[first : first + native.MAX_ROWS]
-            n, slots = len(part), [row.slot for row in part]
-            addresses = [page_tables[slot].buffer_info()[0] for slot in slots]
-            self._rows[:, :n] = last_token.numpy()[slots], [row.start_pos for row in part], addresses
-            longest = 1 + max(row.start_pos for row in part)
-            cos, sin = self._decoder.rotary.table(1 << (longest - 1).bit_length())
+            n, slots, positions = len(part), [row.slot for row in part], [row.start_pos for row in part]
+            buffers = [page_tables[slot].buffer_info() for slot in slots]
+            self._rows[:, :n] = last_token.numpy()[slots], positions, [address for address, _ in buffers]
+            ids = self._rows[0, :n]
+            inside = ids.min() >= 0 and ids.max() < self._logits.shape[1]
+            if not inside or any(
+                at >= self._page_size * size for at, (_, size) in zip(positions, buffers, strict=True)
+            ):
+                raise IndexError("a decode row lies outside its pages or the vocabulary")
+            cos, sin = self._decoder.rotary.table(1 << max(positions).bit_length())
             kernels = self._kernels[next(count for count in native.ROW_COUNTS if count >= n)]
             tables = {"cos": cos.data_ptr(), "sin": sin.data_ptr(), "logits": self._logits[first:].data_ptr()}
             self._set(rows=n, **tables, **kernels)
@@ -182,8 +183,7 @@ class NativeStep:
         norms = {"attn_norm": block.attn_norm, "mlp_norm": block.mlp_norm}
         norms |= dict(zip(("q_norm", "k_norm"), attention.norms.values(), strict=False))
         entry = {name: self._floats(norm) for name, norm in norms.items()}
-        linears = {"qkv": attention.qkv, "o": attention.o, "gate_up": mlp.gate_up, "down": mlp.down}
-        for name, linear in linears.items():
+        for name, linear in ("qkv", attention.qkv), ("o", attention.o), ("gate_up", mlp.gate_up), ("down", mlp.down):
             entry |= self._weight(name, cast(_Weight, linear.weight))
         window = self._decoder.config.sliding_window(index)
         return entry | {"k_pages": keys.data_ptr(), "v_pages": values.data_ptr(), "window": window or 1 << 62}

@@ -211,14 +211,13 @@ class _PenaltyTable:
 
 def prompt_logprobs(
     decoder: Decoder, sampler: Sampler, sequences: Sequence[AdmittedSequence | None], hidden: torch.Tensor,
-    rows: list[ScheduledRow],
+    rows: list[ScheduledRow], start: int = 0,
 ) -> PromptLogprobs:  # fmt: skip
     """Per row of the step, of each prompt token that follows a computed position; None if no request asks.
 
-    `sequences` by slot; `hidden` [num_tokens, hidden_size] of the packed rows.
+    `sequences` by slot; `hidden` [num_tokens, hidden_size] of the packed rows, from `start` on (-n: but for n tokens).
     """
     result: PromptLogprobs = None
-    start = 0
     for i, row in enumerate(rows):
         first, start = start, start + row.num_tokens
         sequence = sequences[row.slot]

@@ -233,9 +233,8 @@ class GQALayer(AttentionLayer):
         """The chunks' tokens of a step, or those at positions `below`: the others' rows are then zeroed or left."""
         k_pages, v_pages, scales = split_planes(planes)
         rows = plan.slots[plan.num_decode :], plan.cu_seqlens_q, plan.seq_lens[plan.num_decode :]
-        num_context = plan.chunks.num_context
+        num_context = min(plan.chunks.num_context, (below or 2**31) * len(rows[0]))
         if below is not None:
-            num_context = min(num_context, below * len(rows[0]))
             if plan.chunks.span[0] >= below:
                 return
             if plan.chunks.span[1] > below:

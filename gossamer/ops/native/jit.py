@@ -1,31 +1,24 @@
 """Compiles LLVM's language to machine code in memory, and runs it on torch's own OpenMP team."""
 
 import ctypes
-import importlib.util
-from pathlib import Path
 
-import torch
-
+_LLVMLITE = 0, 50
 _FEATURES = "avx512f", "avx512bw", "avx512bf16", "avx512vnni"
 
 
 def obstacle() -> str | None:
     """Why no native code can be had here; None if it can."""
-    if importlib.util.find_spec("llvmlite") is None:
+    try:
+        from llvmlite import __version__, binding
+    except ImportError:
         return "llvmlite is not installed (pip install 'gossamer[cpu]')"
-    from llvmlite import binding
-
+    if tuple(map(int, __version__.split(".")[:2])) < _LLVMLITE:
+        return f"llvmlite {__version__} is older than {_LLVMLITE[0]}.{_LLVMLITE[1]}"
     features = binding.get_host_cpu_features()
     missing = [name for name in _FEATURES if not features.get(name)]
     if missing:
         return f"the CPU has no {missing[0]}"
-    return None if _libgomp() else "torch brings no libgomp along"
-
-
-def _libgomp() -> Path | None:
-    """The OpenMP library that torch brought along."""
-    site = Path(torch.__file__).parents[1]
-    return next((file for folder in ("torch/lib", "torch.libs") for file in (site / folder).glob("libgomp*.so*")), None)
+    return None if hasattr(ctypes.CDLL(None), "GOMP_parallel") else "torch does not run on libgomp"
 
 
 class Code:
@@ -41,7 +34,7 @@ class Code:
             cpu=binding.get_host_cpu_name(), features=features, opt=3
         )
         self._binding, self._engine = binding, binding.create_mcjit_compiler(binding.parse_assembly(""), self._target)
-        self._openmp = ctypes.CDLL(str(_libgomp()))
+        self._openmp = ctypes.CDLL(None)  # whichever libgomp torch found first
 
     def add(self, text: str) -> None:
         """Compiles a module."""
@@ -53,7 +46,7 @@ class Code:
 
     def address(self, name: str) -> int:
         """Of a function compiled, or one of the OpenMP library."""
-        if hasattr(self._openmp, name):
+        if name.lower().startswith(("gomp_", "omp_")):
             return ctypes.cast(getattr(self._openmp, name), ctypes.c_void_p).value or 0
         self._engine.finalize_object()
         return int(self._engine.get_function_address(name))
