@@ -1,4 +1,4 @@
-"""Decode steps of a few rows as one native call, where the model and the CPU allow it; other steps are torch's."""
+"""Decode rows in native calls, where the model and the CPU allow it; prompts are torch's."""
 
 import ctypes
 from array import array

@@ -319,7 +319,7 @@ def paged_prefill(
         return
     group = num_q_heads // num_kv_heads
     pages = 0 if num_context is None else num_context // page_size + num_rows
-    # Widening a page takes about as long as 300 rows of scores over it save.
+    # By count, widening a page takes about as long as 300 rows of scores over it save.
     widens = num_tokens * group >= 1024 * num_rows and 0 < pages <= SCRATCH_PAGES and k_pages[0].numel() <= SCRATCH_PAGE
     if max_q_len * group > 64 and (k_scales is None or widens) and hopper.serves(q, k_pages):
         if k_scales is not None and v_scales is not None:
