@@ -94,6 +94,7 @@ def test_upcycled_model_equals_the_dense_one(experts: int, top_k: int, checkpoin
     torch.testing.assert_close(upcycled, dense, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # tests/models/test_smollm2_vs_transformers.py goes further, through the engine
 def test_default_model_continues_as_transformers_does(default_gguf: Path) -> None:
     """The same dequantised weights in both; only right names, row order and metadata know France's capital."""
     load = LoadConfig(model=str(default_gguf))

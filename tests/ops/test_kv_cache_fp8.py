@@ -198,7 +198,7 @@ def test_rope_writes_what_an_unquantised_cache_would_hold(backend: str) -> None:
 @pytest.mark.parametrize(
     ("num_q", "num_kv", "dim", "num_slots", "norm", "dtype"),
     [
-        (4, 2, 16, 3, "", torch.float32), (5, 3, 32, 65, "", torch.float32), (4, 2, 32, 5, "head", torch.bfloat16),
+        (5, 3, 16, 3, "", torch.float32), (2, 1, 16, 65, "", torch.float32), (4, 2, 32, 5, "head", torch.bfloat16),
         (4, 2, 16, 4, "full", torch.bfloat16),
     ],
 )  # fmt: skip
@@ -213,11 +213,16 @@ def test_steps_of_single_tokens_write_in_one_launch_what_two_do(
     caches[1].table = caches[0].table
     cos, sin = (torch.randn(2 * PAGE, dim // 2 if norm else dim, device=DEVICE) for _ in range(2))
     rows = torch.arange(num_slots, dtype=torch.int32, device=DEVICE)
-    for step in range(PAGE + 8):
-        positions = step - rows % 7
-        slots = torch.where(positions >= 0, rows, -1)
-        qkv = torch.randn(num_slots, (num_q + 2 * num_kv) * dim, device=DEVICE) * 1.3**step
-        qkv[0, -1], qkv[2, -2] = (torch.nan, 1e15 if norm else 1e30) if step == 5 else (0.0, 0.0)
+    positions = rows * 5 % PAGE  # a page's start in some rows, its end in others
+    past = [(slot, at) for slot, end in enumerate(positions.tolist()) for at in range(end)]
+    history = stream(len(past), num_kv, dim)
+    for cache in caches:
+        cache.write(history, [at for _, at in past], [slot for slot, _ in past], "reference")
+    for step in range(8 if num_slots < 65 else 2):
+        live = (rows + step) % 5 > 0
+        slots = torch.where(live, rows, -1)
+        qkv = torch.randn(num_slots, (num_q + 2 * num_kv) * dim, device=DEVICE) * 2.0**step
+        qkv[0, -1], qkv[2, -2] = (torch.nan, 1e15 if norm else 1e30) if step == 2 else (0.0, 0.0)
         qkv = qkv.to(dtype)
         queries = [torch.full((num_slots, num_q, dim), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
         for cache, single, q in zip(caches, (False, True), queries, strict=True):
@@ -225,6 +230,7 @@ def test_steps_of_single_tokens_write_in_one_launch_what_two_do(
                 qkv, num_q, num_kv, dim, cos, sin, positions, slots, cache.table, *cache.pages, q,
                 k_scales=cache.scales[0], v_scales=cache.scales[1], single=single, **options, backend="triton",
             )  # fmt: skip
+        positions = positions + live.int()
         assert queries[0].equal(queries[1])
         for one, two in zip(caches[0].pages + caches[0].scales, caches[1].pages + caches[1].scales, strict=True):
             assert one.view(torch.uint8).equal(two.view(torch.uint8))
