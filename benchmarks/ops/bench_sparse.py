@@ -51,9 +51,9 @@ CUTS = (
     (
         sparse_kernels,
         "entry_cut",
-        ((128, 64, 4, 3), (128, 128, 4, 2), (128, 128, 8, 3), (256, 64, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3)),
+        ((128, 64, 4, 3, 168), (128, 64, 8, 3, 128), (128, 128, 8, 2, 128), (256, 64, 8, 3, 128), (256, 64, 8, 4, 128)),
     ),
-    (sparse_kernels, "select_warps", (1, 2, 4, 8)),
+    (sparse_kernels, "select_cut", ((1, 1, 4096), (32, 128, 1024), (16, 256, 512), (8, 512, 256))),
 )
 """What the kernels' cuts were chosen from."""
 Report = dict[str, dict[str, object]]

@@ -230,11 +230,12 @@ def test_fp8_pages_count_as_what_they_stand_for(monkeypatch: pytest.MonkeyPatch)
 
 
 @on_cpu
-@pytest.mark.parametrize("most", [16384, 64, 32])
-def test_the_kernel_selects_what_the_reference_does(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very same blocks, with many ties, zeros and subnormal scores among them."""
+@pytest.mark.parametrize(("most", "num_pages"), [(16384, 175), (64, 176), (32, 175), (16384, 176)])
+def test_the_kernel_selects_what_the_reference_does(most: int, num_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very same blocks, with many ties, zeros and subnormal scores among them; the last case by way of runs."""
     monkeypatch.setattr(sparse_kernels, "_SELECT_MOST", most)
-    rule, num_pages = Selection(9, 1, 2, 0), 175
+    rule = Selection(9, 1, 2, 0)
+    assert (sparse_kernels.select_cut(num_pages, rule, False)[0] > 1) == (num_pages % 8 == 0 and most > 64)
     positions = torch.tensor([num_pages * PAGE - 1, 2700, 145, 130, 40, 3], dtype=torch.int32)
     scores = torch.rand(6, 2, num_pages).mul(8).round() / 4
     scores[0] *= 1e-42
@@ -326,9 +327,9 @@ def test_a_million_positions() -> None:
     check(out, expected, torch.float32)
 
 
-def nsa_case() -> tuple[torch.Tensor, ...]:
+def nsa_case(num_pages: int = 12) -> tuple[torch.Tensor, ...]:
     """Four entries a page of 64, with overlap; what is not visible yet is NaN."""
-    kv_heads, dim, num_pages = 2, 16, 12
+    kv_heads, dim = 2, 16
     slots = torch.tensor([0, 0, 1, 1, -1], dtype=torch.int32)
     positions = torch.tensor([num_pages * 64 - 1, 500, 255, 30, 9], dtype=torch.int32)
     table = torch.randperm(2 * num_pages, dtype=torch.int32).view(2, num_pages)
@@ -340,11 +341,11 @@ def nsa_case() -> tuple[torch.Tensor, ...]:
 
 @on_cpu
 def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
-    q, k, v, table, slots, positions = nsa_case()
+    q, k, v, table, slots, positions = nsa_case(20)
     rule, entries, (kv_heads, dim) = Selection(6, 1, 2, 0), nsa_entries(), (2, 16)
     peaks, sums = torch.full((2, 5, kv_heads, 1, 4), torch.nan)
     parts = torch.full((5, kv_heads, 1, 4, dim), torch.nan)
-    scores = torch.full((5, kv_heads, 12), torch.nan)
+    scores = torch.full((5, kv_heads, 20), torch.nan)
     for kept in (None, scores):
         sparse_kernels.entry_pass(
             q, (k,), v if kept is None else None, table, slots, positions, rule, entries, 0.25, 64,
@@ -353,13 +354,13 @@ def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
     heads = q.view(5, kv_heads, -1, dim).double()
     for row in range(3):
         slot, position = slots[row : row + 1], positions[row : row + 1]
-        logits = reference.entry_logits(heads[row : row + 1], (k.double(),), table, slot, 12, 0.25)
+        logits = reference.entry_logits(heads[row : row + 1], (k.double(),), table, slot, 20, 0.25)
         expected = reference.block_scores(logits, position, entries, 64)
         last = int(position) // 64 - rule.local  # later blocks are forced
         torch.testing.assert_close(
             scores[row, :, : last + 1].double(), expected[0, :, : last + 1], rtol=1e-5, atol=1e-7
         )
-        seen = reference.visible_entries(position, 48, entries, 64)[0]
+        seen = reference.visible_entries(position, 80, entries, 64)[0]
         values = v[table[slot[0]].long()].double().transpose(0, 1).flatten(1, 2)[:, seen]
         found = parts[row, :, 0, :3].double()
         torch.testing.assert_close(found, torch.softmax(logits[0][..., seen], -1) @ values, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ import triton.language as tl
 from gossamer.ops.attention.triton import PRECISION
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Selection
+from gossamer.ops.sparse.triton import overlap
 
 
 @triton.jit(
@@ -35,9 +36,7 @@ def _index_kernel(
     todo = (slot >= 0) & (position >= dense_below)
     end = tl.where(todo, tl.maximum(position // SIZE - LOCAL + 1, 0), 0)
     share = tl.cdiv(tl.cdiv(tl.max(end, 0), splits), BLOCKS) * BLOCKS
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     if split * share >= tl.max(end, 0):
         return
     row = (token * NUM_HEADS + head).to(tl.int64)

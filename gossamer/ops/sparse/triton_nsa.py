@@ -6,6 +6,7 @@ import triton.language as tl
 
 from gossamer.ops.attention.triton import LOW
 from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.sparse.triton import overlap
 
 _BLOCK = 1024
 
@@ -18,9 +19,7 @@ def _completing_kernel(
 ):
     """One program: the tokens that complete an entry, in order; -1 behind them."""
     i = tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     count = 0
     for low in range(0, num_tokens, BLOCK):
         token = low + i
@@ -41,9 +40,7 @@ def _spans_kernel(
 ):  # fmt: skip
     """One program: the last SPAN keys and values of a KV head up to a token, positions added; none for -1."""
     head = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     token = tl.load(tokens + tl.program_id(0))
     if token >= 0:
         n = tl.arange(0, SPAN)
@@ -71,9 +68,7 @@ def _write_kernel(
 ):  # fmt: skip
     """One program: a compressed key and value of a KV head, to the page of the token that completed them."""
     head = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     token = tl.load(tokens + tl.program_id(0))
     if token >= 0:
         d = tl.arange(0, HEAD_DIM)
@@ -96,9 +91,7 @@ def _merge_splits_kernel(
     g = tl.arange(0, GROUP_P)
     d = tl.arange(0, HEAD_DIM)
     s = tl.arange(0, SPLITS_P)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     at = (row * SPLITS + s[:, None]) * GROUP_P + g[None, :]
     total = tl.load(sums + at, mask=(s < SPLITS)[:, None], other=0.0)
     peak = tl.load(peaks + at, mask=total > 0, other=LOW)
@@ -125,9 +118,7 @@ def _mix_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside = head < NUM_HEADS
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     at = ((token * NUM_HEADS + head) * HEAD_DIM)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
     gate = gates + token * (3 * NUM_HEADS) + head
     total = tl.zeros([HEADS, HEAD_DIM], tl.float32)

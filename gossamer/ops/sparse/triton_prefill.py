@@ -11,7 +11,7 @@ import triton.language as tl
 from gossamer.ops.attention.triton import LOG2E, LOW, PRECISION, check
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.selection import Entries, Selection
-from gossamer.ops.sparse.triton import entry_pass, entry_state, select
+from gossamer.ops.sparse.triton import SHARE, entry_pass, entry_state, overlap, select
 from gossamer.ops.sparse.triton_index import index_scores
 from gossamer.ops.sparse.triton_nsa import merge_splits
 
@@ -27,9 +27,7 @@ def _count_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """How often each (page, head) was chosen, and the number of each choice among its own, in any order."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     page = tl.load(pages + e, mask=e < num_listed, other=-1)
     chosen = page >= 0
@@ -43,9 +41,7 @@ def _units_kernel(
     counts, totals, starts, units, num_owners, max_units, UNIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Places for everyone's choices, in one list, and units of up to UNIT of them: owner, start and number."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     owner = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(counts + owner, mask=owner < num_owners, other=0)
     if tl.sum(count, 0) > 0:
@@ -65,9 +61,7 @@ def _scatter_kernel(
     pages, starts, ranks, order, num_listed, TOP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     page = tl.load(pages + e, mask=e < num_listed, other=-1)
     chosen = page >= 0
@@ -84,9 +78,7 @@ def _page_kernel(
 ):  # fmt: skip
     """Every program takes units in turn: one page of one head against the queries of up to UNIT tokens."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP_P
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, HEAD_DIM)
     n = tl.arange(0, PAGE)
@@ -139,9 +131,7 @@ def _span_kernel(
     slot = tl.load(token_slots + token, mask=token < num_tokens, other=-1)
     position = tl.load(positions + token, mask=token < num_tokens, other=0)
     todo = (slot >= 0) & (position >= dense_below)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     real = todo & (g < GROUP)
     row = (token * NUM_KV_HEADS + head).to(tl.int64)
     queries = tl.load(q + ((row * GROUP + g) * HEAD_DIM)[:, None] + d[None, :], mask=real[:, None], other=0.0)
@@ -198,9 +188,7 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slots + row // NUM_KV_HEADS)
     position = tl.load(positions + row // NUM_KV_HEADS)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    overlap(PDL)
     if (slot >= 0) & (position < dense_below):
         return
     g = tl.arange(0, GROUP_P)
@@ -281,13 +269,16 @@ def sparse_attention(
     num_kv_heads, page_size = k_pages.shape[1:3]
     group, top = num_q_heads // num_kv_heads, rule.num_scored * rule.pages
     group_p = triton.next_power_of_2(group)
-    num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages)
-    per_token = num_kv_heads * (4 * num_blocks + (top + 1) * group * head_dim * q.element_size())
-    if values is not None:
-        per_token += num_kv_heads * group_p * head_dim * 4
-    step = min(num_tokens, max(64, _WORKSPACE_BYTES // per_token // 64 * 64))
-    scores = q.new_empty(step, num_kv_heads, num_blocks, dtype=torch.float32)
-    state = entry_state(q, step, num_kv_heads, 1, group_p, values is not None)
+    num_blocks = triton.cdiv(max_seq_len, page_size * rule.pages * 16) * 16  # rows begin where vectors may
+    # What is scored at a time gets a quarter of the workspace where it would take more: the more tokens attend at a
+    # time, the more of them share a page.
+    per_part = num_kv_heads * (top + 1) * group * head_dim * q.element_size()
+    per_score = num_kv_heads * (4 * num_blocks + (0 if values is None else group_p * head_dim * 4))
+    step = min(num_tokens, max(64, _WORKSPACE_BYTES // (per_part + min(per_score, per_part // 3)) // 64 * 64))
+    scored = min(step, max(64, (_WORKSPACE_BYTES - step * per_part) // per_score // 64 * 64))
+    scores = q.new_empty(scored, num_kv_heads, num_blocks, dtype=torch.float32)
+    splits = 1 if entries.per_block > 1 else triton.next_power_of_2(triton.cdiv(num_blocks, SHARE))
+    state = entry_state(q, scored, num_kv_heads, splits, group_p, values is not None)
     pages = page_table.new_empty(step, num_kv_heads, top)
     parts = q.new_empty(step, num_kv_heads, top + 1, group, head_dim)
     lse = q.new_empty(step, num_kv_heads, top + 1, group, dtype=torch.float32)
@@ -296,16 +287,20 @@ def sparse_attention(
     block_m = max(rows, group_p)
     for begin in range(0, num_tokens, step):
         end = min(begin + step, num_tokens)
+        for low in range(begin, end, scored):
+            few = slice(low, min(low + scored, end))
+            where = (page_table, token_slots[few], positions[few], rule)
+            if compressed is not None and low:
+                state[1].zero_()
+            if index_q is not None:
+                index_scores(index_q[few], summaries[0], *where, scores, decode=False)
+            for kept, mixed in ((None, values), (scores, None)) if index_q is None else ():
+                entry_pass(q[few], summaries, mixed, *where, entries, scale, page_size, state, kept)
+            if compressed is not None:
+                merge_splits(state, compressed[few])
+            listed = pages[low - begin : few.stop - begin]
+            select(scores, *where, page_size, listed, decode=False, signed=index_q is not None)
         part, slots, at, listed = q[begin:end], token_slots[begin:end], positions[begin:end], pages[: end - begin]
-        if compressed is not None and begin:
-            state[1].zero_()
-        if index_q is not None:
-            index_scores(index_q[begin:end], summaries[0], page_table, slots, at, rule, scores, decode=False)
-        for kept, mixed in ((None, values), (scores, None)) if index_q is None else ():
-            entry_pass(part, summaries, mixed, page_table, slots, at, rule, entries, scale, page_size, state, kept)
-        if compressed is not None:
-            merge_splits(state, compressed[begin:end])
-        select(scores, page_table, slots, at, rule, page_size, listed, decode=False, signed=index_q is not None)
         _attend_listed(part, cache, listed, parts, lse, scale, group_p)
         shape = {"TOP": top, "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "GROUP_P": group_p, "HEAD_DIM": head_dim}
         _span_kernel[(triton.cdiv(len(part), block_m // group_p), num_kv_heads)](
