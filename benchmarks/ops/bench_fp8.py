@@ -111,7 +111,8 @@ class Dense:
         return kernels.fp8_linear(*self.a, *w, out_dtype=torch.bfloat16, kind="block", config=config)
 
     def own(self) -> AnyConfig | None:
-        if self.x.shape[0] <= kernels.GEMV_ROWS:
+        few = self.x.shape[0] <= kernels.DOT_ROWS and self.x.shape[1] <= kernels.DOT_WIDTH
+        if few or self.x.shape[0] <= kernels.GEMV_ROWS:
             return None
         hopper = torch.cuda.get_device_capability() == (9, 0)
         return kernels.choose(self.x.shape[0], self.num_out, self.x.shape[1], hopper, hopper)

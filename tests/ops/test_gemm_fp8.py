@@ -61,6 +61,9 @@ SMALL = [
     (1, 21, 272, None),
     (2, 34, 144, None),
     (5, 200, 400, None),
+    (3, 40, 144, None),
+    (8, 21, 656, None),
+    (9, 40, 144, None),
     (150, 300, 272, None),
     (5, 200, 400, Config(16, 64, 2, 4, 2, True, 3)),
     (40, 300, 272, Config(16, 64, 2, 4, 2, False)),
@@ -69,7 +72,7 @@ SMALL = [
 REAL = [
     pytest.param(m, n, k, None, marks=gpu)
     for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1536, 8960), (1000, 2064))
-    for m in (1, 2, 3, 17, 64, 128, 129, 500, 4096)
+    for m in (1, 2, 3, 8, 17, 64, 128, 129, 500, 4096)
 ] + [
     pytest.param(m, n, k, config, marks=gpu)
     for config in (HopperConfig(), HopperConfig(2, 2))
@@ -296,11 +299,14 @@ class Between:
     def __call__(self, a, a_scales, w, w_scales, out, config, **options) -> None:
         self.product(a, a_scales, w, w_scales, out, config, **options)
         if options.get("gated"):
-            rows, _, num_blocks, _ = options["order"]
-            rows, self.top_k = rows[: int(num_blocks[0]) * config.block_m], options["top_k"]
-            live = rows < options["num_rows"]
+            self.top_k, places = options["top_k"], options["order"].places.flatten()
+            live = places >= 0
+            if options["slots"]:  # not sorted: an expert's first assignment is its block, whose rows are the tokens
+                first = (places[:, None] == places).int().argmax(1)
+                places = first * config.block_m + torch.arange(len(places), device=out.device) // self.top_k
+            at = places[live].long()
             self.rows = torch.zeros(options["num_rows"], out.shape[1], dtype=torch.float64, device=out.device)
-            self.rows[rows[live].long()] = activation64(out[: len(rows)], options["out_scales"][: len(rows)])[live]
+            self.rows[live] = activation64(out[at], options["out_scales"][at])
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
         assert self.rows is not None
@@ -320,7 +326,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize("grouped", GROUPED)
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 21])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 8, 21])
 def test_fp8_moe_mlp(monkeypatch: pytest.MonkeyPatch, num_tokens: int, grouped: str) -> None:
     if GROUPED[grouped] is not None:
         if num_tokens < 3:

@@ -15,12 +15,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
-from gossamer.ops.dispatch import overlap_options
+from gossamer.ops.dispatch import is_hopper, overlap_options
 from gossamer.ops.gemm.triton import arrival_counters
 from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
-from gossamer.ops.moe.triton import combine, sort_by_expert
+from gossamer.ops.moe.triton import ExpertOrder, combine, sort_by_expert
 from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
 from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, fp8_like, quantize_activation, quantize_rows
@@ -29,6 +29,7 @@ BLOCK_K = 128
 GEMV_ROWS = 2  # up to here dense products run on the CUDA cores, which start sooner
 GEMV_TOKENS = 2  # up to here hardly any two tokens share an expert
 GEMV_WIDTH = 16384  # a row of the weight is held in registers
+DOT_ROWS, DOT_WIDTH = 8, 4096  # or 16 of them, which tensor cores multiply by up to so many rows
 
 
 @triton.jit
@@ -67,15 +68,17 @@ def _product_kernel(
     a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
     num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
-    BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
-    SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr,
+    CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr,
+    DTYPE: tl.constexpr, SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
 
     GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored, fp32 or quantised. Else
-    parts are neighbouring columns. Results are in the order of `rows_ptr`.
+    parts are neighbouring columns. Results are in the order of `rows_ptr`. SLOTS: of up to BLOCK_M tokens nothing was
+    sorted, `rows_ptr` has their experts. A block is an assignment, its rows are the tokens, and the first assignment to
+    an expert serves all; down's results are in the order of assignments.
     """
     EARLY: tl.constexpr = TOP_K > 0 and not GATED and not FLATTEN
     STEP: tl.constexpr = BLOCK_N if GATED else BLOCK_N * PARTS
@@ -91,7 +94,9 @@ def _product_kernel(
         gdc_launch_dependents()  # of gate and up, when the order is there: what follows reads it ahead of its wait
         if not EARLY:
             gdc_wait()
-    num_blocks = tl.load(num_blocks_ptr, cache_modifier=".cg") if TOP_K else tl.cdiv(num_rows, BLOCK_M)
+    num_blocks = num_rows if SLOTS else tl.cdiv(num_rows, BLOCK_M)
+    if TOP_K > 0 and SLOTS == 0:
+        num_blocks = tl.load(num_blocks_ptr, cache_modifier=".cg")
     for tile in tl.range(tl.program_id(0), num_blocks * n_tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tiles that run at one time share rows and columns, so that both come from L2.
         band = tile // (GROUP_M * n_tiles) * GROUP_M
@@ -100,7 +105,15 @@ def _product_kernel(
         n = tile % (GROUP_M * n_tiles) // height * STEP
         position = block * BLOCK_M + tl.arange(0, BLOCK_M)
         expert = tl.load(block_expert_ptr + block, cache_modifier=".cg") if TOP_K else 0
-        row = tl.load(rows_ptr + position, cache_modifier=".cg") if TOP_K else position
+        stop = tl.minimum(start + span, K)
+        if SLOTS:
+            at = tl.arange(0, BLOCK_M)[:, None] * TOP_K + tl.minimum(tl.arange(0, SLOTS), TOP_K - 1)[None, :]
+            ids = tl.load(rows_ptr + at, at < num_rows, -1, cache_modifier=".cg")
+            row = tl.min(tl.where((ids == expert) & (ids >= 0), at, num_rows), 1)
+            first = tl.min(row, 0) == block
+            row, stop, expert = tl.where(first, row, num_rows), tl.where(first, stop, start), tl.maximum(expert, 0)
+        else:
+            row = tl.load(rows_ptr + position, cache_modifier=".cg") if TOP_K else position
         if PDL and EARLY:
             gdc_wait()
         inside = row < num_rows
@@ -112,7 +125,7 @@ def _product_kernel(
         scale_row1 = (((expert * 2 + 1) * n_blocks + n // 128) if GATED else (expert * n_blocks + last)) * groups
         acc0 = tl.zeros([HEIGHT, WIDTH], tl.float32)
         acc1 = tl.zeros([HEIGHT, WIDTH], tl.float32)
-        for k in range(start, tl.minimum(start + span, K), 128):
+        for k in range(start, stop, 128):
             group = k // 128
             scale = tl.load(a_scales_ptr + a_row * row_stride + group * group_stride, inside, 0.0)
             # Loaded ahead of the products and used behind them, which hide the time that takes.
@@ -158,7 +171,8 @@ def _product_kernel(
                 y = tl.where(known[None, :], gated_activation(y, up, ALPHA, LIMIT), 0.0)
             if BIAS:
                 y += tl.load(bias_ptr + out_column, known, 0.0).to(tl.float32)[None, :]
-            out_ptrs = out_ptr + position[:, None].to(tl.int64) * N + out_column[None, :]
+            place = position if GATED or SLOTS == 0 else row
+            out_ptrs = out_ptr + place[:, None].to(tl.int64) * N + out_column[None, :]
             if QUANTIZE:
                 q, out_scale = quantize_rows(y, False, DTYPE)
                 tl.store(out_ptrs, q, mask=inside[:, None] & known[None, :])
@@ -169,37 +183,43 @@ def _product_kernel(
         gdc_wait()
 
 
-@triton.jit(do_not_specialize=["row_stride", "group_stride"])
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "group_stride"])
 def _rows_kernel(
-    q, scales, weight, w_scales, bias, out, num_out, width, groups, row_stride, group_stride,
+    q, scales, weight, w_scales, bias, out, num_rows, num_out, width, groups, row_stride, group_stride,
     M: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N whole rows of the weight times M rows of x on the CUDA cores."""
+    """BLOCK_N whole rows of the weight times M rows of x on the CUDA cores, or more (up to M) on the tensor cores."""
+    STEP: tl.constexpr = 8 if M >= 8 else 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.arange(0, GROUPS)
     k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = (n < num_out)[:, None, None] & (k < width)[None, :, :]
-    # Weights do not depend on earlier kernels: their reads may overlap the end of the one before.
-    w = tl.load(weight + n[:, None, None].to(tl.int64) * width + k[None, :, :], mask, 0.0)
-    if BLOCK_SCALES:
-        shared = tl.load(w_scales + tl.program_id(0) * BLOCK_N // 128 * groups + group, group < groups, 0.0)
-    else:
-        channel = tl.load(w_scales + n * CHANNEL_STEP, n < num_out, 0.0)
     if PDL:
         gdc_launch_dependents()
+    # Weights do not depend on earlier kernels: their reads may overlap the end of the one before.
+    w = tl.load(weight + n[:, None, None].to(tl.int64) * width + k[None, :, :], mask, 0.0)
+    block = tl.program_id(0) * BLOCK_N // 128 * groups + group[:, None]
+    shared = tl.load(w_scales + block, (group < groups)[:, None], 0.0) if BLOCK_SCALES else 1.0
+    channel = 1.0 if BLOCK_SCALES else tl.load(w_scales + n * CHANNEL_STEP, n < num_out, 0.0)[:, None]
+    if STEP > 1:  # the warps share the groups of K; fp16 holds every FP8 number
+        w = tl.permute(w, (1, 0, 2)).to(tl.float16)
+    if PDL:
         gdc_wait()
-    for m in tl.static_range(M):
-        scale = tl.load(scales + m * row_stride + group * group_stride, group < groups, 0.0)
-        if BLOCK_SCALES:
-            scale *= shared
-        x = tl.load(q + m * width + k, k < width, 0.0).to(tl.float32) * scale[:, None]
-        y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)
-        if not BLOCK_SCALES:
-            y *= channel
+    for first in tl.static_range(0, M, STEP):
+        m = first + tl.arange(0, STEP)[None, :]
+        inside = (m < num_rows) & (group < groups)[:, None]
+        x = tl.load(q + m[:, None, :] * width + k[:, :, None], inside[:, None, :] & (k < width)[:, :, None], 0.0)
+        scale = tl.load(scales + m * row_stride + group[:, None] * group_stride, inside, 0.0) * shared
+        if STEP > 1:
+            y = tl.sum(tl.dot(w, x.to(tl.float16)) * scale[:, None, :], 0)
+        else:
+            x = tl.reshape(x.to(tl.float32), [GROUPS, 128]) * scale
+            y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)[:, None]
+        y *= channel
         if BIAS:
-            y += tl.load(bias + n, n < num_out, 0.0).to(tl.float32)
-        tl.store(out + m * num_out + n, y.to(out.dtype.element_ty), n < num_out)
+            y += tl.load(bias + n, n < num_out, 0.0).to(tl.float32)[:, None]
+        tl.store(out + m * num_out + n[:, None], y.to(out.dtype.element_ty), (m < num_rows) & (n < num_out)[:, None])
 
 
 class Config(NamedTuple):
@@ -303,11 +323,6 @@ def _strides(scales: torch.Tensor) -> tuple[int, int]:
 
 
 @functools.cache
-def _is_hopper(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
-
-
-@functools.cache
 def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -317,7 +332,7 @@ def _product(
     config: Config | HopperConfig | FewConfig, *, num_rows: int, most_blocks: int, n: int,
     order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
     out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
-    promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None,
+    promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None, slots: int = 0,
 ) -> None:  # fmt: skip
     """a FP8 [rows, K] times w [experts * n (, 2), K]; what is absent is compiled out and `a` stands in for it."""
     if isinstance(config, HopperConfig):
@@ -344,7 +359,7 @@ def _product(
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
         a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a))[:3],
         partial, counters, num_rows, n, k, *_strides(a_scales), 0 if out_scales is None else out_scales.stride(1),
-        TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
+        TOP_K=top_k, SLOTS=slots, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
         BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, EXACT=exact,
         DTYPE=TRITON_DTYPE[a.dtype], SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
@@ -361,17 +376,18 @@ def fp8_linear(
     out = q.new_empty(num_rows, num_out, dtype=out_dtype)
     if not out.numel():
         return out
-    if config is None and promote and num_rows <= GEMV_ROWS and width <= GEMV_WIDTH:
+    dot = num_rows > GEMV_ROWS
+    if config is None and promote and num_rows <= DOT_ROWS and width <= (DOT_WIDTH if dot else GEMV_WIDTH):
         groups = triton.cdiv(width, BLOCK_K)
-        block_n = 1 if num_out <= 4096 or width > 4096 else 2
+        block_n = 16 if dot else 1 if num_out <= 4096 or width > 4096 else 2
         _rows_kernel[(triton.cdiv(num_out, block_n),)](
-            q, scales, weight, weight_scales, q if bias is None else bias, out, num_out, width, groups,
-            *_strides(scales), M=num_rows, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
-            BIAS=bias is not None, BLOCK_N=block_n, GROUPS=triton.next_power_of_2(groups), num_warps=4,
-            **overlap_options(q),
+            q, scales, weight, weight_scales, q if bias is None else bias, out, num_rows, num_out, width, groups,
+            *_strides(scales), M=DOT_ROWS if dot else num_rows, BLOCK_SCALES=kind == "block",
+            CHANNEL_STEP=int(kind == "channel"), BIAS=bias is not None, BLOCK_N=block_n,
+            GROUPS=triton.next_power_of_2(groups), num_warps=8 if dot and groups > 16 else 4, **overlap_options(q),
         )  # fmt: skip
         return out
-    hopper = promote and out_dtype != torch.float32 and num_out % 8 == 0 and q.is_cuda and _is_hopper(q.device.index)
+    hopper = promote and out_dtype != torch.float32 and num_out % 8 == 0 and is_hopper(q)
     if (
         hopper and config is None and bias is None and kind == "block" and out_dtype == torch.bfloat16
         and scales.stride() == (1, num_rows) and library_is_faster(num_rows, num_out, width)
@@ -404,22 +420,23 @@ def fp8_moe_mlp(
             return y
         return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
-    hopper = q.is_cuda and _is_hopper(q.device.index) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32)
+    hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32)
     exact = x.dtype == torch.float32
     gate_up, down = choose_grouped(num_assignments, num_experts, hopper and q.numel() < 2**31, exact)
-    order = sort_by_expert(topk_ids, num_experts, gate_up.block_m)
+    few = x.shape[0] <= DOT_ROWS  # no sort then: see the kernel
+    order = ExpertOrder(*(topk_ids,) * 4) if few else sort_by_expert(topk_ids, num_experts, gate_up.block_m)
     common: dict[str, Any] = {
-        "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order,
-        "top_k": topk_ids.shape[1], "exact": exact,
+        "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order, "exact": exact,
+        "top_k": topk_ids.shape[1], "slots": triton.next_power_of_2(topk_ids.shape[1]) if few else 0,
     }  # fmt: skip
-    act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
+    act = x.new_empty(order.block_expert.numel() * gate_up.block_m, inter, dtype=q.dtype)
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
     first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
     _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, **first, **common)
-    y = x.new_empty(act.shape[0], hidden)
+    y = x.new_empty(num_assignments if few else act.shape[0], hidden)
     _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None
     out = x if fp8 else torch.empty_like(x)  # x is not written then
     early = isinstance(down, Config) and not down.persistent
-    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early)
+    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early, few)
     return fp8 or out

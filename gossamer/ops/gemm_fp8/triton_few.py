@@ -1,7 +1,6 @@
 """The routed FP8 experts of one or two tokens on the CUDA cores, which read each touched weight once."""
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,14 +11,7 @@ from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.triton import BLOCK, TRITON_DTYPE, quantize_rows
 
-
-class Cut(NamedTuple):
-    """Columns and warps of a program of the gate-up product, then of the down product."""
-
-    gate_columns: int = 4
-    gate_warps: int = 4
-    down_columns: int = 2
-    down_warps: int = 2
+GATE_COLUMNS, DOWN_COLUMNS = 4, 2  # of a program
 
 
 @triton.jit
@@ -109,23 +101,22 @@ def _counters(device: torch.device, size: int) -> torch.Tensor:
 def moe_mlp(
     x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor,
     w_gate_up: torch.Tensor, gate_up_scales: torch.Tensor, w_down: torch.Tensor, down_scales: torch.Tensor,
-    cut: Cut | None = None, swiglu: tuple[float, float] | None = None,
+    swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`fp8_moe_mlp` of few tokens: no two of them are expected to share an expert."""
-    cut = cut or Cut()
     (num_tokens, hidden), top_k, inter = x.shape, ids.shape[1], w_down.shape[2]
     groups, inner_groups, options = triton.cdiv(hidden, BLOCK), triton.cdiv(inter, BLOCK), overlap_options(x)
     act, inner = x.new_empty(ids.numel(), inter, dtype=torch.float32), x.new_empty(ids.numel(), inter, dtype=q.dtype)
     inner_scales, out = act.new_empty(ids.numel(), inner_groups), torch.empty_like(x)
     counters = _counters(x.device, triton.next_power_of_2(ids.numel() * inner_groups))
-    _gate_up_kernel[(triton.cdiv(inter, cut.gate_columns), ids.numel())](
+    _gate_up_kernel[(triton.cdiv(inter, GATE_COLUMNS), ids.numel())](
         q, scales, w_gate_up, gate_up_scales, ids, act, inner, inner_scales, counters, hidden, inter, TOP_K=top_k,
-        BLOCK_N=cut.gate_columns, GROUPS=triton.next_power_of_2(groups), GROUP=BLOCK, DTYPE=TRITON_DTYPE[q.dtype],
-        num_warps=cut.gate_warps, **swiglu_options(swiglu), **options,
+        BLOCK_N=GATE_COLUMNS, GROUPS=triton.next_power_of_2(groups), GROUP=BLOCK, DTYPE=TRITON_DTYPE[q.dtype],
+        num_warps=4, **swiglu_options(swiglu), **options,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(hidden, cut.down_columns), num_tokens)](
+    _down_kernel[(triton.cdiv(hidden, DOWN_COLUMNS), num_tokens)](
         inner, inner_scales, w_down, down_scales, weights, ids, out, hidden, inter, TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k), BLOCK_N=cut.down_columns, GROUPS=triton.next_power_of_2(inner_groups),
-        GROUP=BLOCK, num_warps=cut.down_warps, **options,
+        SLOTS=triton.next_power_of_2(top_k), BLOCK_N=DOWN_COLUMNS, GROUPS=triton.next_power_of_2(inner_groups),
+        GROUP=BLOCK, num_warps=2, **options,
     )  # fmt: skip
     return out
