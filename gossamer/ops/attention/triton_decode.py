@@ -254,13 +254,14 @@ def _decode_cut(
 ) -> tuple[int, int, int]:
     """Programs of a KV head, pipeline stages and registers a thread (0: any), for K and V pages of `page_bytes` in all.
 
-    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge; few pages listed
+    Few rows: one program per multiprocessor, with more pages in flight, leaves fewer parts to merge; two pages listed
     for each are sooner there than a pipeline is filled. FP8 pages take a program as long as others twice as large:
     twice as many programs hide that better than more pages in flight.
     """
     few = max(1, workspace.num_programs // 4)
-    if 0 < num_rows * num_listed <= 4 * workspace.num_programs:
-        return few if num_rows * num_listed <= 2 * few else workspace.num_programs, 1 + scaled, 0
+    if 0 < (listed := num_rows * num_listed) <= 4 * workspace.num_programs:
+        most = 2 * few if scaled else 4 * few
+        return few if listed <= most else workspace.num_programs, 3 if 2 * few < listed <= most else 1 + scaled, 0
     if scaled:
         return workspace.num_programs, 2, 128 if page_bytes <= 16384 else 0
     if 4 * num_rows <= workspace.num_programs:

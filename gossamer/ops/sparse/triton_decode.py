@@ -29,28 +29,33 @@ def _choose(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Selects among the blocks low .. high - 1 from FIRST on, fewer than BLOCK, whose scores are made of their entries'
-    logits and what `active` programs found the maxima and sums to be."""
+    logits and what `active` programs found the maxima and sums to be.
+
+    A thread has the logits of all heads of its blocks, four neighbours where a load takes four: their sum crosses no
+    threads, and a block's score is in one thread alone.
+    """
     START: tl.constexpr = BEGIN // PER * PER
     g, s = tl.arange(0, triton.next_power_of_2(GROUP)), tl.arange(0, triton.next_power_of_2(SPLITS))
     n = tl.arange(0, BLOCK)
-    # Of one entry a block all is on its way at once.
+    # Of one entry a block all is on its way at once, whole loads at a time.
     index = (FIRST + low + n) * PER
-    rows = logits + row_head * GROUP * num_entries + g[None, :]
-    inside = (low + n < high)[:, None] & (g < GROUP)[None, :]
-    x = tl.load(rows + index[:, None] * GROUP, mask=inside, other=float("-inf"))
+    rows = logits + (row_head * GROUP + g)[:, None] * num_entries
+    inside = (low + n < (tl.cdiv(high, 16) * 16 if PER == 1 else low))[None, :] & (g < GROUP)[:, None]
+    x = tl.load(rows + (index - BEGIN)[None, :], mask=inside, other=float("-inf"))
+    x = tl.where((low + n < high)[None, :], x, float("-inf"))
     known = (s < active)[:, None] & (g < GROUP)[None, :]
     part = (row_head * SPLITS + s[:, None]) * GROUP_P + g[None, :]
     highest = tl.load(peaks + part, mask=known, other=LOW)
     total = tl.load(sums + part, mask=known, other=0.0)
     peak = tl.max(highest, 0)
     whole = peak + tl.log2(tl.maximum(tl.sum(total * tl.exp2(highest - peak[None, :]), 0), 1e-30))
-    score = tl.sum(tl.exp2(x - whole[None, :]), 1)
+    score = tl.sum(tl.exp2(x - whole[:, None]), 0)
     if PER > 1:  # probabilities of entries go by way of memory, for a block's lie in several threads
         stop = tl.minimum(end, (FIRST + high) * PER + 1)
         for entry in range((FIRST + low) * PER, stop, BLOCK):
-            inside = (entry + n < stop)[:, None] & (g < GROUP)[None, :]
-            x = tl.load(rows + (entry + n)[:, None] * GROUP, mask=inside, other=float("-inf"))
-            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[None, :]), 1), mask=entry + n < stop)
+            inside = ((entry + n >= BEGIN) & (entry + n < stop))[None, :] & (g < GROUP)[:, None]
+            x = tl.load(rows + (entry + n - BEGIN)[None, :], mask=inside, other=float("-inf"))
+            tl.store(scores + entry - START + n, tl.sum(tl.exp2(x - whole[:, None]), 0), mask=entry + n < stop)
         tl.debug_barrier()
         score = tl.load(scores + index + PER - START, mask=index + PER < stop, other=0.0)
         for i in tl.static_range(PER):
@@ -135,8 +140,9 @@ def _score_kernel(
             low_rows = core.entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
             if BOUNDS:
                 high_rows = core.entry_rows(second, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
-            x = tl.where(((index >= BEGIN) & (index < stop))[None, :], x, float("-inf"))
-            tl.store(logits + index[None, :] * GROUP + g[:, None], x, mask=real[:, None] & (index < stop)[None, :])
+            seen = ((index >= BEGIN) & (index < stop))[None, :]
+            x = tl.where(seen, x, float("-inf"))
+            tl.store(logits + g[:, None] * num_entries + (index - BEGIN)[None, :], x, mask=real[:, None] & seen)
             highest = tl.maximum(peak, tl.max(x, 1))
             fade = tl.exp2(peak - highest)
             p = tl.exp2(x - highest[:, None])
@@ -225,12 +231,12 @@ def choose_pages(
     group = num_q_heads // num_kv_heads
     group_p = max(16, triton.next_power_of_2(group))
     num_pages = triton.cdiv(max_seq_len, page_size)
-    num_entries = num_pages * entries.per_block
+    num_entries = triton.cdiv(num_pages * entries.per_block, 16) * 16
     splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
     state = core.entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
-    logits = q.new_empty(num_rows, num_kv_heads, num_entries, group, dtype=torch.float32)
+    logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
     # With several entries a block: their probabilities.
-    scores = logits if entries.per_block == 1 else torch.empty_like(logits[..., 0])
+    scores = logits if entries.per_block == 1 else torch.empty_like(logits[:, :, 0])
     parts = triton.cdiv(max(1, num_pages - rule.first - rule.local), _SHORT - 1)
     best = logits.new_empty(num_rows, num_kv_heads, parts, most := min(rule.num_scored, _SHORT - 1))
     shape = {
