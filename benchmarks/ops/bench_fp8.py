@@ -14,7 +14,7 @@ import functools
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from gossamer.ops.gemm_fp8 import fp8_moe_mlp, quantize_activation
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
+from gossamer.ops.gemm_fp8.hopper_grouped import GroupedConfig
 from gossamer.ops.moe import route_topk
 from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8
 
@@ -40,6 +41,7 @@ TOKENS = (1, 2, 8, 32, 128, 256, 1024, 16384)
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 2048, 768, 128, 8, 3
 Config = kernels.Config
 AnyConfig = Config | HopperConfig | FewConfig
+ExpertConfig = Config | HopperConfig | GroupedConfig
 FEW_ROWS = [
     Config(16, n, parts, warps, stages, True, split)
     for n, parts, warps, stages in ((64, 1, 4, 4), (64, 1, 4, 6), (64, 2, 4, 4), (128, 1, 4, 4), (128, 1, 8, 6))
@@ -56,11 +58,13 @@ MANY_ROWS = [
     *(Config(128, 128, 1, 8, 4, False, 1, persistent) for persistent in (True, False)),
     Config(64, 128, 1, 4, 3, False),
 ]
-GROUPED = [
+GROUPED: list[ExpertConfig] = [
     *(Config(16, 64, 2, 4, stages, True) for stages in (3, 4, 5, 6)),
     *(Config(m, 128, 2, warps, stages, True) for m in (16, 32, 64) for warps in (4, 8) for stages in (3, 4, 5)),
     *(Config(m, 128, 2, 8, stages, False, 1, p) for m in (64, 128) for stages in (3, 4) for p in (True, False)),
     *(HopperConfig(2, 2, group_m) for group_m in (1, 4)),
+    GroupedConfig(16),
+    GroupedConfig(32),
 ]
 Timed = dict[str, list[float]]
 Table = dict[str, dict[str, float | str]]
@@ -188,7 +192,7 @@ def make_layer() -> tuple[torch.Tensor, ...]:
     )  # fmt: skip
 
 
-def best(results: list[tuple[float, AnyConfig]]) -> str:
+def best(results: Sequence[tuple[float, AnyConfig | GroupedConfig]]) -> str:
     return "  ".join(f"{us:.1f} {tuple(config)}" for us, config in sorted(results)[:6])
 
 
@@ -202,14 +206,18 @@ def sweep_dense(data: Dense) -> str:
 
 
 def sweep_experts(data: Experts) -> str:
-    """First the gate-up product's tile is varied, then the down product's, the other one as chosen."""
+    """First the gate-up product's tile is varied, or both are one kernel; then the down product's, the other chosen."""
     chosen, lines = kernels.choose_grouped, []
     picked = chosen(data.x.shape[0] * TOP_K, EXPERTS)
+    assert not isinstance(picked, GroupedConfig)
     try:
         for place in (0, 1):
-            results = []
+            results: list[tuple[float, ExpertConfig]] = []
             for config in (c for c in GROUPED if c.block_m == picked[0].block_m):
-                pair = (config, picked[1]) if place == 0 else (picked[0], config)
+                both = isinstance(config, GroupedConfig)
+                if both and place:
+                    continue
+                pair = config if both else (config, picked[1]) if place == 0 else (picked[0], config)
                 kernels.choose_grouped = lambda *_, pair=pair: pair  # type: ignore[assignment]
                 us = tried(lambda: data.time(data.products))
                 results += [(statistics.median(us), config)] if us else []

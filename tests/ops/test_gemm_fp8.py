@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from gossamer.ops.gemm_fp8 import triton as kernels
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
+from gossamer.ops.gemm_fp8.hopper_grouped import GroupedConfig
 from gossamer.ops.gemm_fp8.triton import library_is_faster
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,21 +293,29 @@ class Between:
     """Keeps what lies between the products of `kernels.fp8_moe_mlp`: the quantised rows, by token and choice."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.product = kernels._product
+        self.product, self.experts = kernels._product, kernels.hopper_grouped.experts
         self.rows: torch.Tensor | None = None
-        monkeypatch.setattr(kernels, "_product", self)
+        monkeypatch.setattr(kernels, "_product", self.first)
+        monkeypatch.setattr(kernels.hopper_grouped, "experts", self.both)
 
-    def __call__(self, a, a_scales, w, w_scales, out, config, **options) -> None:
+    def first(self, a, a_scales, w, w_scales, out, config, **options) -> None:
         self.product(a, a_scales, w, w_scales, out, config, **options)
         if options.get("gated"):
-            self.top_k, places = options["top_k"], options["order"].places.flatten()
-            live = places >= 0
-            if options["slots"]:  # not sorted: an expert's first assignment is its block, whose rows are the tokens
-                first = (places[:, None] == places).int().argmax(1)
-                places = first * config.block_m + torch.arange(len(places), device=out.device) // self.top_k
-            at = places[live].long()
-            self.rows = torch.zeros(options["num_rows"], out.shape[1], dtype=torch.float64, device=out.device)
-            self.rows[live] = activation64(out[at], options["out_scales"][at])
+            self.keep(out, options["out_scales"], config.block_m, **options)
+
+    def both(self, q, scales, w1, w1_scales, w2, w2_scales, act, act_scales, y, config, counters, **options) -> None:
+        self.experts(q, scales, w1, w1_scales, w2, w2_scales, act, act_scales, y, config, counters, **options)
+        self.keep(act, act_scales, config.block_m, **options)
+
+    def keep(self, act, act_scales, block_m: int, *, order, num_rows: int, top_k: int, slots: int = 0, **_) -> None:
+        self.top_k, places = top_k, order.places.flatten()
+        live = places >= 0
+        if slots:  # not sorted: an expert's first assignment is its block, whose rows are the tokens
+            first = (places[:, None] == places).int().argmax(1)
+            places = first * block_m + torch.arange(len(places), device=act.device) // top_k
+        at = places[live].long()
+        self.rows = torch.zeros(num_rows, act.shape[1], dtype=torch.float64, device=act.device)
+        self.rows[live] = activation64(act[at], act_scales[at])
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
         assert self.rows is not None
@@ -400,3 +409,60 @@ def test_fp8_moe_mlp_at_real_shapes(monkeypatch: pytest.MonkeyPatch, num_tokens:
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, y)
+
+
+def ragged(num_tokens: int) -> torch.Tensor:
+    """Of 40 experts one has no row, others 1, 17 and 33, and some choices are of none."""
+    ids = 4 + torch.rand(num_tokens, 36, device=DEVICE).argsort(-1)[:, :4].int()
+    for expert, rows in ((1, 1), (2, 17), (3, 33)):
+        ids[torch.randperm(num_tokens, device=DEVICE)[:rows], expert - 1] = expert
+    ids[::7, 3] = -1
+    return ids.contiguous()
+
+
+@gpu
+@pytest.mark.parametrize("swiglu", [None, (1.702, 7.0)])
+@pytest.mark.parametrize("block_m", [16, 32])
+@pytest.mark.parametrize(("hidden", "inter"), [(1024, 256), (2048, 768)])
+def test_both_products_in_one_kernel(
+    monkeypatch: pytest.MonkeyPatch, hidden: int, inter: int, block_m: int, swiglu: tuple[float, float] | None
+) -> None:
+    """Experts of no row, some, and more than a block; alone, and behind each other with other routes."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    monkeypatch.setattr(kernels, "choose_grouped", lambda *_: GroupedConfig(block_m))
+    parts, x = experts(40, hidden, inter), torch.randn(90, hidden, device=DEVICE).bfloat16()
+    tensors, weights = stacked(*parts), torch.rand(90, 4, device=DEVICE)
+    routes = [ragged(90) for _ in range(4)]
+    routes += [torch.full_like(routes[0], -1), torch.arange(4, device=DEVICE, dtype=torch.int32).repeat(90, 1)]
+    with monkeypatch.context() as patch:
+        between = Between(patch)
+        y = fp8_moe_mlp(x, weights, routes[0], *tensors, swiglu=swiglu)
+    if swiglu is None:
+        assert rel_rms(y, oracle(x, weights, routes[0], *parts, lambda t, k: between[t, k])) < 5e-3
+    quantized = quantize_activation(x)
+    apart: list[torch.Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "choose_grouped", lambda *_: (Config(block_m, 128, 2, 4, 3, True),) * 2)
+        for ids in routes:
+            apart.append(fp8_moe_mlp(x, weights, ids, *tensors, quantized=quantized, swiglu=swiglu).double())
+    torch.use_deterministic_algorithms(False)  # its fills between the kernels would keep them apart
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [fp8_moe_mlp(x, weights, ids, *tensors, quantized=quantized, swiglu=swiglu) for ids in routes * 3]
+    for _ in range(5):
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        for i, result in enumerate(results):
+            assert torch.equal(result, results[i % len(routes)])
+            assert rel_rms(result, apart[i % len(routes)]) < 1e-2, "a number on the edge of two may fall to either side"
+
+
+def test_few_rows_of_an_expert_are_for_one_kernel() -> None:
+    chosen = {t: kernels.choose_grouped(8 * t, 128, True, False, True) for t in (7, 8, 160, 161, 256, 257, 384, 385)}
+    blocks = {t: config.block_m for t, config in chosen.items() if isinstance(config, GroupedConfig)}
+    assert blocks == {8: 16, 160: 16, 161: 32, 256: 32}
+    assert isinstance(chosen[384][0], Config)
+    assert isinstance(chosen[385][0], HopperConfig)
+    assert not isinstance(kernels.choose_grouped(8 * 64, 128, True), GroupedConfig)

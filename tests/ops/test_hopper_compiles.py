@@ -47,6 +47,12 @@ elif family == "few":
     kinds = {"out": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128), "w_desc": swizzled("fp8e4nv", 64, 128)}
     kinds["partial"] = "*fp32"
     constants = dict(TOKENS=2, PARTS=1, SPLIT_K=4, W_STAGES=7, A_STAGES=3, PDL=True)
+elif family == "grouped":
+    kinds = dict.fromkeys("a w1 act".split(), "*fp8e4nv") | {"y": "*bf16"}
+    kinds |= dict.fromkeys("act_scales w1_scales w2_scales".split(), "*fp32")
+    kinds |= dict.fromkeys("inter hidden act_stride".split(), "i32") | {"num_blocks": "*i32"}
+    kinds |= dict.fromkeys(("w1_desc", "w2_desc"), swizzled("fp8e4nv", 128, 128))
+    constants = dict(ALPHA=1.702, LIMIT=7.0, M=32, TOP_K=8, PDL=True)
 else:
     kinds = {"a": "*fp8e4nv", "out": "*bf16", "bias": "*bf16", "a_desc": swizzled("fp8e4nv", 64, 128)}
     kinds |= {"w_desc": swizzled("fp8e4nv", 128, 128), "out_desc": swizzled("bf16", 64, 128)}
@@ -58,16 +64,17 @@ else:
         kinds["out_desc"] = kinds["a_desc"]
         constants |= dict(GATED=True, FEEDERS=4, FEED_REGS=80, ALPHA=1.702, LIMIT=7.0)
 modules = {"mla_fp8": "mla.hopper_fp8", "mla_listed": "mla.hopper", "experts": "gemm_fp8.hopper",
-           "down": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few"}
+           "down": "gemm_fp8.hopper", "few": "gemm_fp8.hopper_few", "grouped": "gemm_fp8.hopper_grouped"}
 module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
 names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel",
          "mla_listed": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
-         "few": "_few_kernel"}
+         "few": "_few_kernel", "grouped": "_grouped_kernel"}
 kernel = getattr(module, names.get(family, "_hopper_kernel"))
 kinds = ints | floats | kinds
 types = {n: "constexpr" if n in constants else kinds.get(n, "*i32") for n in kernel.arg_names}
 constexprs = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*" or n in "NK"}
+sizes = "N K inter hidden".split()
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*" or n in sizes}
 source = GluonASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=aligned)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if "mla" in family else 4})
 if family == "few":
@@ -77,7 +84,7 @@ assert compiled.metadata.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize(
-    "family", ["attention", "mla", "mla_listed", "mla_fp8", "moe", "gemm_fp8", "experts", "down", "few"]
+    "family", ["attention", "mla", "mla_listed", "mla_fp8", "moe", "gemm_fp8", "experts", "down", "few", "grouped"]
 )
 def test_hopper_kernel_compiles(family: str, tmp_path: os.PathLike[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -63,7 +63,7 @@ def _locate(tile, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(bar):
+def hand_over(bar):
     """What threads copied: wgmma reads through the async proxy, and a fence among the products would hold them up."""
     fence_async_shared()
     thread_barrier()
@@ -136,14 +136,14 @@ def _feed(
                 async_copy.commit_group()
                 if step > 0:
                     async_copy.wait_group(1)
-                    _hand_over(full.index((step - 1) % STAGES))
+                    hand_over(full.index((step - 1) % STAGES))
             else:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
     if GATED:
         async_copy.wait_group(0)
         if step > 0:
-            _hand_over(full.index((step - 1) % STAGES))
+            hand_over(full.index((step - 1) % STAGES))
 
 
 @gluon.jit
@@ -224,7 +224,7 @@ def _look(tile, num_m, num_n, rows, WG: gl.constexpr, WGS: gl.constexpr, TOP_K: 
 
 
 @gluon.jit
-def _scale(a_scale_tiles, w_scale_tiles, a, w, CHANNEL_STEP: gl.constexpr, LINES: gl.constexpr):
+def load_scale(a_scale_tiles, w_scale_tiles, a, w, CHANNEL_STEP: gl.constexpr, LINES: gl.constexpr):
     """Of a product: the rows' scales times that of a block of the weight."""
     scale = a_scale_tiles.index(a).load(LINES)
     if CHANNEL_STEP < 0:
@@ -265,9 +265,9 @@ def _multiply(
                 mbarrier.wait(full.index(stage), (step // STAGES) & 1)
                 a_tile = a_tiles.index(stage * WGS + WG)
                 token = _in_turn(a_tile, w_tiles.index(stage * PARTS), turns, turn, WG, WGS, TURNS)
-                scale0 = _scale(a_scale_tiles, w_scale_tiles, stage * WGS + WG, stage * PARTS, CHANNEL_STEP, LINES)
+                scale0 = load_scale(a_scale_tiles, w_scale_tiles, stage * WGS + WG, stage * PARTS, CHANNEL_STEP, LINES)
                 if PARTS == 2:
-                    scale1 = _scale(
+                    scale1 = load_scale(
                         a_scale_tiles, w_scale_tiles, stage * WGS + WG, stage * PARTS + 1, CHANNEL_STEP, LINES
                     )
                 product = warpgroup_mma_wait(0, deps=[token])

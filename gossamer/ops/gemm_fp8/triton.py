@@ -17,9 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
 from gossamer.ops.dispatch import is_hopper, overlap_options
 from gossamer.ops.gemm.triton import arrival_counters
-from gossamer.ops.gemm_fp8 import hopper, hopper_few, triton_few
+from gossamer.ops.gemm_fp8 import hopper, hopper_few, hopper_grouped, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
+from gossamer.ops.gemm_fp8.hopper_grouped import GroupedConfig
 from gossamer.ops.moe.triton import ExpertOrder, combine, sort_by_expert
 from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
 from gossamer.ops.quantize_fp8 import Quantized
@@ -299,13 +300,15 @@ def library_is_faster(num_rows: int, num_out: int, width: int) -> bool:
 
 
 def choose_grouped(
-    num_assignments: int, num_experts: int, hopper: bool = False, exact: bool = False
-) -> tuple[Config | HopperConfig, Config | HopperConfig]:
+    num_assignments: int, num_experts: int, hopper: bool = False, exact: bool = False, both: bool = False
+) -> tuple[Config | HopperConfig, Config | HopperConfig] | GroupedConfig:
     """Tiles of the gate-up product (of 128 columns, which it quantises) and of the down product, by rows per expert.
 
-    `exact` operands are twice as wide in shared memory.
+    `exact` operands are twice as wide in shared memory. `both`: `hopper_grouped` may serve, which makes both.
     """
     rows = num_assignments / num_experts
+    if both and 0.5 <= rows <= 16:
+        return GroupedConfig(16 if rows <= 10 else 32)
     if rows <= 10:
         return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 3, True)
     if hopper and rows > 24 and not exact:
@@ -420,23 +423,31 @@ def fp8_moe_mlp(
             return y
         return (add_rms_norm_fp8 if quantize else add_rms_norm)(y, residual, norm_weight, eps)
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
-    hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32)
+    hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32) and q.numel() < 2**31
     exact = x.dtype == torch.float32
-    gate_up, down = choose_grouped(num_assignments, num_experts, hopper and q.numel() < 2**31, exact)
     few = x.shape[0] <= DOT_ROWS  # no sort then: see the kernel
-    order = ExpertOrder(*(topk_ids,) * 4) if few else sort_by_expert(topk_ids, num_experts, gate_up.block_m)
-    common: dict[str, Any] = {
-        "num_rows": num_assignments, "most_blocks": order.block_expert.numel(), "order": order, "exact": exact,
-        "top_k": topk_ids.shape[1], "slots": triton.next_power_of_2(topk_ids.shape[1]) if few else 0,
-    }  # fmt: skip
-    act = x.new_empty(order.block_expert.numel() * gate_up.block_m, inter, dtype=q.dtype)
+    both = hopper and not few and hidden % 256 == inter % 256 == 0
+    config = choose_grouped(num_assignments, num_experts, hopper, exact, both)
+    block_m = config.block_m if isinstance(config, GroupedConfig) else config[0].block_m
+    order = ExpertOrder(*(topk_ids,) * 4) if few else sort_by_expert(topk_ids, num_experts, block_m)
+    act = x.new_empty(order.block_expert.numel() * block_m, inter, dtype=q.dtype)
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
-    first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
-    _product(q, scales, w_gate_up, gate_up_scales, act, gate_up, n=inter, **first, **common)
     y = x.new_empty(num_assignments if few else act.shape[0], hidden)
-    _product(act, act_scales, w_down, down_scales, y, down, n=hidden, **common)
+    common: dict[str, Any] = {"num_rows": num_assignments, "top_k": topk_ids.shape[1], "order": order}
+    if isinstance(config, GroupedConfig):
+        experts = w_gate_up, gate_up_scales, w_down, down_scales
+        hopper_grouped.experts(
+            q, scales, *experts, act, act_scales, y, config, arrival_counters(q), strides=_strides(scales),
+            multiprocessors=_multiprocessors(q.device.index), swiglu=swiglu, **common,
+        )  # fmt: skip
+    else:
+        common |= {"most_blocks": order.block_expert.numel(), "exact": exact}
+        common |= {"slots": triton.next_power_of_2(topk_ids.shape[1]) if few else 0}
+        first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
+        _product(q, scales, w_gate_up, gate_up_scales, act, config[0], n=inter, **first, **common)
+        _product(act, act_scales, w_down, down_scales, y, config[1], n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None
     out = x if fp8 else torch.empty_like(x)  # x is not written then
-    early = isinstance(down, Config) and not down.persistent
+    early = isinstance(config, GroupedConfig) or (isinstance(config[1], Config) and not config[1].persistent)
     combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early, few)
     return fp8 or out
