@@ -29,12 +29,20 @@ from gossamer.ops.quantize_fp8.hopper import quantize_rows
 
 STAGES = gl.constexpr(6)
 LAG = gl.constexpr(2)  # steps whose rows of x are on their way
+AHEAD = gl.constexpr(256)  # bytes of each row that are guessed beside the ring
 
 
 class GroupedConfig(NamedTuple):
     """`block_m` rows of an expert by 256 of the weight: 128 each of gate and up, or neighbours of down."""
 
     block_m: int
+
+
+@gluon.jit
+def _begin(gate, order):
+    """Number of blocks, and whether the first tile is the one that was guessed: as if every expert had one block."""
+    block, num_m = gl.program_id(0) // gate[0], gl.load(order[2], cache_modifier=".cg")
+    return num_m, (gl.load(order[1] + block, cache_modifier=".cg") == block) & (block < num_m)
 
 
 @gluon.jit
@@ -45,35 +53,56 @@ def _second(num_tiles):
 
 
 @gluon.jit
-def _feed_product(step, first, num_m, product, tiles, order, GATED: gl.constexpr):
-    """Weights of a program's tiles as stages become free: of two steps, for memory gives 256 bytes of a row sooner."""
-    num_n, N, K = product[0], product[1], product[2]
+def _bring_weights(step, group, row, product, tiles, GATED: gl.constexpr):
+    """Of two steps: memory gives 256 bytes of a row sooner than twice 128."""
     w_tiles, full, empty = tiles[1], tiles[4], tiles[5]
+    for j in gl.static_range(2):
+        stage = (step + j) % STAGES
+        mbarrier.wait(empty.index(stage), (((step + j) // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), 2 * BLOCK * BLOCK)
+    for i in gl.static_range(2):
+        for j in gl.static_range(2):
+            stage = (step + j) % STAGES
+            down, right = (0, i * product[2]) if GATED else (i * BLOCK, 0)
+            place = [row + down, right + (group + j) * BLOCK]
+            copy_tile(product[3], place, full.index(stage), w_tiles.index(stage * 2 + i))
+
+
+@gluon.jit
+def _feed_product(step, begin, first, num_m, product, tiles, order, GATED: gl.constexpr):
+    """Weights of a program's tiles, of the first one from step `begin` on, as stages become free."""
+    num_n, N, K = product[0], product[1], product[2]
     last = gl.maximum(num_m * num_n, 1) - 1
     expert = gl.load(order[1] + gl.minimum(first, last) // num_n, cache_modifier=".cg")
     for tile in range(first, num_m * num_n, gl.num_programs(0)):
         row = expert * N + tile % num_n * (BLOCK if GATED else 2 * BLOCK)
         expert = gl.load(order[1] + gl.minimum(tile + gl.num_programs(0), last) // num_n, cache_modifier=".cg")
-        for k in range(0, K, 2 * BLOCK):
-            for j in gl.static_range(2):
-                stage = (step + j) % STAGES
-                mbarrier.wait(empty.index(stage), (((step + j) // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(stage), 2 * BLOCK * BLOCK)
-            for i in gl.static_range(2):
-                for j in gl.static_range(2):
-                    stage = (step + j) % STAGES
-                    down, right = (0, i * K) if GATED else (i * BLOCK, 0)
-                    place = [row + down, right + k + j * BLOCK]
-                    copy_tile(product[3], place, full.index(stage), w_tiles.index(stage * 2 + i))
+        for group in range(gl.where(tile == first, begin, 0), K // BLOCK, 2):
+            _bring_weights(step, group, row, product, tiles, GATED)
             step += 2
     return step
 
 
 @gluon.jit
-def _feed_weights(gate, down, tiles, order):
-    num_m = order[2]
-    step = _feed_product(num_m * 0, gl.program_id(0), num_m, gate, tiles, order, True)
-    _feed_product(step, _second(num_m * gate[0]), num_m, down, tiles, order, False)
+def _feed_weights(w1, gate, down, tiles, order, PDL: gl.constexpr):
+    """While kernels ahead still sort, weights are guessed: a ring of them, and as far as L2 what follows."""
+    n1, inter, hidden, w1_desc = gate[0], gate[1], gate[2], gate[3]
+    row = gl.program_id(0) // n1 * inter + gl.program_id(0) % n1 * BLOCK
+    for group in range(0, STAGES, 2):
+        _bring_weights(group, group, row, gate, tiles, True)
+    lanes = gl.arange(0, 2 * BLOCK, gl.BlockedLayout([1], [32], [1], [0]))
+    beyond = w1 + gl.minimum(row, w1_desc.shape[0] - BLOCK).to(gl.int64) * 2 * hidden + STAGES * BLOCK
+    gl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
+        [beyond + lanes * hidden, lanes * 0 + AHEAD], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    num_m, right = _begin(gate, order)
+    step, begin = gl.to_tensor(STAGES), gl.where(right, STAGES, 0)
+    step = _feed_product(step, begin, gl.program_id(0), num_m, gate, tiles, order, True)
+    _feed_product(step, 0, _second(num_m * n1), num_m, down, tiles, order, False)
 
 
 @gluon.jit
@@ -83,7 +112,7 @@ def _bring_rows(
     """Rows of x by token, or of what gate and up made of them once that is there, and all scales of a product."""
     num_n, N, K, _w_desc, w_scales, a, a_scales, row_stride, group_stride, _out = product
     a_tiles, _w_tiles, a_scale_tiles, w_scale_tiles, full, empty = tiles
-    rows, block_expert, _num_m, ready, num_rows = order
+    rows, block_expert, _num_blocks, ready, num_rows = order
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     groups, n_blocks = K // BLOCK, N // BLOCK
@@ -124,9 +153,14 @@ def _bring_rows(
 
 
 @gluon.jit
-def _feed_rows(gate, down, tiles, order, M: gl.constexpr, TOP_K: gl.constexpr):
-    num_m = order[2]
-    step = _bring_rows(num_m * 0, gl.program_id(0), num_m, gate, 0, tiles, order, M, TOP_K, True)
+def _feed_rows(gate, down, tiles, order, M: gl.constexpr, TOP_K: gl.constexpr, PDL: gl.constexpr):
+    if PDL:
+        gdc_wait()
+    num_m, right = _begin(gate, order)
+    step = gl.where(right, 0, STAGES)
+    for wrong in range(step):  # nothing of what was guessed is used
+        mbarrier.arrive(tiles[4].index(wrong), count=1)
+    step = _bring_rows(step, gl.program_id(0), num_m, gate, 0, tiles, order, M, TOP_K, True)
     _bring_rows(step, _second(num_m * gate[0]), num_m, down, gate[0], tiles, order, M, TOP_K, False)
 
 
@@ -184,16 +218,22 @@ def _multiply_tiles(
 
 
 @gluon.jit
-def _multiply(gate, down, tiles, order, M: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr):
+def _multiply(gate, down, tiles, order, M: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, PDL: gl.constexpr):
     """The consumer."""
-    num_m = order[2]
-    step = _multiply_tiles(num_m * 0, gl.program_id(0), num_m, gate, tiles, order, M, True, ALPHA, LIMIT)
+    if PDL:
+        gdc_wait()
+    num_m, right = _begin(gate, order)
+    step = gl.where(right, 0, STAGES)
+    for wrong in range(step):
+        mbarrier.wait(tiles[4].index(wrong), 0)
+        mbarrier.arrive(tiles[5].index(wrong), count=1)
+    step = _multiply_tiles(step, gl.program_id(0), num_m, gate, tiles, order, M, True, ALPHA, LIMIT)
     _multiply_tiles(step, _second(num_m * gate[0]), num_m, down, tiles, order, M, False, ALPHA, LIMIT)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "row_stride", "group_stride", "act_stride"])
 def _grouped_kernel(
-    a, a_scales, w1_desc, w1_scales, w2_desc, w2_scales, act, act_scales, y, rows, block_expert, num_blocks, ready,
+    a, a_scales, w1, w1_desc, w1_scales, w2_desc, w2_scales, act, act_scales, y, rows, block_expert, num_blocks, ready,
     num_rows, inter, hidden, row_stride, group_stride, act_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     M: gl.constexpr, TOP_K: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -211,20 +251,22 @@ def _grouped_kernel(
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     tiles = (a_tiles, w_tiles, a_scale_tiles, w_scale_tiles, full, empty)
-    order = (rows, block_expert, gl.load(num_blocks, cache_modifier=".cg"), ready, num_rows)
+    order = (rows, block_expert, num_blocks, ready, num_rows)
     n1, n2 = inter // BLOCK, hidden // (2 * BLOCK)
     between = (act, act_scales, act_stride)
     gate = (n1, inter, hidden, w1_desc, w1_scales, a, a_scales, row_stride, group_stride, between)
     down = (n2, hidden, inter, w2_desc, w2_scales, act, act_scales, 1, act_stride, (y, act_scales, 0))
     gl.warp_specialize([
-        (_multiply, (gate, down, tiles, order, M, ALPHA, LIMIT)),
-        (_feed_weights, (gate, down, tiles, order)),
-        (_feed_rows, (gate, down, tiles, order, M, TOP_K)),
+        (_multiply, (gate, down, tiles, order, M, ALPHA, LIMIT, PDL)),
+        (_feed_weights, (w1, gate, down, tiles, order, PDL)),
+        (_feed_rows, (gate, down, tiles, order, M, TOP_K, PDL)),
     ], [1, 1], [56, 88])  # fmt: skip
+
+
+def serves(hidden: int, inter: int) -> bool:
+    """Steps come in pairs, and a row of gate's and up's holds what is guessed."""
+    return hidden % 256 == inter % 256 == 0 and hidden >= STAGES.value * BLOCK.value + AHEAD.value
 
 
 def experts(
@@ -233,13 +275,13 @@ def experts(
     counters: torch.Tensor, *, order: ExpertOrder, num_rows: int, top_k: int, strides: tuple[int, int],
     multiprocessors: int, swiglu: tuple[float, float] | None,
 ) -> None:  # fmt: skip
-    """Both of `triton._product` by expert, to 16-bit y, of multiples of 256. act: rows between them, quantised."""
+    """Both of `triton._product` by expert, to 16-bit y, for what `serves` says. act: rows between them, quantised."""
     hidden, inter = w_down.shape[1:]
     bytes_ = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w1_desc = TensorDescriptor.from_tensor(w_gate_up.view(-1, 2 * hidden), [128, 128], bytes_)
     w2_desc = TensorDescriptor.from_tensor(w_down.view(-1, inter), [128, 128], bytes_)
     _grouped_kernel[(min(order.block_expert.numel() * (inter // 128), multiprocessors),)](
-        q, scales, w1_desc, gate_up_scales, w2_desc, down_scales, act, act_scales, y, *order[:3], counters,
+        q, scales, w_gate_up, w1_desc, gate_up_scales, w2_desc, down_scales, act, act_scales, y, *order[:3], counters,
         num_rows, inter, hidden, *strides, act_scales.stride(1), M=config.block_m, TOP_K=top_k, num_warps=4,
         maxnreg=128, **swiglu_options(swiglu), **overlap_options(q),
     )  # fmt: skip

@@ -426,7 +426,7 @@ def fp8_moe_mlp(
     hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32) and q.numel() < 2**31
     exact = x.dtype == torch.float32
     few = x.shape[0] <= DOT_ROWS  # no sort then: see the kernel
-    both = hopper and not few and hidden % 256 == inter % 256 == 0
+    both = hopper and not few and hopper_grouped.serves(hidden, inter)
     config = choose_grouped(num_assignments, num_experts, hopper, exact, both)
     block_m = config.block_m if isinstance(config, GroupedConfig) else config[0].block_m
     order = ExpertOrder(*(topk_ids,) * 4) if few else sort_by_expert(topk_ids, num_experts, block_m)
