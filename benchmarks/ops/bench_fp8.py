@@ -49,7 +49,7 @@ FEW_ROWS = [
 ]
 FEW_HOPPER = [
     FewConfig(tokens, parts, split, *stages)
-    for tokens, parts, *stages in ((1, 1, 9, 4), (1, 2, 5, 3), (2, 1, 7, 3))
+    for tokens, parts, *stages in ((1, 1, 8, 5), (1, 1, 7, 6), (1, 2, 5, 3), (2, 1, 7, 3))
     for split in (1, 2, 4, 8)
 ]
 MANY_ROWS = [

@@ -9,6 +9,7 @@ import torch
 
 from gossamer.ops.attention import DecodeWorkspace, paged_decode, paged_prefill
 from gossamer.ops.attention.triton import SCRATCH_PAGES, widen
+from gossamer.ops.attention.triton_decode import _decode_cut
 from gossamer.ops.kv_cache.reference import page_scale
 from gossamer.ops.quantize_fp8 import quantize_activation
 from gossamer.runtime.cuda_runner import WARM_UP_CONTEXT
@@ -237,6 +238,17 @@ def test_fp8_pages_and_bf16_queries() -> None:
     batch.q *= torch.tensor([0, 1e-30, 3.0, 1e-3, 0, 2.0, 1.0], device=DEVICE)[:, None, None]
     for num_programs in (5, 1):
         check(batch.decode(batch.sinks, num_programs), batch.oracle(batch.sinks))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("page_bytes", [1 << n for n in range(12, 18)])
+def test_pages_on_their_way_fit_a_multiprocessor(page_bytes: int, scaled: bool) -> None:
+    """All stages of a pipeline but one are in its 227 KB, beside queries and weights."""
+    workspace = DecodeWorkspace.allocate(256, 32, 4, 128, "cpu", 528)
+    for num_rows in (1, 2, 3, 4, 9, 200):
+        for num_listed in (0, 32, 64):
+            stages = _decode_cut(num_rows, num_listed, workspace, page_bytes, scaled)[1]
+            assert (stages - 1) * page_bytes <= 163840
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])

@@ -260,7 +260,7 @@ def _decode_cut(
     """
     few = max(1, workspace.num_programs // 4)
     if 0 < (listed := num_rows * num_listed) <= 4 * workspace.num_programs:
-        most = 2 * few if scaled else 4 * few
+        most = 2 * few if scaled or page_bytes > 98304 else 4 * few  # of larger pages three stages do not fit
         return few if listed <= most else workspace.num_programs, 3 if 2 * few < listed <= most else 1 + scaled, 0
     if scaled:
         return workspace.num_programs, 2, 128 if page_bytes <= 16384 else 0

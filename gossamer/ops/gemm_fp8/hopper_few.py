@@ -35,8 +35,8 @@ class FewConfig(NamedTuple):
     tokens: int = 1
     parts: int = 1
     split_k: int = 1
-    w_stages: int = 9
-    a_stages: int = 4
+    w_stages: int = 8
+    a_stages: int = 5
 
     @property
     def block_m(self) -> int:

@@ -226,6 +226,7 @@ def _multiply(gate, down, tiles, order, M: gl.constexpr, ALPHA: gl.constexpr, LI
     step = gl.where(right, 0, STAGES)
     for wrong in range(step):
         mbarrier.wait(tiles[4].index(wrong), 0)
+        thread_barrier()
         mbarrier.arrive(tiles[5].index(wrong), count=1)
     step = _multiply_tiles(step, gl.program_id(0), num_m, gate, tiles, order, M, True, ALPHA, LIMIT)
     _multiply_tiles(step, _second(num_m * gate[0]), num_m, down, tiles, order, M, False, ALPHA, LIMIT)
@@ -238,7 +239,8 @@ def _grouped_kernel(
     M: gl.constexpr, TOP_K: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What two of `triton._product_kernel` compute. A tile of down waits for those of gate and up that it reads, which
-    other programs make: all are resident, one for each multiprocessor, and begin with those.
+    other programs make: all are resident, one for each multiprocessor, and begin with those. So of these kernels one
+    runs at a time: two streams of a device must not have one each.
     """
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     a_tiles = gl.allocate_shared_memory(w1_desc.dtype, [STAGES, M, BLOCK], w1_desc.layout)

@@ -21,7 +21,7 @@ from gossamer.ops.gemm_fp8 import hopper, hopper_few, hopper_grouped, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
 from gossamer.ops.gemm_fp8.hopper_few import FewConfig
 from gossamer.ops.gemm_fp8.hopper_grouped import GroupedConfig
-from gossamer.ops.moe.triton import ExpertOrder, combine, sort_by_expert
+from gossamer.ops.moe.triton import combine, sort_by_expert
 from gossamer.ops.norm.triton import add_rms_norm, add_rms_norm_fp8
 from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, fp8_like, quantize_activation, quantize_rows
@@ -69,17 +69,15 @@ def _product_kernel(
     a_ptr, a_desc, a_scales_ptr, w_desc, w_scales_ptr, bias_ptr, out_ptr, out_scales_ptr, rows_ptr, block_expert_ptr,
     num_blocks_ptr, partial_ptr, counters_ptr, num_rows, N, K, row_stride, group_stride, scale_stride,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr,
-    CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr,
-    DTYPE: tl.constexpr, SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr,
+    BIAS: tl.constexpr, QUANTIZE: tl.constexpr, PROMOTE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAP: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ w.T. TOP_K 0: dense, row by row. Else blocks of rows in the order of `rows_ptr`, each of one expert.
 
     GATED: a's rows are gathered by token, parts are gate and up, silu(gate) * up is stored, fp32 or quantised. Else
-    parts are neighbouring columns. Results are in the order of `rows_ptr`. SLOTS: of up to BLOCK_M tokens nothing was
-    sorted, `rows_ptr` has their experts. A block is an assignment, its rows are the tokens, and the first assignment to
-    an expert serves all; down's results are in the order of assignments.
+    parts are neighbouring columns. Results are in the order of `rows_ptr`.
     """
     EARLY: tl.constexpr = TOP_K > 0 and not GATED and not FLATTEN
     STEP: tl.constexpr = BLOCK_N if GATED else BLOCK_N * PARTS
@@ -95,9 +93,7 @@ def _product_kernel(
         gdc_launch_dependents()  # of gate and up, when the order is there: what follows reads it ahead of its wait
         if not EARLY:
             gdc_wait()
-    num_blocks = num_rows if SLOTS else tl.cdiv(num_rows, BLOCK_M)
-    if TOP_K > 0 and SLOTS == 0:
-        num_blocks = tl.load(num_blocks_ptr, cache_modifier=".cg")
+    num_blocks = tl.load(num_blocks_ptr, cache_modifier=".cg") if TOP_K else tl.cdiv(num_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), num_blocks * n_tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tiles that run at one time share rows and columns, so that both come from L2.
         band = tile // (GROUP_M * n_tiles) * GROUP_M
@@ -106,15 +102,7 @@ def _product_kernel(
         n = tile % (GROUP_M * n_tiles) // height * STEP
         position = block * BLOCK_M + tl.arange(0, BLOCK_M)
         expert = tl.load(block_expert_ptr + block, cache_modifier=".cg") if TOP_K else 0
-        stop = tl.minimum(start + span, K)
-        if SLOTS:
-            at = tl.arange(0, BLOCK_M)[:, None] * TOP_K + tl.minimum(tl.arange(0, SLOTS), TOP_K - 1)[None, :]
-            ids = tl.load(rows_ptr + at, at < num_rows, -1, cache_modifier=".cg")
-            row = tl.min(tl.where((ids == expert) & (ids >= 0), at, num_rows), 1)
-            first = tl.min(row, 0) == block
-            row, stop, expert = tl.where(first, row, num_rows), tl.where(first, stop, start), tl.maximum(expert, 0)
-        else:
-            row = tl.load(rows_ptr + position, cache_modifier=".cg") if TOP_K else position
+        row = tl.load(rows_ptr + position, cache_modifier=".cg") if TOP_K else position
         if PDL and EARLY:
             gdc_wait()
         inside = row < num_rows
@@ -126,7 +114,7 @@ def _product_kernel(
         scale_row1 = (((expert * 2 + 1) * n_blocks + n // 128) if GATED else (expert * n_blocks + last)) * groups
         acc0 = tl.zeros([HEIGHT, WIDTH], tl.float32)
         acc1 = tl.zeros([HEIGHT, WIDTH], tl.float32)
-        for k in range(start, stop, 128):
+        for k in range(start, tl.minimum(start + span, K), 128):
             group = k // 128
             scale = tl.load(a_scales_ptr + a_row * row_stride + group * group_stride, inside, 0.0)
             # Loaded ahead of the products and used behind them, which hide the time that takes.
@@ -172,8 +160,7 @@ def _product_kernel(
                 y = tl.where(known[None, :], gated_activation(y, up, ALPHA, LIMIT), 0.0)
             if BIAS:
                 y += tl.load(bias_ptr + out_column, known, 0.0).to(tl.float32)[None, :]
-            place = position if GATED or SLOTS == 0 else row
-            out_ptrs = out_ptr + place[:, None].to(tl.int64) * N + out_column[None, :]
+            out_ptrs = out_ptr + position[:, None].to(tl.int64) * N + out_column[None, :]
             if QUANTIZE:
                 q, out_scale = quantize_rows(y, False, DTYPE)
                 tl.store(out_ptrs, q, mask=inside[:, None] & known[None, :])
@@ -259,7 +246,9 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
         return None
     if num_rows > 128 and programs > 132:
         return None
-    return FewConfig(2, 1, split_k, 7, 3) if tokens == 2 else FewConfig(1, 1, split_k)
+    if tokens == 2:
+        return FewConfig(2, 1, split_k, 7, 3)
+    return FewConfig(1, 1, split_k, 7, 6) if num_rows > 64 else FewConfig(1, 1, split_k)
 
 
 def choose(
@@ -335,7 +324,7 @@ def _product(
     config: Config | HopperConfig | FewConfig, *, num_rows: int, most_blocks: int, n: int,
     order: tuple[torch.Tensor, ...] | None = None, top_k: int = 0, gated: bool = False,
     out_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None, kind: str = "block",
-    promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None, slots: int = 0,
+    promote: bool = True, exact: bool = False, swiglu: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     """a FP8 [rows, K] times w [experts * n (, 2), K]; what is absent is compiled out and `a` stands in for it."""
     if isinstance(config, HopperConfig):
@@ -362,7 +351,7 @@ def _product(
         TensorDescriptor.from_tensor(w.view(-1, 2 * k if gated else k), [config.block_n, BLOCK_K]), w_scales,
         a if bias is None else bias, out, a_scales if out_scales is None else out_scales, *(order or (a, a, a))[:3],
         partial, counters, num_rows, n, k, *_strides(a_scales), 0 if out_scales is None else out_scales.stride(1),
-        TOP_K=top_k, SLOTS=slots, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
+        TOP_K=top_k, GATED=gated, BLOCK_SCALES=kind == "block", CHANNEL_STEP=int(kind == "channel"),
         BIAS=bias is not None, QUANTIZE=out_scales is not None, PROMOTE=promote, EXACT=exact,
         DTYPE=TRITON_DTYPE[a.dtype], SWAP=config.swap, PARTS=config.parts, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, GROUP_M=1 if top_k else 8, SPLIT_K=split_k, FLATTEN=config.persistent, **options,
@@ -425,14 +414,14 @@ def fp8_moe_mlp(
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
     hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32) and q.numel() < 2**31
     exact = x.dtype == torch.float32
-    few = x.shape[0] <= DOT_ROWS  # no sort then: see the kernel
-    both = hopper and not few and hopper_grouped.serves(hidden, inter)
-    config = choose_grouped(num_assignments, num_experts, hopper, exact, both)
+    config = choose_grouped(
+        num_assignments, num_experts, hopper, exact, hopper and hopper_grouped.serves(hidden, inter)
+    )
     block_m = config.block_m if isinstance(config, GroupedConfig) else config[0].block_m
-    order = ExpertOrder(*(topk_ids,) * 4) if few else sort_by_expert(topk_ids, num_experts, block_m)
-    act = x.new_empty(order.block_expert.numel() * block_m, inter, dtype=q.dtype)
+    order = sort_by_expert(topk_ids, num_experts, block_m)
+    act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
     act_scales = x.new_empty(triton.cdiv(inter, BLOCK_K), act.shape[0], dtype=torch.float32).t()
-    y = x.new_empty(num_assignments if few else act.shape[0], hidden)
+    y = x.new_empty(act.shape[0], hidden)
     common: dict[str, Any] = {"num_rows": num_assignments, "top_k": topk_ids.shape[1], "order": order}
     if isinstance(config, GroupedConfig):
         experts = w_gate_up, gate_up_scales, w_down, down_scales
@@ -442,12 +431,11 @@ def fp8_moe_mlp(
         )  # fmt: skip
     else:
         common |= {"most_blocks": order.block_expert.numel(), "exact": exact}
-        common |= {"slots": triton.next_power_of_2(topk_ids.shape[1]) if few else 0}
         first: dict[str, Any] = {"gated": True, "out_scales": act_scales, "swiglu": swiglu}
         _product(q, scales, w_gate_up, gate_up_scales, act, config[0], n=inter, **first, **common)
         _product(act, act_scales, w_down, down_scales, y, config[1], n=hidden, **common)
     fp8 = fp8_like(x) if quantize else None
     out = x if fp8 else torch.empty_like(x)  # x is not written then
     early = isinstance(config, GroupedConfig) or (isinstance(config[1], Config) and not config[1].persistent)
-    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early, few)
+    combine(y, topk_weights, order.places, out, residual, norm_weight, eps, fp8, early)
     return fp8 or out

@@ -229,11 +229,11 @@ def _combine_kernel(
     y_ptr, weights_ptr, places_ptr, residual_ptr, norm_ptr, out_ptr, q_ptr, scales_ptr, hidden, row_stride,
     group_stride, eps,
     TOP_K: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    UNSORTED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A token's weighted sum. NORM: added to the residual, in place, whose norm is stored; BLOCK is a whole row. GROUP:
     0, or how many normed numbers share a scale of the FP8 form that is stored instead. EARLY: all but `y` is there
-    before the kernel ahead has ended. UNSORTED: an assignment's place is its own number, unless its place here is -1.
+    before the kernel ahead has ended.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -254,8 +254,8 @@ def _combine_kernel(
         gdc_wait()
     acc = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        place, row = places[slot], token * TOP_K + slot if UNSORTED else places[slot]  # type: ignore[var-annotated]
-        y = tl.load(y_ptr + row * hidden + columns, mask=columns < tl.where(place >= 0, hidden, 0), other=0.0)
+        place = places[slot]  # type: ignore[var-annotated]
+        y = tl.load(y_ptr + place * hidden + columns, mask=columns < tl.where(place >= 0, hidden, 0), other=0.0)
         acc += y.to(tl.float32) * tl.where(place >= 0, weights[slot], 0.0)
     out = acc.to(out_ptr.dtype.element_ty)
     if NORM:
@@ -376,13 +376,12 @@ def _grouped_product(
 def combine(
     y: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, out: torch.Tensor,
     residual: torch.Tensor | None = None, norm_weight: torch.Tensor | None = None, eps: float = 0.0,
-    fp8: Quantized | None = None, early: bool = False, unsorted: bool = False,
+    fp8: Quantized | None = None, early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """out[t] = the sum over k of weights[t, k] * y[places[t, k]]; places of -1 are left out.
 
     With a residual, the sum is added to that, in place, and out is its RMSNorm. With `fp8` its FP8 form is stored there
     and out, which still says the dtype, is not written. early: whatever made y lets this start when all else is there.
-    unsorted: y [tokens * top_k, hidden] is in the order of assignments, of whose places only the sign counts.
     """
     fused = residual is not None
     block = triton.next_power_of_2(out.shape[1])
@@ -391,7 +390,7 @@ def combine(
     _combine_kernel[(out.shape[0], triton.cdiv(out.shape[1], block))](
         y, weights, places, residual, norm_weight, out, q, scales, out.shape[1], *scales.stride(), eps,
         TOP_K=places.shape[1], NORM=fused, GROUP=FP8_BLOCK if fp8 else 0, BLOCK=block, EARLY=early,
-        UNSORTED=unsorted, num_warps=min(16, max(4, block // 512)), **overlap_options(out),
+        num_warps=min(16, max(4, block // 512)), **overlap_options(out),
     )  # fmt: skip
     return out
 
