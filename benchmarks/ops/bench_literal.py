@@ -18,9 +18,21 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 
-from gossamer.ops.sparse.reference import literal
-
 ROWS, DIM, KEPT = 64, 128, 1024
+
+
+def literal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kept: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k attention as it is often listed: softmax over everything, the largest weights, and no renormalisation.
+
+    It saves nothing, for every product with a key is made, and its weights sum to the mass it retains, not to 1.
+    q [..., num_rows, dim], k, v [..., num_keys, dim]: the output and the retained mass [..., num_rows].
+    """
+    weights = torch.softmax(q @ k.mT * scale, -1)
+    kept, index = weights.topk(min(num_kept, k.shape[-2]), -1)
+    sparse = torch.zeros_like(weights).scatter_(-1, index, kept)
+    return sparse @ v, kept.sum(-1)
 
 
 def compare(length: int, spread: float, common_part: float) -> dict[str, float | str]:

@@ -1,8 +1,13 @@
 """The one rule that picks an op's implementation: CPU tensors use the reference, CUDA tensors the kernel."""
 
 import functools
+import weakref
 
 import torch
+
+device_users: weakref.WeakSet[object] = weakref.WeakSet()
+"""Who runs kernels on a stream of its own. With a second one in the process, kernels whose programs wait for each other
+are not run: each might hold half of the device."""
 
 
 def require_reference(x: torch.Tensor, backend: str, op: str) -> None:

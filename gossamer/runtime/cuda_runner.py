@@ -20,6 +20,7 @@ from gossamer.core import AdmittedSequence, EngineDead, ScheduledBatch, Schedule
 from gossamer.kv_cache.pool import KVPool
 from gossamer.layers.attention.base import Attend, Chunks, PagedPlan
 from gossamer.models.decoder import ATTENTION_KINDS, Decoder
+from gossamer.ops.dispatch import device_users
 from gossamer.ops.sampling import argmax
 from gossamer.runtime.cuda_graph import GraphPool, decode_buckets, round_up, token_buckets
 from gossamer.runtime.device_sampler import DeviceSampler
@@ -83,6 +84,7 @@ class CudaRunner:
         self._uncaptured: set[tuple[str, int]] = set()
         self._workspace = ATTENTION_KINDS[decoder.config.attention].workspace(decoder.config, max_rows, device)
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
+        device_users.add(self)
         tokens = torch.zeros(RING, max_rows, dtype=torch.int64, pin_memory=self._on_gpu)
         self._ring = [_Slot(row, self._event(), self._event()) for row in tokens]
         self._num_steps = 0

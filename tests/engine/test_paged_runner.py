@@ -3,6 +3,7 @@ on the ops' references and without graphs, so that all but the kernels is proved
 
 from __future__ import annotations
 
+import gc
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gossamer.core import SamplingParams, TokenOutput
 from gossamer.engine.build import build_engine
 from gossamer.models import decoder
 from gossamer.models.decoder import Decoder
+from gossamer.ops.dispatch import device_users
 
 PROMPTS = [[(7 * i + 13 * j) % 120 + 3 for i in range(n)] for j, n in enumerate((1, 5, 17, 40, 64, 33, 90))]
 PROMPTS += [[*PROMPTS[4], 9, 8]]  # a full page in common
@@ -106,6 +108,18 @@ def test_rows_that_do_not_sample_end_at_the_last_attention(monkeypatch: pytest.M
         run(folder, SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=wanted), paged=True, device="cpu")
         largest = max(hidden for num, hidden in sizes[1:] if num == 48)  # the first warms up, with all rows
         assert largest == 48 if wanted is not None else largest <= 5
+
+
+def test_an_engine_uses_its_device_until_it_is_gone(tmp_path: Path) -> None:
+    gc.collect()
+    before, folder = len(device_users), save_checkpoint("qwen3_moe", tmp_path)
+    config = make_engine_config(model=str(folder), max_model_len=64, kv_cache_memory_bytes=4 << 20, num_threads=1)
+    engine, info = build_engine(config, paged=True)
+    assert len(device_users) == before + 1
+    engine.shutdown()
+    del engine, info
+    gc.collect()
+    assert len(device_users) == before
 
 
 @pytest.mark.parametrize("num", [3, 64, 70])

@@ -457,6 +457,23 @@ def test_both_products_in_one_kernel(
             assert rel_rms(result, apart[i % len(routes)]) < 1e-2, "a number on the edge of two may fall to either side"
 
 
+@pytest.mark.parametrize(
+    ("num_engines", "hidden", "both"), [(0, 1024, True), (1, 1024, True), (2, 1024, False), (1, 896, False)]
+)
+def test_two_engines_have_no_kernels_that_wait_for_their_programs(
+    monkeypatch: pytest.MonkeyPatch, num_engines: int, hidden: int, both: bool
+) -> None:
+    def choose(*args: object) -> None:
+        raise LookupError(f"both: {args[4]}")
+
+    monkeypatch.setattr(kernels, "is_hopper", lambda _: True)
+    monkeypatch.setattr(kernels, "device_users", [object()] * num_engines)
+    monkeypatch.setattr(kernels, "choose_grouped", choose)
+    x, routes = torch.randn(9, hidden, device=DEVICE).half(), spread(9, 5, 3)
+    with pytest.raises(LookupError, match=f"both: {both}"):
+        fp8_moe_mlp(x, *routes, *stacked(*experts(5, hidden, 256)), backend="triton")
+
+
 def test_few_rows_of_an_expert_are_for_one_kernel() -> None:
     chosen = {t: kernels.choose_grouped(8 * t, 128, True, False, True) for t in (7, 8, 160, 161, 256, 257, 384, 385)}
     blocks = {t: config.block_m for t, config in chosen.items() if isinstance(config, GroupedConfig)}

@@ -240,7 +240,7 @@ def _grouped_kernel(
 ):  # fmt: skip
     """What two of `triton._product_kernel` compute. A tile of down waits for those of gate and up that it reads, which
     other programs make: all are resident, one for each multiprocessor, and begin with those. So of these kernels one
-    runs at a time: two streams of a device must not have one each.
+    runs at a time: `dispatch.device_users` sees to that.
     """
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     a_tiles = gl.allocate_shared_memory(w1_desc.dtype, [STAGES, M, BLOCK], w1_desc.layout)

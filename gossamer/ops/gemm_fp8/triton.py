@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
-from gossamer.ops.dispatch import is_hopper, overlap_options
+from gossamer.ops.dispatch import device_users, is_hopper, overlap_options
 from gossamer.ops.gemm.triton import arrival_counters
 from gossamer.ops.gemm_fp8 import hopper, hopper_few, hopper_grouped, triton_few
 from gossamer.ops.gemm_fp8.hopper import HopperConfig
@@ -414,9 +414,8 @@ def fp8_moe_mlp(
     (num_experts, hidden, inter), num_assignments = w_down.shape, topk_ids.numel()
     hopper = is_hopper(q) and not (hidden % 128 or inter % 128 or x.dtype == torch.float32) and q.numel() < 2**31
     exact = x.dtype == torch.float32
-    config = choose_grouped(
-        num_assignments, num_experts, hopper, exact, hopper and hopper_grouped.serves(hidden, inter)
-    )
+    both = hopper and len(device_users) < 2 and hopper_grouped.serves(hidden, inter)
+    config = choose_grouped(num_assignments, num_experts, hopper, exact, both)
     block_m = config.block_m if isinstance(config, GroupedConfig) else config[0].block_m
     order = sort_by_expert(topk_ids, num_experts, block_m)
     act = x.new_empty(order.rows.numel(), inter, dtype=q.dtype)
