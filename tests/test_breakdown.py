@@ -25,6 +25,18 @@ LAYERS = {
         ("_gate_up_gemv_kernel", "gate, up"),
         ("_down_gemv_kernel", "down"),
     ],
+    "decode of many": [
+        ("_few_kernel", "qkv product"),
+        ("_rope_write_kv_kernel", "rope, KV write"),
+        ("_decode_kernel", "attention"),
+        ("_quantize_kernel", "quantise"),
+        ("_few_kernel", "o product"),
+        ("_rms_norm_kernel", "norm"),
+        ("_router_kernel", "router"),
+        ("_sort_kernel", "sort"),
+        ("_experts_kernel", "experts"),
+        ("_combine_kernel", "combine"),
+    ],
     "prefill": [
         ("nvjet", "qkv product"),
         ("_rope_write_kv_kernel", "rope, KV write"),

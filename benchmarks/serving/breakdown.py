@@ -35,7 +35,7 @@ PARTS = {
     "embed": "embedding", "rope": "rope, KV write", "_decode_kernel|prefill_kernel": "attention", "_combine": "combine",
     "_router|_logits|_route_": "router", "_sort_|_rank_|_place_|FillFunctor<int>|Memset": "sort", "rms_norm": "norm",
     "_quantize": "quantise",
-    "_gate_up": "gate, up", "_down": "down",
+    "_gate_up": "gate, up", "_down": "down", "_experts_kernel": "experts",
 }  # fmt: skip
 """What kernels' names say. A product is named after where it stands between these."""
 
@@ -78,15 +78,17 @@ def work(
     def product(m: float, n: int, k: int, matrices: float = 1, size: int = itemsize) -> tuple[float, float]:
         return size * (matrices * n * k + m * k) + 2 * m * n, 2.0 * m * n * k
 
-    gated = touched * 2 * inter * hidden + tokens * hidden + chosen * inter
+    gated = itemsize * (touched * 2 * inter * hidden + tokens * hidden + chosen * inter), 4.0 * chosen * inter * hidden
+    down = product(chosen, hidden, inter, touched)
     return {
         "qkv product": product(tokens, q + 2 * kv, hidden),
         "rope, KV write": (2 * tokens * (2 * q + 2 * kv) + kv_itemsize * 2 * tokens * kv, 0),
         "attention": (kv_itemsize * 2 * rows * PROMPT * kv + 2 * 2 * tokens * q, 4.0 * seen * q),
         "o product": product(tokens, hidden, q),
         "router": product(tokens, moe.num_experts, hidden, size=2),
-        "gate, up": (itemsize * gated, 4.0 * chosen * inter * hidden),
-        "down": product(chosen, hidden, inter, touched),
+        "gate, up": gated,
+        "down": down,
+        "experts": (gated[0] + down[0], gated[1] + down[1]),  # both, where one kernel makes them
         "combine": (2 * (chosen + 3 * tokens) * hidden, 0),
         "head": product(rows, config.vocab_size, hidden, size=2),
     }  # fmt: skip

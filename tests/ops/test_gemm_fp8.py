@@ -301,13 +301,13 @@ class Between:
     def first(self, a, a_scales, w, w_scales, out, config, **options) -> None:
         self.product(a, a_scales, w, w_scales, out, config, **options)
         if options.get("gated"):
-            self.keep(out, options["out_scales"], config.block_m, **options)
+            self.keep(out, options["out_scales"], **options)
 
     def both(self, q, scales, w1, w1_scales, w2, w2_scales, act, act_scales, y, config, counters, **options) -> None:
         self.experts(q, scales, w1, w1_scales, w2, w2_scales, act, act_scales, y, config, counters, **options)
-        self.keep(act, act_scales, config.block_m, **options)
+        self.keep(act, act_scales, **options)
 
-    def keep(self, act, act_scales, block_m: int, *, order, num_rows: int, top_k: int, **_) -> None:
+    def keep(self, act, act_scales, *, order, num_rows: int, top_k: int, **_) -> None:
         self.top_k, places = top_k, order.places.flatten()
         live = places >= 0
         at = places[live].long()

@@ -68,7 +68,7 @@ modules = {"mla_fp8": "mla.hopper_fp8", "mla_listed": "mla.hopper", "experts": "
 module = importlib.import_module(f"gossamer.ops.{modules.get(family, family + '.hopper')}")
 names = {"attention": "_hopper_prefill_kernel", "mla": "_hopper_decode_kernel",
          "mla_listed": "_hopper_decode_kernel", "mla_fp8": "_hopper_fp8_decode_kernel",
-         "few": "_few_kernel", "grouped": "_grouped_kernel"}
+         "few": "_few_kernel", "grouped": "_experts_kernel"}
 kernel = getattr(module, names.get(family, "_hopper_kernel"))
 kinds = ints | floats | kinds
 types = {n: "constexpr" if n in constants else kinds.get(n, "*i32") for n in kernel.arg_names}

@@ -233,7 +233,7 @@ def _multiply(gate, down, tiles, order, M: gl.constexpr, ALPHA: gl.constexpr, LI
 
 
 @gluon.jit(do_not_specialize=["num_rows", "row_stride", "group_stride", "act_stride"])
-def _grouped_kernel(
+def _experts_kernel(
     a, a_scales, w1, w1_desc, w1_scales, w2_desc, w2_scales, act, act_scales, y, rows, block_expert, num_blocks, ready,
     num_rows, inter, hidden, row_stride, group_stride, act_stride, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     M: gl.constexpr, TOP_K: gl.constexpr, PDL: gl.constexpr,
@@ -282,7 +282,7 @@ def experts(
     bytes_ = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w1_desc = TensorDescriptor.from_tensor(w_gate_up.view(-1, 2 * hidden), [128, 128], bytes_)
     w2_desc = TensorDescriptor.from_tensor(w_down.view(-1, inter), [128, 128], bytes_)
-    _grouped_kernel[(min(order.block_expert.numel() * (inter // 128), multiprocessors),)](
+    _experts_kernel[(min(order.block_expert.numel() * (inter // 128), multiprocessors),)](
         q, scales, w_gate_up, w1_desc, gate_up_scales, w2_desc, down_scales, act, act_scales, y, *order[:3], counters,
         num_rows, inter, hidden, *strides, act_scales.stride(1), M=config.block_m, TOP_K=top_k, num_warps=4,
         maxnreg=128, **swiglu_options(swiglu), **overlap_options(q),
