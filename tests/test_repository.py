@@ -22,7 +22,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 MAX_ENGINE_LINES = 13_000
 MAX_KERNEL_LINES_IN_ALL = 6_900
-"""Lines of code, kernels apart from what calls them: latent and sparse attention and Hopper's own kernels brought 2,800
+"""Lines of code, kernels apart from what calls them: latent and sparse attention and Hopper's own kernels brought 3,050
 lines, native decode steps of CPUs 500. The design's 15,000 lines for all of it were meant for less; what is not a
 kernel keeps well below."""
 MAX_FILE_LINES = 500

@@ -11,11 +11,6 @@ from gossamer.ops.sparse import Selection, page_entries, reference, triton_prefi
 from gossamer.ops.sparse import triton as sparse_kernels
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @on_cpu
 @pytest.mark.parametrize("heads", [(8, 1), (6, 2), (2, 2)])
 def test_scores_are_what_the_reference_has_over_several_shares(
