@@ -44,6 +44,7 @@ class FewConfig(NamedTuple):
     tma_out: int = 0
     rotate: int = 0
     feeders: int = 3
+    warm: int = 0
 
     @property
     def block_m(self) -> int:
@@ -94,12 +95,16 @@ def _feed_weight(
 def _feed_rows(
     a_desc, a_scales, tiles, m, n, first, groups, num_rows, K, row_stride, group_stride, ROLE: gl.constexpr,
     WGS: gl.constexpr, TOKENS: gl.constexpr, A_STAGES: gl.constexpr, DEEP: gl.constexpr, ROTATE: gl.constexpr,
-    FEEDERS: gl.constexpr, PDL: gl.constexpr,
+    FEEDERS: gl.constexpr, WARM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of x (WHAT 1), their scales (2) or both (3)."""
-    a_tiles, a_scale_tiles, a_full, empty = tiles
+    a_tiles, a_scale_tiles, a_full, empty, warm = tiles
     line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     total = (K + BLOCK - 1) // BLOCK
+    if WARM and ROLE == WGS + 1:  # rows that are not there bring the descriptor
+        mbarrier.expect(warm, ROWS * BLOCK)
+        copy_tile(a_desc, [num_rows, 0], warm, a_tiles.index(0))
+        mbarrier.wait(warm, 0)
     if PDL:
         gdc_wait()
     for step in range(groups):
@@ -178,7 +183,7 @@ def _multiply(
 ):  # fmt: skip
     """A consumer. A product is scaled and added while the next one runs."""
     out, out_desc, partial, counters, num_rows, N = own
-    a_tiles, a_scale_tiles, a_full, empty = tiles[0]
+    a_tiles, a_scale_tiles, a_full, empty, _warm = tiles[0]
     w_tiles, w_scale_tiles, w_full, _empty = tiles[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     HIGH: gl.constexpr = TOKENS if WGS % TOKENS == 0 else 1  # warpgroups in rows
@@ -254,7 +259,7 @@ def _multiply(
 def _work(
     ROLE: gl.constexpr, own, rows, weight, fed, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr,
     PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr,
-    A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr, ROTATE: gl.constexpr, FEEDERS: gl.constexpr, PDL: gl.constexpr,
+    A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr, ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What a partition of warps does."""
     a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride = fed
@@ -270,7 +275,7 @@ def _work(
     else:
         _feed_rows(
             a_desc, a_scales, rows, m, n, first, groups, num_rows, K, row_stride, group_stride, ROLE, WGS, TOKENS,
-            A_STAGES, DEEP, ROTATE, FEEDERS, PDL,
+            A_STAGES, DEEP, ROTATE, FEEDERS, WARM, PDL,
         )  # fmt: skip
 
 
@@ -279,7 +284,7 @@ def _few_kernel(
     a_desc, w_desc, out_desc, out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride,
     WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr,
     SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr,
-    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
+    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out [num_rows, N] = a @ w.T, each 128 of K promoted with its scales: `triton._product_kernel`, dense."""
     if PDL:
@@ -300,19 +305,21 @@ def _few_kernel(
         mbarrier.init(w_full.index(i), count=33)
     for i in gl.static_range(DEEP):
         mbarrier.init(empty.index(i), count=WGS)
+    warm = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(warm, count=1)
     fence_async_shared()
     split, n, m = gl.program_id(0) % SPLIT_K, gl.program_id(0) // SPLIT_K, gl.program_id(1)
     span = ((K + BLOCK - 1) // BLOCK + SPLIT_K * STEPS - 1) // (SPLIT_K * STEPS) * STEPS
     first = split * span
     groups = gl.minimum(span, gl.maximum((K + BLOCK - 1) // BLOCK - first, 0))
     groups = (groups + STEPS - 1) // STEPS * STEPS
-    rows, weight = (a_tiles, a_scale_tiles, a_full, empty), (w_tiles, w_scale_tiles, w_full, empty)
+    rows, weight = (a_tiles, a_scale_tiles, a_full, empty, warm), (w_tiles, w_scale_tiles, w_full, empty)
     own = (out, out_desc, partial, counters, num_rows, N)
     fed = (a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride)
     gl.warp_specialize(
         [(_work, (
             role, own, rows, weight, fed, m, n, split, groups, WGS, TOKENS, PARTS, WIDTH, STEPS, SPLIT_K, W_STAGES,
-            A_STAGES, TMA_OUT, ROTATE, FEEDERS, PDL,
+            A_STAGES, TMA_OUT, ROTATE, FEEDERS, WARM, PDL,
         )) for role in (0, 1, 2, 3, 4, 5, 6)[: WGS + FEEDERS]],
         [4] * (WGS - 1) + [1] * FEEDERS, [REGS] * (WGS - 1) + [40] * FEEDERS,
     )  # fmt: skip
@@ -334,7 +341,7 @@ def product(
         out, a_scales, w_scales, partial, counters, num_rows, n, k, *strides, WGS=config.warpgroups,
         TOKENS=config.tokens, PARTS=config.parts, WIDTH=config.width, STEPS=config.steps,
         SPLIT_K=split_k, W_STAGES=config.w_stages, A_STAGES=config.a_stages, TMA_OUT=config.tma_out,
-        ROTATE=config.rotate, FEEDERS=config.feeders, **registers(config), num_warps=4, **overlap_options(a),
+        ROTATE=config.rotate, FEEDERS=config.feeders, WARM=config.warm, **registers(config), num_warps=4, **overlap_options(a),
     )  # fmt: skip
 
 
