@@ -45,6 +45,7 @@ class FewConfig(NamedTuple):
     rotate: int = 0
     feeders: int = 3
     warm: int = 0
+    diag: int = 0
 
     @property
     def block_m(self) -> int:
@@ -179,7 +180,7 @@ def _add_split(acc, mine, partial, split, i: gl.constexpr, NUM: gl.constexpr, SP
 def _multiply(
     WG: gl.constexpr, own, tiles, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr,
     WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr,
-    DEEP: gl.constexpr, TMA_OUT: gl.constexpr, PDL: gl.constexpr,
+    DEEP: gl.constexpr, TMA_OUT: gl.constexpr, DIAG: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A consumer. A product is scaled and added while the next one runs."""
     out, out_desc, partial, counters, num_rows, N = own
@@ -202,28 +203,41 @@ def _multiply(
     acc0 = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     acc1 = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     for step in range(0, groups, STEPS):
-        w, a = _wait(step, w_full, W_STAGES), _wait(step, a_full, A_STAGES)
+        w = _wait(step, w_full, W_STAGES)
+        a = step % A_STAGES
+        if DIAG != 2 and DIAG != 3:
+            a = _wait(step, a_full, A_STAGES)
         a_at, w_at = a * TOKENS + token, w * PARTS + part
-        token0 = _product(a_tiles.index(a_at), w_tiles.index(w_at))
-        scale0 = a_scale_tiles.index(a_at).load(LINES) * gl.max(w_scale_tiles.index(w_at).load(one), 0)
-        if NUM * STEPS == 2:
-            w1, a1 = w, a
+        if DIAG == 1 or DIAG == 3:
             if STEPS == 2:
-                w1, a1 = _wait(step + 1, w_full, W_STAGES), _wait(step + 1, a_full, A_STAGES)
-            a_at, w_at = a1 * TOKENS + token + NEXT_A, w1 * PARTS + part + NEXT_W
-            if SERIAL:
-                acc0 = _add(acc0, token0, scale0, 0)
-            scale1 = a_scale_tiles.index(a_at).load(LINES) * gl.max(w_scale_tiles.index(w_at).load(one), 0)
-            token1 = _product(a_tiles.index(a_at), w_tiles.index(w_at))
-            if not SERIAL:
-                acc0 = _add(acc0, token0, scale0, 1)
-            if STEPS == 2:
+                _wait(step + 1, w_full, W_STAGES)
+                if DIAG == 1:
+                    _wait(step + 1, a_full, A_STAGES)
                 mbarrier.arrive(empty.index(step % DEEP), count=1)
-                acc0 = _add(acc0, token1, scale1, 0)
-            else:
-                acc1 = _add(acc1, token1, scale1, 0)
         else:
-            acc0 = _add(acc0, token0, scale0, 0)
+            token0 = _product(a_tiles.index(a_at), w_tiles.index(w_at))
+            scale0 = a_scale_tiles.index(a_at).load(LINES) * gl.max(w_scale_tiles.index(w_at).load(one), 0)
+            if NUM * STEPS == 2:
+                w1, a1 = w, a
+                if STEPS == 2:
+                    w1 = _wait(step + 1, w_full, W_STAGES)
+                    a1 = (step + 1) % A_STAGES
+                    if DIAG != 2 and DIAG != 3:
+                        a1 = _wait(step + 1, a_full, A_STAGES)
+                a_at, w_at = a1 * TOKENS + token + NEXT_A, w1 * PARTS + part + NEXT_W
+                if SERIAL:
+                    acc0 = _add(acc0, token0, scale0, 0)
+                scale1 = a_scale_tiles.index(a_at).load(LINES) * gl.max(w_scale_tiles.index(w_at).load(one), 0)
+                token1 = _product(a_tiles.index(a_at), w_tiles.index(w_at))
+                if not SERIAL:
+                    acc0 = _add(acc0, token0, scale0, 1)
+                if STEPS == 2:
+                    mbarrier.arrive(empty.index(step % DEEP), count=1)
+                    acc0 = _add(acc0, token1, scale1, 0)
+                else:
+                    acc1 = _add(acc1, token1, scale1, 0)
+            else:
+                acc0 = _add(acc0, token0, scale0, 0)
         mbarrier.arrive(empty.index((step + STEPS - 1) % DEEP), count=1)
     last = True
     if SPLIT_K > 1:
@@ -259,7 +273,8 @@ def _multiply(
 def _work(
     ROLE: gl.constexpr, own, rows, weight, fed, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr,
     PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr,
-    A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr, ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, PDL: gl.constexpr,
+    A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr, ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr,
+    DIAG: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What a partition of warps does."""
     a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride = fed
@@ -268,11 +283,11 @@ def _work(
     if ROLE < WGS:
         _multiply(
             ROLE, own, (rows, weight), m, n, split, groups, WGS, TOKENS, PARTS, WIDTH, STEPS, SPLIT_K, W_STAGES, A_STAGES,
-            DEEP, TMA_OUT, PDL,
+            DEEP, TMA_OUT, DIAG, PDL,
         )  # fmt: skip
     elif ROLE == WGS:
         _feed_weight(w_desc, w_scales, weight, n, first, groups, N, K, PARTS, WIDTH, W_STAGES, DEEP, ROTATE)
-    else:
+    elif DIAG != 2 and DIAG != 3:
         _feed_rows(
             a_desc, a_scales, rows, m, n, first, groups, num_rows, K, row_stride, group_stride, ROLE, WGS, TOKENS,
             A_STAGES, DEEP, ROTATE, FEEDERS, WARM, PDL,
@@ -284,7 +299,7 @@ def _few_kernel(
     a_desc, w_desc, out_desc, out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride,
     WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr,
     SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr,
-    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
+    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, DIAG: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out [num_rows, N] = a @ w.T, each 128 of K promoted with its scales: `triton._product_kernel`, dense."""
     if PDL:
@@ -313,13 +328,15 @@ def _few_kernel(
     first = split * span
     groups = gl.minimum(span, gl.maximum((K + BLOCK - 1) // BLOCK - first, 0))
     groups = (groups + STEPS - 1) // STEPS * STEPS
+    if DIAG == 4:
+        groups = groups * 0
     rows, weight = (a_tiles, a_scale_tiles, a_full, empty, warm), (w_tiles, w_scale_tiles, w_full, empty)
     own = (out, out_desc, partial, counters, num_rows, N)
     fed = (a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride)
     gl.warp_specialize(
         [(_work, (
             role, own, rows, weight, fed, m, n, split, groups, WGS, TOKENS, PARTS, WIDTH, STEPS, SPLIT_K, W_STAGES,
-            A_STAGES, TMA_OUT, ROTATE, FEEDERS, WARM, PDL,
+            A_STAGES, TMA_OUT, ROTATE, FEEDERS, WARM, DIAG, PDL,
         )) for role in (0, 1, 2, 3, 4, 5, 6)[: WGS + FEEDERS]],
         [4] * (WGS - 1) + [1] * FEEDERS, [REGS] * (WGS - 1) + [40] * FEEDERS,
     )  # fmt: skip
@@ -341,14 +358,14 @@ def product(
         out, a_scales, w_scales, partial, counters, num_rows, n, k, *strides, WGS=config.warpgroups,
         TOKENS=config.tokens, PARTS=config.parts, WIDTH=config.width, STEPS=config.steps,
         SPLIT_K=split_k, W_STAGES=config.w_stages, A_STAGES=config.a_stages, TMA_OUT=config.tma_out,
-        ROTATE=config.rotate, FEEDERS=config.feeders, WARM=config.warm, **registers(config), num_warps=4, **overlap_options(a),
+        ROTATE=config.rotate, FEEDERS=config.feeders, WARM=config.warm, DIAG=config.diag, **registers(config), num_warps=4, **overlap_options(a),
     )  # fmt: skip
 
 
 def registers(config: FewConfig) -> dict[str, int]:
     """Of a multiprocessor's, by what fits beside one another."""
     stages = config.w_stages * config.parts * config.width + config.a_stages * config.tokens * 64
-    residents = 2 if stages * 128 < 112 * 1024 else 1
+    residents = max(1, min(3, 224 // (stages // 8 + 2)))
     threads = 128 * config.warpgroups
     each = min(240, (65536 // residents - 40 * 128) // threads // 8 * 8)
     return {"REGS": each, "maxnreg": min(255, 65536 // residents // (threads + 128) // 8 * 8)}
