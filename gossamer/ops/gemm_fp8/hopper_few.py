@@ -177,13 +177,23 @@ def _add_split(acc, mine, partial, split, i: gl.constexpr, NUM: gl.constexpr, SP
 
 
 @gluon.jit
+def _clock(x):
+    return gl.inline_asm_elementwise("{ .reg .u32 e; add.u32 e, $1, 0; mov.u32 $0, %clock; }", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _smid(x):
+    return gl.inline_asm_elementwise("{ .reg .u32 e; add.u32 e, $1, 0; mov.u32 $0, %smid; }", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _multiply(
     WG: gl.constexpr, own, tiles, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr,
     WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr,
     DEEP: gl.constexpr, TMA_OUT: gl.constexpr, DIAG: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A consumer. A product is scaled and added while the next one runs."""
-    out, out_desc, partial, counters, num_rows, N = own
+    out, out_desc, partial, counters, num_rows, N, t0 = own
     a_tiles, a_scale_tiles, a_full, empty, _warm = tiles[0]
     w_tiles, w_scale_tiles, w_full, _empty = tiles[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
@@ -200,6 +210,16 @@ def _multiply(
     NEXT_W: gl.constexpr = 1 if NUM == 2 and TALL == 1 else 0
     if PDL:
         gdc_wait()
+    if DIAG == 5 and WG == 0:
+        pid = gl.program_id(0) + gl.num_programs(0) * gl.program_id(1)
+        stamps = counters + 4096 + pid * 8
+        gl.store(stamps + 1, _clock(pid))
+        mbarrier.wait(w_full.index(0), 0)
+        gl.store(stamps + 2, _clock(pid))
+        mbarrier.wait(a_full.index(0), 0)
+        gl.store(stamps + 3, _clock(pid))
+        gl.store(stamps + 6, _smid(pid))
+        gl.store(stamps, t0)
     acc0 = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     acc1 = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     for step in range(0, groups, STEPS):
@@ -240,6 +260,8 @@ def _multiply(
                 acc0 = _add(acc0, token0, scale0, 0)
         mbarrier.arrive(empty.index((step + STEPS - 1) % DEEP), count=1)
     last = True
+    if DIAG == 5 and WG == 0:
+        gl.store(stamps + 4, _clock(pid))
     if SPLIT_K > 1:
         unit = (m * (gl.num_programs(0) // SPLIT_K) + n) * WGS + WG
         at = gl.arange(0, WIDTH, gl.SliceLayout(0, ACC))[None, :]
@@ -267,6 +289,8 @@ def _multiply(
             )
         if TMA_OUT:
             tma.store_wait(0)
+    if DIAG == 5 and WG == 0:
+        gl.store(stamps + 5, _clock(pid))
 
 
 @gluon.jit
@@ -302,6 +326,9 @@ def _few_kernel(
     ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, DIAG: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out [num_rows, N] = a @ w.T, each 128 of K promoted with its scales: `triton._product_kernel`, dense."""
+    t0 = gl.program_id(0)
+    if DIAG == 5:
+        t0 = _clock(t0)
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = w_desc.dtype
@@ -331,7 +358,7 @@ def _few_kernel(
     if DIAG == 4:
         groups = groups * 0
     rows, weight = (a_tiles, a_scale_tiles, a_full, empty, warm), (w_tiles, w_scale_tiles, w_full, empty)
-    own = (out, out_desc, partial, counters, num_rows, N)
+    own = (out, out_desc, partial, counters, num_rows, N, t0)
     fed = (a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride)
     gl.warp_specialize(
         [(_work, (
