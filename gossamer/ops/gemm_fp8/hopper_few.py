@@ -46,6 +46,8 @@ class FewConfig(NamedTuple):
     feeders: int = 3
     warm: int = 0
     diag: int = 0
+    late: int = 0
+    pre: int = 0
 
     @property
     def block_m(self) -> int:
@@ -71,8 +73,9 @@ def _wait_free(step, empty, STAGES: gl.constexpr, DEEP: gl.constexpr):
 
 @gluon.jit
 def _feed_weight(
-    w_desc, w_scales, tiles, n, first, groups, N, K,
-    PARTS: gl.constexpr, WIDTH: gl.constexpr, W_STAGES: gl.constexpr, DEEP: gl.constexpr, ROTATE: gl.constexpr,
+    w, w_desc, w_scales, tiles, n, first, groups, N, K,
+    PARTS: gl.constexpr, WIDTH: gl.constexpr, W_STAGES: gl.constexpr, DEEP: gl.constexpr, ROTATE: gl.constexpr, LATE: gl.constexpr, PRE: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """Tiles of the weight and the scales of their parts, which no kernel ahead writes."""
     w_tiles, w_scale_tiles, w_full, empty = tiles
@@ -90,6 +93,20 @@ def _feed_weight(
             block = gl.minimum(w_row + i * WIDTH, N - 1) // BLOCK
             copy_rows(w_scale_tiles.index(stage * PARTS + i), w_scales + block * total + place + gl.arange(0, 1, one))
         async_copy.mbarrier_arrive(bar, increment_count=False)
+        if PRE > 0 and step == W_STAGES - 1:
+            size = gl.minimum(gl.minimum(groups - W_STAGES, PRE) * BLOCK, K - (first + W_STAGES) * BLOCK)
+            if size > 0:
+                for i in gl.static_range(PARTS):
+                    lanes = w_row + i * WIDTH + gl.arange(0, WIDTH, one)
+                    beyond = w + gl.minimum(lanes, N - 1).to(gl.int64) * K + (first + W_STAGES) * BLOCK
+                    gl.inline_asm_elementwise(
+                        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
+                        [beyond, lanes * 0 + size], dtype=gl.int32, is_pure=False, pack=1,
+                    )  # fmt: skip
+        if LATE == 2 and step == W_STAGES - 1 and PDL:
+            gdc_launch_dependents()
+    if LATE == 1 and PDL:
+        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -190,7 +207,7 @@ def _smid(x):
 def _multiply(
     WG: gl.constexpr, own, tiles, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr,
     WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr,
-    DEEP: gl.constexpr, TMA_OUT: gl.constexpr, DIAG: gl.constexpr, PDL: gl.constexpr,
+    DEEP: gl.constexpr, TMA_OUT: gl.constexpr, DIAG: gl.constexpr, LATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A consumer. A product is scaled and added while the next one runs."""
     out, out_desc, partial, counters, num_rows, N, t0 = own
@@ -260,6 +277,8 @@ def _multiply(
                 acc0 = _add(acc0, token0, scale0, 0)
         mbarrier.arrive(empty.index((step + STEPS - 1) % DEEP), count=1)
     last = True
+    if LATE == 3 and PDL:
+        gdc_launch_dependents()
     if DIAG == 5 and WG == 0:
         gl.store(stamps + 4, _clock(pid))
     if SPLIT_K > 1:
@@ -298,19 +317,21 @@ def _work(
     ROLE: gl.constexpr, own, rows, weight, fed, m, n, split, groups, WGS: gl.constexpr, TOKENS: gl.constexpr,
     PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr,
     A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr, ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr,
-    DIAG: gl.constexpr, PDL: gl.constexpr,
+    DIAG: gl.constexpr, LATE: gl.constexpr, PRE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What a partition of warps does."""
-    a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride = fed
+    w_raw, a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride = fed
     DEEP: gl.constexpr = W_STAGES if W_STAGES > A_STAGES else A_STAGES
     num_rows, N = own[4], own[5]
     if ROLE < WGS:
         _multiply(
             ROLE, own, (rows, weight), m, n, split, groups, WGS, TOKENS, PARTS, WIDTH, STEPS, SPLIT_K, W_STAGES, A_STAGES,
-            DEEP, TMA_OUT, DIAG, PDL,
+            DEEP, TMA_OUT, DIAG, LATE, PDL,
         )  # fmt: skip
     elif ROLE == WGS:
-        _feed_weight(w_desc, w_scales, weight, n, first, groups, N, K, PARTS, WIDTH, W_STAGES, DEEP, ROTATE)
+        _feed_weight(
+            w_raw, w_desc, w_scales, weight, n, first, groups, N, K, PARTS, WIDTH, W_STAGES, DEEP, ROTATE, LATE, PRE, PDL
+        )
     elif DIAG != 2 and DIAG != 3:
         _feed_rows(
             a_desc, a_scales, rows, m, n, first, groups, num_rows, K, row_stride, group_stride, ROLE, WGS, TOKENS,
@@ -320,16 +341,16 @@ def _work(
 
 @gluon.jit(do_not_specialize=["num_rows", "row_stride", "group_stride"])
 def _few_kernel(
-    a_desc, w_desc, out_desc, out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride,
+    w_raw, a_desc, w_desc, out_desc, out, a_scales, w_scales, partial, counters, num_rows, N, K, row_stride, group_stride,
     WGS: gl.constexpr, TOKENS: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr, STEPS: gl.constexpr,
     SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr, A_STAGES: gl.constexpr, TMA_OUT: gl.constexpr,
-    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, DIAG: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
+    ROTATE: gl.constexpr, FEEDERS: gl.constexpr, WARM: gl.constexpr, DIAG: gl.constexpr, LATE: gl.constexpr, PRE: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out [num_rows, N] = a @ w.T, each 128 of K promoted with its scales: `triton._product_kernel`, dense."""
     t0 = gl.program_id(0)
     if DIAG == 5:
         t0 = _clock(t0)
-    if PDL:
+    if PDL and LATE == 0:
         gdc_launch_dependents()
     dtype: gl.constexpr = w_desc.dtype
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -359,11 +380,11 @@ def _few_kernel(
         groups = groups * 0
     rows, weight = (a_tiles, a_scale_tiles, a_full, empty, warm), (w_tiles, w_scale_tiles, w_full, empty)
     own = (out, out_desc, partial, counters, num_rows, N, t0)
-    fed = (a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride)
+    fed = (w_raw, a_desc, w_desc, a_scales, w_scales, first, K, row_stride, group_stride)
     gl.warp_specialize(
         [(_work, (
             role, own, rows, weight, fed, m, n, split, groups, WGS, TOKENS, PARTS, WIDTH, STEPS, SPLIT_K, W_STAGES,
-            A_STAGES, TMA_OUT, ROTATE, FEEDERS, WARM, DIAG, PDL,
+            A_STAGES, TMA_OUT, ROTATE, FEEDERS, WARM, DIAG, LATE, PRE, PDL,
         )) for role in (0, 1, 2, 3, 4, 5, 6)[: WGS + FEEDERS]],
         [4] * (WGS - 1) + [1] * FEEDERS, [REGS] * (WGS - 1) + [40] * FEEDERS,
     )  # fmt: skip
@@ -380,12 +401,12 @@ def product(
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * config.width
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)
     _few_kernel[(tiles * split_k, blocks)](
-        TensorDescriptor.from_tensor(a, [64, 128], bytes_), TensorDescriptor.from_tensor(w, [config.width, 128], bytes_),
+        w, TensorDescriptor.from_tensor(a, [64, 128], bytes_), TensorDescriptor.from_tensor(w, [config.width, 128], bytes_),
         TensorDescriptor.from_tensor(out, [64, config.width], halves),
         out, a_scales, w_scales, partial, counters, num_rows, n, k, *strides, WGS=config.warpgroups,
         TOKENS=config.tokens, PARTS=config.parts, WIDTH=config.width, STEPS=config.steps,
         SPLIT_K=split_k, W_STAGES=config.w_stages, A_STAGES=config.a_stages, TMA_OUT=config.tma_out,
-        ROTATE=config.rotate, FEEDERS=config.feeders, WARM=config.warm, DIAG=config.diag, **registers(config), num_warps=4, **overlap_options(a),
+        ROTATE=config.rotate, FEEDERS=config.feeders, WARM=config.warm, DIAG=config.diag, LATE=config.late, PRE=config.pre, **registers(config), num_warps=4, **overlap_options(a),
     )  # fmt: skip
 
 
