@@ -335,7 +335,10 @@ def _product(
         )  # fmt: skip
         return
     if isinstance(config, FewConfig):
-        hopper_few.product(a, a_scales, w, w_scales, out, config, arrival_counters(a), _strides(a_scales))
+        hopper_few.product(
+            a, a_scales, w, w_scales, out, config, arrival_counters(a), _strides(a_scales),
+            _multiprocessors(a.device.index),
+        )  # fmt: skip
         return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
