@@ -307,6 +307,6 @@ def product(
         *strides, WGS=wgs, TOKENS=config.tokens, PARTS=config.parts,
         STEPS=2 if regs >= 128 and wgs == config.tokens * config.parts else 1, SPLIT_K=split_k,
         W_STAGES=config.w_stages, A_STAGES=config.a_stages, REGS=regs,
-        LATE=overlap["PDL"] and tiles * split_k * blocks <= multiprocessors,
+        LATE=overlap["PDL"] and split_k < 4 and tiles * split_k * blocks <= multiprocessors,
         num_warps=4, maxnreg=512 // config.residents // (wgs + 1) // 8 * 8, **overlap,
     )  # fmt: skip

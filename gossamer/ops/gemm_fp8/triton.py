@@ -228,27 +228,25 @@ class Config(NamedTuple):
 def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
-    As few programs as multiprocessors, or twice as many where K is long or rows are more than 64. Where more columns
-    leave none to share a long K, the plain kernel is faster; so is the library's from 129 rows on, but where columns
-    are few.
+    As many programs as multiprocessors, or somewhat fewer: tiles are as wide and K is shared by as many as that takes.
+    Where that is not to be had, the plain kernel is faster or, with more than 64 rows, the library's.
     """
     if not 32 <= num_rows <= 256 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
         return None
+    tiles, blocks = triton.cdiv(num_out, 64), triton.cdiv(num_rows, 64)
     if num_out > 16384:
-        return FewConfig(1, 2, 1, 5, 3) if num_rows <= 64 and width >= 1024 else None
-    long = width > 8192
-    tokens = 2 if long and num_rows > 64 else 1
-    blocks = triton.cdiv(num_rows, 64 * tokens)
-    programs = triton.cdiv(num_out, 64) * blocks
-    split_k = max(1, min(4, (264 if long or num_rows > 64 else 132) // programs, width // (1536 * blocks)))
-    split_k = 1 << (split_k.bit_length() - 1)
-    if (programs > 132 and split_k == 1 and width >= 3072) or (num_rows > 64 and num_out > 8192):
-        return None
-    if num_rows > 128 and programs > 132:
-        return None
-    if tokens == 2:
-        return FewConfig(2, 1, split_k, 7, 3)
-    return FewConfig(1, 1, split_k, 7, 6) if num_rows > 64 else FewConfig(1, 1, split_k)
+        if blocks > 2 or width < 1024:
+            return FewConfig(1, 2, 1, 5, 3) if blocks == 1 else None
+        return FewConfig(1, 3) if blocks == 1 else FewConfig(2, 3, 1, 5, 6)
+    if tiles * blocks <= 132:
+        split_k = max(1, min(4, 132 // (tiles * blocks), width // 1536))
+        split_k = 1 << (split_k.bit_length() - 1)
+        return FewConfig(1, 1, 2, 8, 5) if blocks == split_k == 1 and width > 8192 else FewConfig(1, 1, split_k)
+    if blocks == 1:
+        return FewConfig() if width < 3072 else None
+    if width > 8192 and blocks == 2 and tiles <= 132:
+        return FewConfig(2, 2, 2, 6, 7)
+    return FewConfig(2, 1, 1, 5, 4) if tiles * triton.cdiv(blocks, 2) <= 132 else None
 
 
 def choose(
