@@ -49,9 +49,11 @@ FEW_ROWS = [
 ]
 FEW_HOPPER = [
     FewConfig(tokens, parts, split, *stages)
-    for tokens, parts, *stages in ((1, 1, 8, 5), (1, 1, 7, 6), (1, 2, 5, 3), (2, 1, 7, 3))
-    for split in (1, 2, 4, 8)
-]
+    for tokens, parts, *stages in (
+        (1, 1, 7, 6), (1, 1, 8, 5), (1, 2, 5, 3), (1, 3, 7, 6), (2, 1, 5, 4), (2, 2, 6, 7), (2, 3, 5, 6)
+    )
+    for split in (1, 2, 4)
+]  # fmt: skip
 MANY_ROWS = [
     *(HopperConfig(3, 1, group_m) for group_m in (4, 8, 11, 22)),
     *(HopperConfig(2, 2, group_m) for group_m in (8, 16)),

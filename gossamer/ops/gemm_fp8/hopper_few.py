@@ -23,12 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gossamer.ops.attention.hopper import new_barriers, view
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile, load_scale, store_tile, thread_barrier
 
 
 class FewConfig(NamedTuple):
-    """Cut of a product: a program has 64 * `tokens` rows of x by 64 * `parts` of the weight, in rings of so many stages.
+    """Cut of a product: a program has 64 * `tokens` rows of x by 64 * `parts` of the weight, in rings of such stages.
 
     `split_k` programs share a tile's K.
     """
@@ -218,7 +219,8 @@ def _multiply(
         end = gl.maximum(groups, 1) - 1  # when all warpgroups are through, tiles of the weight give place to results
         mbarrier.wait(empty.index(end % DEEP), (end // DEEP) & 1, pred=groups > 0)
         for i in gl.static_range(BLOCKS):
-            tile = weight[0].index((token + i) * PARTS + part)._reinterpret(out_desc.dtype, [ROWS, ROWS], out_desc.layout)
+            tile = weight[0].index((token + i) * PARTS + part)
+            tile = view(tile, out_desc.dtype, [ROWS, ROWS], out_desc.layout)
             tile.store((acc1 if i else acc0).to(out_desc.dtype))
             fence_async_shared()
             store_tile(out_desc, [(m * TOKENS + token + i) * ROWS, (n * PARTS + part) * ROWS], tile)
@@ -264,22 +266,17 @@ def _few_kernel(
     w_tiles = gl.allocate_shared_memory(dtype, [W_STAGES * PARTS, ROWS, BLOCK], w_desc.layout)
     a_scale_tiles = gl.allocate_shared_memory(gl.float32, [A_STAGES * TOKENS, ROWS], plain)
     w_scale_tiles = gl.allocate_shared_memory(gl.float32, [W_STAGES * PARTS, 1], plain)
-    a_full = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [DEEP, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(A_STAGES):
-        mbarrier.init(a_full.index(i), count=33)  # 32 lanes, when what they copied has landed
-    for i in gl.static_range(W_STAGES):
-        mbarrier.init(w_full.index(i), count=33)
-    for i in gl.static_range(DEEP):
-        mbarrier.init(empty.index(i), count=WGS)
+    a_full = new_barriers(A_STAGES, 33)  # 32 lanes, when what they copied has landed, and one that expects a tile
+    w_full = new_barriers(W_STAGES, 33)
+    empty = new_barriers(DEEP, WGS)
     fence_async_shared()
     split, n, m = gl.program_id(0) % SPLIT_K, gl.program_id(0) // SPLIT_K, gl.program_id(1)
     span = ((K + BLOCK - 1) // BLOCK + SPLIT_K * STEPS - 1) // (SPLIT_K * STEPS) * STEPS
     first = split * span
     groups = gl.minimum(span, gl.maximum((K + BLOCK - 1) // BLOCK - first, 0))
     groups = (groups + STEPS - 1) // STEPS * STEPS
-    rows, weight, own = (a_tiles, a_scale_tiles, a_full), (w_tiles, w_scale_tiles, w_full), (out_desc, partial, counters)
+    rows, weight = (a_tiles, a_scale_tiles, a_full), (w_tiles, w_scale_tiles, w_full)
+    own = (out_desc, partial, counters)
     fed = (a_desc, w_desc, a_scales, w_scales, num_rows, N, K, row_stride, group_stride)
     gl.warp_specialize(
         [(_work, (
