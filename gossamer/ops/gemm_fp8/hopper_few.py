@@ -68,68 +68,6 @@ def _wait_free(step, empty, STAGES: gl.constexpr, DEEP: gl.constexpr):
 
 
 @gluon.jit
-def _feed_weight(
-    w_desc, w_scales, weight, empty, n, first, groups, N, K,
-    PARTS: gl.constexpr, W_STAGES: gl.constexpr, DEEP: gl.constexpr, LATE: gl.constexpr,
-):  # fmt: skip
-    """Tiles of the weight with the scales of their parts; a step beyond K is zero.
-
-    LATE: programs of the next kernel start behind the last of these reads, which they would otherwise hold up.
-    """
-    tiles, scale_tiles, full = weight
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    row, total = n * (PARTS * ROWS), (K + BLOCK - 1) // BLOCK
-    for step in range(groups):
-        stage, group = step % W_STAGES, first + step
-        _wait_free(step, empty, W_STAGES, DEEP)
-        mbarrier.expect(full.index(stage), PARTS * ROWS * BLOCK)
-        for i in gl.static_range(PARTS):
-            copy_tile(w_desc, [row + i * ROWS, group * BLOCK], full.index(stage), tiles.index(stage * PARTS + i))
-        for i in gl.static_range(PARTS):
-            place = gl.minimum(row + i * ROWS, N - 1) // BLOCK * total + gl.minimum(group, total - 1)
-            copy_rows(scale_tiles.index(stage * PARTS + i), w_scales + place + gl.arange(0, 1, one))
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-    if LATE:
-        gdc_launch_dependents()
-
-
-@gluon.jit
-def _feed_rows(
-    a_desc, rows, empty, m, first, groups,
-    TOKENS: gl.constexpr, A_STAGES: gl.constexpr, DEEP: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    tiles, _scale_tiles, full = rows
-    if PDL:
-        gdc_wait()
-    for step in range(groups):
-        stage = step % A_STAGES
-        _wait_free(step, empty, A_STAGES, DEEP)
-        mbarrier.expect(full.index(stage), TOKENS * ROWS * BLOCK)
-        for i in gl.static_range(TOKENS):
-            place = [(m * TOKENS + i) * ROWS, (first + step) * BLOCK]
-            copy_tile(a_desc, place, full.index(stage), tiles.index(stage * TOKENS + i))
-
-
-@gluon.jit
-def _feed_scales(
-    a_scales, rows, empty, m, first, groups, num_rows, K, row_stride, group_stride,
-    TOKENS: gl.constexpr, A_STAGES: gl.constexpr, DEEP: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """Scales travel with the tiles: they were the longest wait of a step when consumers loaded them, a step ahead."""
-    _tiles, scale_tiles, full = rows
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if PDL:
-        gdc_wait()
-    for step in range(groups):
-        stage, group = step % A_STAGES, gl.minimum(first + step, (K + BLOCK - 1) // BLOCK - 1)
-        _wait_free(step, empty, A_STAGES, DEEP)
-        for i in gl.static_range(TOKENS):
-            row = gl.minimum((m * TOKENS + i) * ROWS + gl.arange(0, ROWS, line), num_rows - 1)
-            copy_rows(scale_tiles.index(stage * TOKENS + i), a_scales + row * row_stride + group * group_stride)
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-
-
-@gluon.jit
 def _await(step, full, STAGES: gl.constexpr):
     """A step's stage, when it is there."""
     mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -233,21 +171,52 @@ def _work(
     TOKENS: gl.constexpr, PARTS: gl.constexpr, STEPS: gl.constexpr, SPLIT_K: gl.constexpr, W_STAGES: gl.constexpr,
     A_STAGES: gl.constexpr, DEEP: gl.constexpr, LATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup does, or one of the three warps that feed them."""
+    """A warpgroup multiplies. Three warps feed: the weight's tiles and scales, tiles of x, its scales.
+
+    Scales travel with the tiles: they were the longest wait of a step when consumers loaded them, a step ahead. Steps
+    beyond K are zero. LATE: the next kernel's programs start behind the last read of the weight, not to hold it up.
+    """
     a_desc, w_desc, a_scales, w_scales, num_rows, N, K, row_stride, group_stride = fed
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row, column, last = m * (TOKENS * ROWS), n * (PARTS * ROWS), (K + BLOCK - 1) // BLOCK - 1
     if ROLE < WGS:
         _multiply(
             ROLE, own, rows, weight, empty, m, n, split, groups, WGS, TOKENS, PARTS, STEPS, SPLIT_K, W_STAGES, A_STAGES,
             DEEP, PDL,
         )  # fmt: skip
     elif ROLE == WGS:
-        _feed_weight(w_desc, w_scales, weight, empty, n, first, groups, N, K, PARTS, W_STAGES, DEEP, LATE)
-    elif ROLE == WGS + 1:
-        _feed_rows(a_desc, rows, empty, m, first, groups, TOKENS, A_STAGES, DEEP, PDL)
+        for step in range(groups):
+            stage, group = step % W_STAGES, first + step
+            bar = weight[2].index(stage)
+            _wait_free(step, empty, W_STAGES, DEEP)
+            mbarrier.expect(bar, PARTS * ROWS * BLOCK)
+            for i in gl.static_range(PARTS):
+                tile = weight[0].index(stage * PARTS + i)
+                copy_tile(w_desc, [column + i * ROWS, group * BLOCK], bar, tile)
+            for i in gl.static_range(PARTS):
+                place = gl.minimum(column + i * ROWS, N - 1) // BLOCK * (last + 1) + gl.minimum(group, last)
+                copy_rows(weight[1].index(stage * PARTS + i), w_scales + place + gl.arange(0, 1, line))
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+        if LATE:
+            gdc_launch_dependents()
     else:
-        _feed_scales(
-            a_scales, rows, empty, m, first, groups, num_rows, K, row_stride, group_stride, TOKENS, A_STAGES, DEEP, PDL
-        )
+        if PDL:
+            gdc_wait()
+        for step in range(groups):
+            stage, group = step % A_STAGES, first + step
+            bar = rows[2].index(stage)
+            _wait_free(step, empty, A_STAGES, DEEP)
+            if ROLE == WGS + 1:
+                mbarrier.expect(bar, TOKENS * ROWS * BLOCK)
+            for i in gl.static_range(TOKENS):
+                if ROLE == WGS + 1:
+                    copy_tile(a_desc, [row + i * ROWS, group * BLOCK], bar, rows[0].index(stage * TOKENS + i))
+                else:
+                    own_row = gl.minimum(row + i * ROWS + gl.arange(0, ROWS, line), num_rows - 1)
+                    source = a_scales + own_row * row_stride + gl.minimum(group, last) * group_stride
+                    copy_rows(rows[1].index(stage * TOKENS + i), source)
+            if ROLE == WGS + 2:
+                async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "row_stride", "group_stride"])
