@@ -44,21 +44,6 @@ class FewConfig(NamedTuple):
     def block_m(self) -> int:
         return 64 * self.tokens
 
-    @property
-    def warpgroups(self) -> int:
-        """One for each 64 x 64 of a tile, or, where those are more than four, for each part."""
-        return self.tokens * self.parts if self.tokens * self.parts <= 4 else self.parts
-
-    @property
-    def residents(self) -> int:
-        """Programs of a multiprocessor."""
-        return 2 if 8 * (self.w_stages * self.parts + self.a_stages * self.tokens) <= 104 else 1
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that multiplies: the feeding warps have 40."""
-        return min(216, (512 // self.residents - 40) // self.warpgroups // 8 * 8)
-
 
 @gluon.jit
 def _wait_free(step, empty, STAGES: gl.constexpr, DEEP: gl.constexpr):
@@ -266,13 +251,18 @@ def product(
     halves, bytes_ = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=b, rank=2) for b in (16, 8))
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)
-    wgs, regs, overlap = config.warpgroups, config.registers, overlap_options(a)
+    # A warpgroup has 64 x 64 of a tile or, with more than four of those, a part; feeding warps keep 40 registers a thread.
+    products, overlap = config.tokens * config.parts, overlap_options(a)
+    wgs = products if products <= 4 else config.parts
+    residents = (
+        2 if config.w_stages * config.parts + config.a_stages * config.tokens <= 13 else 1
+    )  # of a multiprocessor
+    regs = min(216, (512 // residents - 40) // wgs // 8 * 8)
     _few_kernel[(tiles * split_k, blocks)](
         TensorDescriptor.from_tensor(a, [64, 128], bytes_), TensorDescriptor.from_tensor(w, [64, 128], bytes_),
         TensorDescriptor.from_tensor(out, [64, 64], halves), a_scales, w_scales, partial, counters, num_rows, n, k,
-        *strides, WGS=wgs, TOKENS=config.tokens, PARTS=config.parts,
-        STEPS=2 if regs >= 128 and wgs == config.tokens * config.parts else 1, SPLIT_K=split_k,
-        W_STAGES=config.w_stages, A_STAGES=config.a_stages, REGS=regs,
+        *strides, WGS=wgs, TOKENS=config.tokens, PARTS=config.parts, STEPS=2 if regs >= 128 and wgs == products else 1,
+        SPLIT_K=split_k, W_STAGES=config.w_stages, A_STAGES=config.a_stages, REGS=regs,
         LATE=overlap["PDL"] and split_k < 4 and tiles * split_k * blocks <= multiprocessors,
-        num_warps=4, maxnreg=512 // config.residents // (wgs + 1) // 8 * 8, **overlap,
+        num_warps=4, maxnreg=512 // residents // (wgs + 1) // 8 * 8, **overlap,
     )  # fmt: skip
