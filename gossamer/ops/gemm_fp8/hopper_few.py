@@ -251,12 +251,10 @@ def product(
     halves, bytes_ = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=b, rank=2) for b in (16, 8))
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)
-    # A warpgroup has 64 x 64 of a tile or, with more than four of those, a part; feeding warps keep 40 registers a thread.
+    # A warpgroup has 64 x 64 of a tile or, with more than four of those, a part; feeding warps have 40 registers.
     products, overlap = config.tokens * config.parts, overlap_options(a)
     wgs = products if products <= 4 else config.parts
-    residents = (
-        2 if config.w_stages * config.parts + config.a_stages * config.tokens <= 13 else 1
-    )  # of a multiprocessor
+    residents = 1 + (config.w_stages * config.parts + config.a_stages * config.tokens <= 13)  # of a multiprocessor
     regs = min(216, (512 // residents - 40) // wgs // 8 * 8)
     _few_kernel[(tiles * split_k, blocks)](
         TensorDescriptor.from_tensor(a, [64, 128], bytes_), TensorDescriptor.from_tensor(w, [64, 128], bytes_),
