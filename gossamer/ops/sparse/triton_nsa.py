@@ -89,7 +89,7 @@ def _merge_splits_kernel(
     peaks, sums, partials, out, SPLITS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEADS: tl.constexpr,
     CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: HEADS of a token's query heads. Parts whose sum is 0 were perhaps never written; without any, zeros."""
+    """One program: some heads of a token. Parts whose sum is 0 were perhaps never written; without any, zeros."""
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
