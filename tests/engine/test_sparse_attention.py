@@ -16,7 +16,6 @@ from gossamer.engine.build import build_engine
 from gossamer.layers.attention import block_topk, gqa
 from gossamer.layers.attention.base import AttentionBatch
 from gossamer.models.source import inspect_model
-from gossamer.ops.sparse import triton as sparse_kernels
 from gossamer.runtime.hardware import detect
 
 PAGE = 16
@@ -252,6 +251,8 @@ def test_configs_of_nsa_that_cannot_be(tmp_path: Path, name: str, changes: dict[
 @pytest.mark.gpu
 def test_no_long_prompt_waits_for_a_kernel(tmp_path: Path) -> None:
     """Those of scores and selection follow a context's length by powers of two, and the warm-up has met them all."""
+    from gossamer.ops.sparse import triton as sparse_kernels
+
     folder = save_checkpoint("llama", tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1 << 16}
     (folder / "config.json").write_text(json.dumps(config))
