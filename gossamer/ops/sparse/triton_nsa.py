@@ -103,11 +103,11 @@ def _merge_splits_kernel(
     mixed = tl.zeros([HEADS, HEAD_DIM], tl.float32)
     for low in range(0, SPLITS, CHUNK):
         split = low + tl.arange(0, CHUNK)
-        at = (row * SPLITS + split[:, None]) * GROUP_P + g[None, :]
-        weight = tl.load(sums + at, mask=(split < SPLITS)[:, None], other=0.0)
+        own = (row * SPLITS + split[:, None]) * GROUP_P + g[None, :]
+        weight = tl.load(sums + own, mask=(split < SPLITS)[:, None], other=0.0)
         present = weight > 0
-        weight *= tl.exp2(tl.load(peaks + at, mask=present, other=LOW) - highest[None, :]) / whole[None, :]
-        part = tl.load(partials + at[:, :, None] * HEAD_DIM + d[None, None, :], mask=present[:, :, None], other=0.0)
+        weight *= tl.exp2(tl.load(peaks + own, mask=present, other=LOW) - highest[None, :]) / whole[None, :]
+        part = tl.load(partials + own[:, :, None] * HEAD_DIM + d[None, None, :], mask=present[:, :, None], other=0.0)
         mixed += tl.sum(part * weight[:, :, None], 0)
     rows = out + (row * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
     tl.store(rows, mixed.to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
