@@ -116,6 +116,8 @@ def _score_kernel(
     low_rows = core.entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if BOUNDS:
         high_rows = core.entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    if ATTEND:
+        value_rows = core.entry_rows(values, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if PDL and EARLY:
         tl.extra.cuda.gdc_wait()
     if SUMMARISE:  # noqa: SIM102 - known when compiling
@@ -135,8 +137,6 @@ def _score_kernel(
         mixed = tl.zeros([GROUP_P, HEAD_DIM if ATTEND else 16], tl.float32)
         for low in range(begin, stop, BLOCK_N):
             index = low + n
-            if ATTEND:
-                v = tl.trans(core.entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
             x = core.logits_of(queries, low_rows, high_rows if BOUNDS else low_rows, BOUNDS) * scale_log2
             following = index + BLOCK_N
             low_rows = core.entry_rows(first, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
@@ -151,7 +151,8 @@ def _score_kernel(
             total = total * fade + tl.sum(p, 1)
             peak = highest
             if ATTEND:
-                v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
+                v = tl.where((index >= BEGIN)[:, None], tl.trans(value_rows), 0.0)  # NaN would pass a weight of zero
+                value_rows = core.entry_rows(values, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
                 p = p.to(queries.dtype)
                 mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
         at = (row_head * SPLITS + split) * GROUP_P + g
