@@ -218,10 +218,11 @@ def score_cut(
 ) -> tuple[int, int]:
     """Programs that share a row's entries, enough to fill the device, and entries of a product.
 
-    With parts of the attention to merge, half as many.
+    With parts of the attention to merge, half as many, and no more than are resident together.
     """
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(triton.cdiv((2 if attend else 4) * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
+    full = 2 * num_sms // (num_rows * num_kv_heads) if attend else triton.cdiv(4 * num_sms, num_rows * num_kv_heads)
+    wanted = min(full, _MOST_SPLITS)
     block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
     return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
@@ -260,8 +261,8 @@ def choose_pages(
         *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
         where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape, FIRST=rule.first,
         LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], PARTS=parts, MOST=most, SHORT=_SHORT,
-        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4 if entries.per_block == 1 else 16,
-        **options,
+        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)),
+        num_warps=16 if entries.per_block > 1 else 8 if group > 8 else 4, **options,
     )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)
