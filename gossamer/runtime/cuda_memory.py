@@ -15,8 +15,8 @@ from gossamer.runtime.cuda_runner import CudaRunner
 GRAPH_SLACK = 1.3
 """Graphs of other sizes share the largest one's memory, but its blocks do not fit theirs exactly."""
 
-SPARSE_LENGTHS = 8
-"""Context lengths to warm sparse prefill up for: a million tokens down to 8192, below which it is dense."""
+SPARSE_LENGTHS = 11
+"""Context lengths to warm sparse prefill up for, each half of the one before: of a million tokens, down to 1024."""
 
 
 def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[str, int]:
@@ -37,7 +37,7 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
             group = runner.decoder.config.num_q_heads // runner.decoder.config.num_kv_heads
             few = min(max_tokens, max(1, 1023 // group))
             # Selection has kernels for each power of two of a context.
-            for halvings in range(SPARSE_LENGTHS if runner.decoder.config.sparse else 1):
+            for halvings in range(1 if runner.decoder.config.attention in ("gqa", "mla") else SPARSE_LENGTHS):
                 runner.warm_up_prefill(few, halvings)
             runner.warm_up_decode_eagerly(max_num_seqs)
         except (ValueError, NotImplementedError) as error:  # how operators refuse shapes

@@ -367,6 +367,14 @@ def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
         torch.testing.assert_close(found, torch.softmax(logits[0][..., seen], -1) @ values, rtol=1e-5, atol=1e-6)
 
 
+def test_programs_that_leave_parts_are_resident_together() -> None:
+    """Of the four multiprocessors that a CPU counts as; without parts to merge they come in waves."""
+    found = [
+        triton_decode.score_cut(n, 2, 4096, torch.device("cpu"), attend) for attend in (True, False) for n in (1, 3, 9)
+    ]
+    assert found == [(4, 64), (1, 64), (1, 64), (8, 64), (3, 64), (1, 64)]
+
+
 @on_cpu
 @pytest.mark.parametrize(("splits", "block", "merged"), [(1, 1024, 8192), (3, 4, 512), (5, 4, 32)])
 def test_a_row_of_decode_chooses_by_compressed_entries(
