@@ -15,6 +15,9 @@ from gossamer.runtime.cuda_runner import CudaRunner
 GRAPH_SLACK = 1.3
 """Graphs of other sizes share the largest one's memory, but its blocks do not fit theirs exactly."""
 
+SPARSE_LENGTHS = 11
+"""Context lengths to warm sparse prefill up for, each half of the one before: of a million tokens, down to 1024."""
+
 
 def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[str, int]:
     """Bytes by ledger name, for the resolved `config`. The runner is left without a KV cache and without graphs.
@@ -32,7 +35,10 @@ def measure(runner: CudaRunner, layout: KVLayout, config: EngineConfig) -> dict[
             runner.warm_up_prefill(max_tokens)
             # Chunks too short to widen FP8 pages for have a kernel of their own.
             group = runner.decoder.config.num_q_heads // runner.decoder.config.num_kv_heads
-            runner.warm_up_prefill(min(max_tokens, max(1, 1023 // group)))
+            few = min(max_tokens, max(1, 1023 // group))
+            # Selection has kernels for each power of two of a context.
+            for halvings in range(1 if runner.decoder.config.attention in ("gqa", "mla") else SPARSE_LENGTHS):
+                runner.warm_up_prefill(few, halvings)
             runner.warm_up_decode_eagerly(max_num_seqs)
         except (ValueError, NotImplementedError) as error:  # how operators refuse shapes
             raise StartupError(f"No kernel serves this model: {error}.\nUse --ops-backend reference, slow.") from error

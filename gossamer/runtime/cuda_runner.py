@@ -333,12 +333,15 @@ class CudaRunner:
         if self._graphs is not None and ("decode", bucket) not in self._graphs:
             self._graphs.capture(("decode", bucket), partial(_in_one_piece, partial(self._decode_step, bucket)))
 
-    def warm_up_prefill(self, num_tokens: int) -> None:
-        """Runs one step of padding with this many tokens: compiles its kernels, takes its memory."""
+    def warm_up_prefill(self, num_tokens: int, halvings: int = 0) -> None:
+        """Runs one step of padding with this many tokens: compiles its kernels, takes its memory.
+
+        Sparse attention's are those of the longest context, halved so many times.
+        """
         num_rows = len(self._sequences) * self._width
         self.inputs.pad(num_rows, num_tokens)
         context = min(self._max_model_len * len(self._sequences), WARM_UP_CONTEXT)
-        chunks = Chunks(num_tokens, context, (0, self._max_model_len))
+        chunks = Chunks(num_tokens, context, (0, max(1, self._max_model_len >> halvings)))
         plan = self._token_plan(num_tokens, 0, 1, chunks)
         hidden = self._forward(num_tokens, plan)
         _, sampled = self._sample(hidden[:num_rows], min(num_tokens, num_rows))

@@ -248,6 +248,27 @@ def test_configs_of_nsa_that_cannot_be(tmp_path: Path, name: str, changes: dict[
         run(folder)
 
 
+@pytest.mark.gpu
+def test_no_long_prompt_waits_for_a_kernel(tmp_path: Path) -> None:
+    """Those of scores and selection follow a context's length by powers of two, and the warm-up has met them all."""
+    from gossamer.ops.sparse import triton as sparse_kernels
+
+    folder = save_checkpoint("llama", tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1 << 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    options = {"max_model_len": 40000, "max_num_batched_tokens": 4096, "max_num_seqs": 2, "dtype": "float32"}
+    engine, _ = build_engine(make_engine_config(model=str(folder), device="cuda", page_size=PAGE, **options, **SPARSE))
+    kernels = sparse_kernels._entries_kernel, sparse_kernels._select_kernel
+    compiled = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+    assert min(compiled) > 1
+    for length in (600, 3000, 11000, 39000):
+        engine.add_request(str(length), [i % 120 + 3 for i in range(length)], SamplingParams(max_tokens=2))
+        while engine.has_work():
+            engine.step()
+    engine.shutdown()
+    assert compiled == [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+
+
 @pytest.fixture(scope="module", params=["minimax_m3", "minimax_m3_sparse"])
 def msa_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first has a layer that sees all, and shared experts of a width of their own."""

@@ -478,9 +478,9 @@ def test_two_engines_have_no_kernels_that_wait_for_their_programs(
 
 
 def test_few_rows_of_an_expert_are_for_one_kernel() -> None:
-    chosen = {t: kernels.choose_grouped(8 * t, 128, True, False, True) for t in (7, 8, 160, 161, 256, 257, 384, 385)}
+    chosen = {t: kernels.choose_grouped(8 * t, 128, True, False, True) for t in (3, 8, 160, 161, 256, 257, 384, 385)}
     blocks = {t: config.block_m for t, config in chosen.items() if isinstance(config, GroupedConfig)}
-    assert blocks == {8: 16, 160: 16, 161: 32, 256: 32}
+    assert blocks == {3: 16, 8: 16, 160: 16, 161: 32, 256: 32}
     assert isinstance(chosen[384][0], Config)
     assert isinstance(chosen[385][0], HopperConfig)
     assert not isinstance(kernels.choose_grouped(8 * 64, 128, True), GroupedConfig)

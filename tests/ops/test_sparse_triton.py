@@ -16,6 +16,7 @@ from gossamer.ops.sparse import (
     sparse_attention,
     sparse_decode,
     triton_decode,
+    triton_nsa,
     triton_prefill,
     write_summaries,
 )
@@ -117,7 +118,7 @@ def on_device(cache: Cache) -> Cache:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(32, 2, 128), (12, 4, 64)])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(32, 2, 128), (12, 4, 64), (8, 2, 256)])
 def test_on_the_device(q_heads: int, kv_heads: int, dim: int, planes: int) -> None:
     """bf16: what is chosen may differ where scores nearly tie, so the reference attends to the kernel's choice."""
     cache = on_device(Cache([3000, 700], planes, 64, (q_heads, kv_heads, dim), torch.bfloat16))
@@ -366,16 +367,25 @@ def test_compressed_entries_are_scored_and_attended_to_as_nsa_says() -> None:
         torch.testing.assert_close(found, torch.softmax(logits[0][..., seen], -1) @ values, rtol=1e-5, atol=1e-6)
 
 
+def test_programs_that_leave_parts_are_resident_together() -> None:
+    """Of the four multiprocessors that a CPU counts as; without parts to merge they come in waves."""
+    found = [
+        triton_decode.score_cut(n, 2, 4096, torch.device("cpu"), attend) for attend in (True, False) for n in (1, 3, 9)
+    ]
+    assert found == [(4, 64), (1, 64), (1, 64), (8, 64), (3, 64), (1, 64)]
+
+
 @on_cpu
-@pytest.mark.parametrize(("splits", "block"), [(1, 1024), (3, 4)])
+@pytest.mark.parametrize(("splits", "block", "merged"), [(1, 1024, 8192), (3, 4, 512), (5, 4, 32)])
 def test_a_row_of_decode_chooses_by_compressed_entries(
-    splits: int, block: int, monkeypatch: pytest.MonkeyPatch
+    splits: int, block: int, merged: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v, table, slots, positions = nsa_case()
     rule, entries, kv_heads = Selection(6, 1, 2, 0), nsa_entries(), 2
     monkeypatch.setattr(triton_decode, "score_cut", lambda *_: (splits, 16))
     monkeypatch.setattr(triton_decode, "_SHORT", block)
     monkeypatch.setattr(triton_decode, "_LONG", 8 * block)
+    monkeypatch.setattr(triton_nsa, "_MERGED", merged)
     pages = torch.full((5, kv_heads, rule.num_blocks), -7, dtype=torch.int32)
     compressed, arrivals = torch.full_like(q, torch.nan), torch.zeros(10, dtype=torch.int32)
     keys = torch.empty(1, kv_heads, 64, q.shape[2])

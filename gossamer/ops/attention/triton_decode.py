@@ -259,12 +259,12 @@ def _decode_cut(
     twice as many programs hide that better than more pages in flight.
     """
     few = max(1, workspace.num_programs // 4)
-    if 0 < (listed := num_rows * num_listed) <= 4 * workspace.num_programs:
-        most = 2 * few if scaled or page_bytes > 98304 else 4 * few  # of larger pages three stages do not fit
-        return few if listed <= most else workspace.num_programs, 3 if 2 * few < listed <= most else 1 + scaled, 0
+    most = 2 * few if scaled or page_bytes > 98304 else 4 * few  # of larger pages three stages do not fit
+    if 0 < (listed := num_rows * num_listed) <= most:
+        return few, 3 if 2 * few < listed else 1 + scaled, 0
     if scaled:
         return workspace.num_programs, 2, 128 if page_bytes <= 16384 else 0
-    if 4 * num_rows <= workspace.num_programs:
+    if not listed and 4 * num_rows <= workspace.num_programs:
         return few, 1 + min(4, 163840 // page_bytes), 0
     return max(1, workspace.num_programs // 2), 1 + min(2, 98304 // page_bytes), 0
 

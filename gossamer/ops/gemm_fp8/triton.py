@@ -294,7 +294,7 @@ def choose_grouped(
     `exact` operands are twice as wide in shared memory. `both`: `hopper_grouped` may serve, which makes both.
     """
     rows = num_assignments / num_experts
-    if both and 0.5 <= rows <= 16:
+    if both and rows <= 16:
         return GroupedConfig(16 if rows <= 10 else 32)
     if rows <= 10:
         return Config(16, 128, 2, 4, 3, True), Config(16, 64, 2, 4, 3, True)

@@ -417,7 +417,8 @@ def entry_cut(
     if q.element_size() == 4:
         return 64, 64, 4, 1, 0
     if per_block > 1 or q.shape[2] > 128 or (score and group_p < 4):
-        return 128, 64, 8, 3, 128 if score and per_block > 1 else 0
+        block_n = 32 if bounds and q.shape[2] > 128 else 64  # what fits a multiprocessor
+        return 128, block_n, 8, 3, 128 if score and per_block > 1 else 0
     if bounds:
         return (128, 64, 4, 2, 0) if score else (256, 64, 8, 2, 0)
     return (128, 64, 4, 3, 168) if score else (256, 64, 8, 3, 128)

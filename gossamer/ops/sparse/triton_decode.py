@@ -116,6 +116,8 @@ def _score_kernel(
     low_rows = core.entry_rows(first, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if BOUNDS:
         high_rows = core.entry_rows(second, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
+    if ATTEND:
+        value_rows = core.entry_rows(values, table, head, begin + n, stop, NUM_KV_HEADS, PER, HEAD_DIM)
     if PDL and EARLY:
         tl.extra.cuda.gdc_wait()
     if SUMMARISE:  # noqa: SIM102 - known when compiling
@@ -149,8 +151,8 @@ def _score_kernel(
             total = total * fade + tl.sum(p, 1)
             peak = highest
             if ATTEND:
-                v = tl.trans(core.entry_rows(values, table, head, index, stop, NUM_KV_HEADS, PER, HEAD_DIM))
-                v = tl.where((index >= BEGIN)[:, None], v, 0.0)  # a NaN would pass a weight of zero
+                v = tl.where((index >= BEGIN)[:, None], tl.trans(value_rows), 0.0)  # NaN would pass a weight of zero
+                value_rows = core.entry_rows(values, table, head, following, stop, NUM_KV_HEADS, PER, HEAD_DIM)
                 p = p.to(queries.dtype)
                 mixed = tl.dot(p, v.to(queries.dtype), mixed * fade[:, None], input_precision=PRECISION)
         at = (row_head * SPLITS + split) * GROUP_P + g
@@ -211,10 +213,16 @@ def _choose_kernel(
                 core.select_row(x, best, num, best_ids, table, pages, last, None, FIRST, LOCAL, TOP, True, LIST, BLOCK)
 
 
-def score_cut(num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device) -> tuple[int, int]:
-    """Programs that share a row's entries, enough to fill the device, and entries of a product."""
+def score_cut(
+    num_rows: int, num_kv_heads: int, num_entries: int, device: torch.device, attend: bool
+) -> tuple[int, int]:
+    """Programs that share a row's entries, enough to fill the device, and entries of a product.
+
+    With parts of the attention to merge, half as many, and no more than are resident together.
+    """
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(triton.cdiv(4 * num_sms, num_rows * num_kv_heads), _MOST_SPLITS)
+    full = 2 * num_sms // (num_rows * num_kv_heads) if attend else triton.cdiv(4 * num_sms, num_rows * num_kv_heads)
+    wanted = min(full, _MOST_SPLITS)
     block_n = 32 if triton.cdiv(num_entries, 32) <= wanted else 64
     return max(1, min(wanted, triton.cdiv(num_entries, block_n))), block_n
 
@@ -232,7 +240,7 @@ def choose_pages(
     group_p = max(16, triton.next_power_of_2(group))
     num_pages = triton.cdiv(max_seq_len, page_size)
     num_entries = triton.cdiv(num_pages * entries.per_block, 16) * 16
-    splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device)
+    splits, block_n = score_cut(num_rows, num_kv_heads, num_entries, q.device, values is not None)
     state = core.entry_state(q, num_rows, num_kv_heads, splits, group_p, values is not None)
     logits = q.new_empty(num_rows, num_kv_heads, group, num_entries, dtype=torch.float32)
     # With several entries a block: their probabilities.
@@ -253,7 +261,8 @@ def choose_pages(
         *where, *state[:2], logits, scores, arrivals, pages, best, torch.empty_like(best, dtype=torch.int32),
         where[0].stride(0), num_entries, scores.stride(1), rule.dense_below, **shape, FIRST=rule.first,
         LOCAL=rule.local, TOP=rule.num_scored, LIST=pages.shape[2], PARTS=parts, MOST=most, SHORT=_SHORT,
-        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)), num_warps=4, **options,
+        BLOCK=min(_LONG, triton.next_power_of_2(parts * most + 1)),
+        num_warps=16 if entries.per_block > 1 else 8 if group > 8 else 4, **options,
     )  # fmt: skip
     if compressed is not None:
         merge_splits(state, compressed)

@@ -9,6 +9,9 @@ from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.sparse.triton import overlap
 
 _BLOCK = 1024
+# Splits that a program merges for all heads of a group: of more, each head has a program of its own; and the elements
+# that it holds at once.
+_FEW_SPLITS, _MERGED = 4, 8192
 
 Where = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -83,28 +86,29 @@ def _write_kernel(
 
 @triton.jit
 def _merge_splits_kernel(
-    peaks, sums, partials, out, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr, HEAD_DIM: tl.constexpr, PDL: tl.constexpr,
+    peaks, sums, partials, out, SPLITS: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, HEADS: tl.constexpr,
+    CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a token and KV head. Parts whose sum is 0 were perhaps never written; without any, zeros."""
+    """One program: some heads of a token. Parts whose sum is 0 were perhaps never written; without any, zeros."""
     row = tl.program_id(0).to(tl.int64)
-    g = tl.arange(0, GROUP_P)
+    g = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HEAD_DIM)
-    s = tl.arange(0, SPLITS_P)
     overlap(PDL)
+    s = tl.arange(0, triton.next_power_of_2(SPLITS))
     at = (row * SPLITS + s[:, None]) * GROUP_P + g[None, :]
     total = tl.load(sums + at, mask=(s < SPLITS)[:, None], other=0.0)
     peak = tl.load(peaks + at, mask=total > 0, other=LOW)
     highest = tl.max(peak, 0)
     whole = tl.maximum(tl.sum(total * tl.exp2(peak - highest[None, :]), 0), 1e-30)
-    mixed = tl.zeros([GROUP_P, HEAD_DIM], tl.float32)
-    for i in range(SPLITS):
-        at_g = (row * SPLITS + i) * GROUP_P + g
-        weight = tl.load(sums + at_g)
+    mixed = tl.zeros([HEADS, HEAD_DIM], tl.float32)
+    for low in range(0, SPLITS, CHUNK):
+        split = low + tl.arange(0, CHUNK)
+        own = (row * SPLITS + split[:, None]) * GROUP_P + g[None, :]
+        weight = tl.load(sums + own, mask=(split < SPLITS)[:, None], other=0.0)
         present = weight > 0
-        weight *= tl.exp2(tl.load(peaks + at_g, mask=present, other=LOW) - highest)
-        part = tl.load(partials + at_g[:, None] * HEAD_DIM + d[None, :], mask=present[:, None], other=0.0)
-        mixed += part * (weight / whole)[:, None]
+        weight *= tl.exp2(tl.load(peaks + own, mask=present, other=LOW) - highest[None, :]) / whole[None, :]
+        part = tl.load(partials + own[:, :, None] * HEAD_DIM + d[None, None, :], mask=present[:, :, None], other=0.0)
+        mixed += tl.sum(part * weight[:, :, None], 0)
     rows = out + (row * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
     tl.store(rows, mixed.to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
 
@@ -171,9 +175,12 @@ def write_entries(
 def merge_splits(state: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], out: torch.Tensor) -> None:
     """out [tokens, query heads, dim] from `entry_pass`'s peaks, sums (0 where nothing was seen) and partial results."""
     num_kv_heads, splits, group_p = state[0].shape[1:]
-    _merge_splits_kernel[(len(out) * num_kv_heads,)](
-        *state, out, SPLITS=splits, SPLITS_P=triton.next_power_of_2(splits), GROUP=out.shape[1] // num_kv_heads,
-        GROUP_P=group_p, HEAD_DIM=out.shape[2], num_warps=4, **overlap_options(out),
+    group, head_dim = out.shape[1] // num_kv_heads, out.shape[2]
+    heads = group_p if splits <= _FEW_SPLITS else 1
+    _merge_splits_kernel[(len(out) * num_kv_heads, triton.cdiv(group, heads))](
+        *state, out, SPLITS=splits, GROUP=group, GROUP_P=group_p, HEADS=heads,
+        CHUNK=max(1, min(32, triton.next_power_of_2(splits), _MERGED // (heads * head_dim))), HEAD_DIM=head_dim,
+        num_warps=4, **overlap_options(out),
     )  # fmt: skip
 
 
