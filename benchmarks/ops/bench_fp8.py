@@ -53,6 +53,7 @@ FEW_HOPPER = [
         (1, 1, 7, 6), (1, 1, 8, 5), (1, 2, 5, 3), (1, 3, 7, 6), (2, 1, 5, 4), (2, 2, 6, 7), (2, 3, 5, 6)
     )
     for split in (1, 2, 4)
+    if split == 1 or tokens * parts <= 4
 ]  # fmt: skip
 MANY_ROWS = [
     *(HopperConfig(3, 1, group_m) for group_m in (4, 8, 11, 22)),

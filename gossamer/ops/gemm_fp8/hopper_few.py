@@ -31,7 +31,8 @@ from gossamer.ops.gemm_fp8.hopper import BLOCK, ROWS, copy_rows, copy_tile, load
 class FewConfig(NamedTuple):
     """Cut of a product: a program has 64 * `tokens` rows of x by 64 * `parts` of the weight, in rings of such stages.
 
-    `split_k` programs share a tile's K.
+    `split_k` programs share a tile's K. One or two `tokens` and up to four `parts`: a warpgroup has 64 x 64, or both
+    tokens of a part where that makes more than four.
     """
 
     tokens: int = 1
@@ -142,8 +143,7 @@ def _multiply(
         end = gl.maximum(groups, 1) - 1  # when all warpgroups are through, tiles of the weight give place to results
         mbarrier.wait(empty.index(end % DEEP), (end // DEEP) & 1, pred=groups > 0)
         for i in gl.static_range(BLOCKS):
-            tile = weight[0].index((token + i) * PARTS + part)
-            tile = view(tile, out_desc.dtype, [ROWS, ROWS], out_desc.layout)
+            tile = view(weight[0].index((token + i) * PARTS + part), out_desc.dtype, [ROWS, ROWS], out_desc.layout)
             tile.store((acc1 if i else acc0).to(out_desc.dtype))
             fence_async_shared()
             store_tile(out_desc, [(m * TOKENS + token + i) * ROWS, (n * PARTS + part) * ROWS], tile)
@@ -176,8 +176,7 @@ def _work(
             _wait_free(step, empty, W_STAGES, DEEP)
             mbarrier.expect(bar, PARTS * ROWS * BLOCK)
             for i in gl.static_range(PARTS):
-                tile = weight[0].index(stage * PARTS + i)
-                copy_tile(w_desc, [column + i * ROWS, group * BLOCK], bar, tile)
+                copy_tile(w_desc, [column + i * ROWS, group * BLOCK], bar, weight[0].index(stage * PARTS + i))
             for i in gl.static_range(PARTS):
                 place = gl.minimum(column + i * ROWS, N - 1) // BLOCK * (last + 1) + gl.minimum(group, last)
                 copy_rows(weight[1].index(stage * PARTS + i), w_scales + place + gl.arange(0, 1, line))
@@ -251,7 +250,6 @@ def product(
     halves, bytes_ = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=b, rank=2) for b in (16, 8))
     area = blocks * tiles * split_k * config.tokens * config.parts * 64 * 64
     partial = a_scales if split_k == 1 else a_scales.new_empty(area)
-    # A warpgroup has 64 x 64 of a tile or, with more than four of those, a part; feeding warps have 40 registers.
     products, overlap = config.tokens * config.parts, overlap_options(a)
     wgs = products if products <= 4 else config.parts
     residents = 1 + (config.w_stages * config.parts + config.a_stages * config.tokens <= 13)  # of a multiprocessor

@@ -229,21 +229,20 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     """The cut of few rows on Hopper where `hopper_few` won: `benchmarks/ops/bench_fp8.py --sweep`.
 
     As many programs as multiprocessors, or somewhat fewer: tiles are as wide and K is shared by as many as that takes.
-    Where that is not to be had, the plain kernel is faster or, with more than 64 rows, the library's.
+    Where that is not to be had, more than 64 rows are for the library or the plain kernel.
     """
     if not 32 <= num_rows <= 256 or (num_rows < 64 and width > 4096):  # below 64 rows their scales are gathered
         return None
     tiles, blocks = triton.cdiv(num_out, 64), triton.cdiv(num_rows, 64)
-    if num_out > 16384:
-        if blocks > 2 or width < 1024:
-            return FewConfig(1, 2, 1, 5, 3) if blocks == 1 else None
-        return FewConfig(1, 3) if blocks == 1 else FewConfig(2, 3, 1, 5, 6)
     if tiles * blocks <= 132:
         split_k = max(1, min(4, 132 // (tiles * blocks), width // 1536))
         split_k = 1 << (split_k.bit_length() - 1)
         return FewConfig(1, 1, 2, 8, 5) if blocks == split_k == 1 and width > 8192 else FewConfig(1, 1, split_k)
+    three = num_out > 16384 and width >= 1024 and triton.cdiv(num_out, 192) <= 132
     if blocks == 1:
-        return FewConfig() if width < 3072 else None
+        return FewConfig(1, 3) if three else FewConfig(1, 2, 1, 5, 3) if num_out > 16384 else FewConfig()
+    if num_out > 16384:
+        return FewConfig(2, 3, 1, 5, 6) if three and blocks == 2 and width <= 2048 else None
     if width > 8192 and blocks == 2 and tiles <= 132:
         return FewConfig(2, 2, 2, 6, 7)
     return FewConfig(2, 1, 1, 5, 4) if tiles * triton.cdiv(blocks, 2) <= 132 else None
@@ -333,10 +332,8 @@ def _product(
         )  # fmt: skip
         return
     if isinstance(config, FewConfig):
-        hopper_few.product(
-            a, a_scales, w, w_scales, out, config, arrival_counters(a), _strides(a_scales),
-            _multiprocessors(a.device.index),
-        )  # fmt: skip
+        most = _multiprocessors(a.device.index)
+        hopper_few.product(a, a_scales, w, w_scales, out, config, arrival_counters(a), _strides(a_scales), most)
         return
     k, split_k = a.shape[1], config.split_k
     num_tiles = most_blocks * triton.cdiv(n, config.block_n * (1 if gated else config.parts))
