@@ -67,6 +67,13 @@ def test_kernels_are_named(breakdown: dict[str, Any], step: str) -> None:
     assert list(breakdown["label"](kernels)) == ["embedding", *parts * 2, "norm", "head", "sampling"]
 
 
+def test_the_head_follows_experts_of_a_prompt_s_last_token(breakdown: dict[str, Any]) -> None:
+    """A product behind those of experts is the head, though its kernel is one that experts have too."""
+    layer, last = (LAYERS[step] for step in ("prefill", "decode of many"))
+    names, parts = zip(*layer, *layer[:10], *last[8:], ("_product_kernel", "head"), ("_draw", "sampling"), strict=True)
+    assert list(breakdown["label"]([{"name": name} for name in names])) == list(parts)
+
+
 def test_times_of_overlapping_kernels_add_up_to_the_step(breakdown: dict[str, Any]) -> None:
     names = ["_embed_kernel", *(name for name, _ in LAYERS["decode"]), "_rows", "_draw"]
     step = [{"name": name, "ts": 3.0 * i, "dur": 5.0} for i, name in enumerate(names)]

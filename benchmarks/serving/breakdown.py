@@ -48,11 +48,13 @@ def label(kernels: list[dict[str, Any]]) -> Iterator[str]:
     for i, part in enumerate(named):
         if part in ("attention", "router"):
             grouped = 0
+        elif part == "experts":
+            grouped = 2
         if not part and i + 1 < len(named) and named[i + 1].startswith("rope"):
             part = "qkv product"
         elif not part and "attention" in named[max(0, i - 3) : i] and i <= last + 3:
             part = "o product"
-        elif not part and re.search("_hopper_kernel|group|product", kernels[i]["name"]):
+        elif not part and grouped < 2 and re.search("_hopper_kernel|group|product", kernels[i]["name"]):
             part, grouped = ("down" if grouped else "gate, up"), grouped + 1
         elif not part and i > last and not headed:
             part, headed = "head", True
@@ -129,9 +131,9 @@ def rows_of(
         layers = 1 if part == "head" else llm.info.model.num_layers
         num_bytes, flops = cost.get(part, (0.0, 0.0))
         row = table[f"{name}: {part}"] = {"launches": launches, "us a step": us, "%": 100 * us / whole}
-        if num_bytes:
+        if num_bytes and 2 * launches >= layers:  # a prompt's last layer goes on with its last token alone
             row |= {"MB a layer": num_bytes / 1e6, "TB/s": layers * num_bytes / us / 1e6}
-        if flops:
+        if flops and 2 * launches >= layers:
             row["TFLOP/s"] = layers * flops / us / 1e6
     return table
 
