@@ -85,6 +85,19 @@ def test_times_of_overlapping_kernels_add_up_to_the_step(breakdown: dict[str, An
     assert rows["B=1: head"]["TB/s"] == 2.0
 
 
+def test_parts_of_a_last_layer_alone_have_no_rates(breakdown: dict[str, Any]) -> None:
+    """Their cost is that of every layer."""
+    step = [
+        {"name": name, "ts": 3.0 * i, "dur": 3.0}
+        for i, name in enumerate(("_embed", "_decode_kernel", "_experts_kernel"))
+    ]
+    cost = {"attention": (6e6, 3e6), "experts": (6e6, 3e6)}
+    for num_layers, rates in ((2, {"MB a layer", "TB/s", "TFLOP/s"}), (3, set())):
+        llm = SimpleNamespace(info=SimpleNamespace(model=SimpleNamespace(num_layers=num_layers)))
+        rows = breakdown["rows_of"](llm, "16k", [step], cost)
+        assert rows["16k: experts"].keys() - {"launches", "us a step", "%"} == rates
+
+
 def test_layers_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """From one write of latents to the next; their floors add up to the step's, but for its ends."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
