@@ -70,15 +70,24 @@ SMALL = [
     (40, 300, 272, Config(16, 64, 2, 4, 2, False)),
     (40, 200, 272, Config(16, 128, 1, 4, 2, False, 2)),
 ]
-REAL = [
-    pytest.param(m, n, k, None, marks=gpu)
-    for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1536, 8960), (1000, 2064))
-    for m in (1, 2, 3, 8, 17, 64, 128, 129, 500, 4096)
-] + [
-    pytest.param(m, n, k, config, marks=gpu)
-    for config in (HopperConfig(), HopperConfig(2, 2))
-    for m, n, k in ((1, 1000, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
-]
+REAL = (
+    [
+        pytest.param(m, n, k, None, marks=gpu)
+        for n, k in ((2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (5120, 2048), (1536, 8960), (1000, 2064))
+        for m in (1, 2, 3, 8, 17, 64, 128, 129, 500, 4096)
+    ]
+    + [
+        pytest.param(m, n, k, config, marks=gpu)
+        for config in (HopperConfig(), HopperConfig(2, 2))
+        for m, n, k in ((1, 1000, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
+    ]
+    + [
+        # Programs that stay with a block of rows for a while, to the last of fewer blocks.
+        pytest.param(m, n, k, HopperConfig(*cut), marks=gpu)
+        for cut in ((3, 1, 22), (3, 1, 11), (2, 2, 11))
+        for m, n, k in ((4096, 8192, 512), (9000, 5120, 464), (6500, 4104, 512), (4500, 5120, 256))
+    ]
+)
 
 
 @pytest.mark.parametrize("kind", ["block", "channel", "tensor"])
@@ -110,8 +119,8 @@ def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None
 
 
 FEW = [
-    (1, 1, 1, 7, 6), (1, 1, 4, 8, 5), (1, 2, 8, 4, 5), (1, 2, 1, 5, 3), (1, 3, 1, 7, 6), (1, 4, 3, 5, 7),
-    (2, 1, 1, 5, 4), (2, 1, 4, 7, 3), (2, 2, 2, 6, 7), (2, 3, 1, 5, 6),
+    (1, 1, 1, 7, 6), (1, 1, 4, 8, 5), (1, 1, 1, 14, 10), (1, 2, 8, 4, 5), (1, 2, 1, 5, 3), (1, 3, 1, 7, 6),
+    (1, 4, 3, 5, 7), (2, 1, 1, 5, 4), (2, 1, 2, 10, 8), (2, 1, 4, 7, 3), (2, 2, 2, 6, 7), (2, 3, 1, 5, 6),
 ]  # fmt: skip
 
 

@@ -89,8 +89,11 @@ def _feed(
     if TOP_K:
         num_m = gl.load(num_m_ptr)
     step = 0
+    last = -1
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         m, n = _locate(tile, num_m, num_n, GROUP_M)
+        new = (m != last) | (groups != STAGES)  # else the stages hold these rows, each the group that it is to
+        last = m
         expert = gl.load(block_expert + m) if TOP_K else 0
         w_row = expert * N + n * (BLOCK if GATED else BLOCK * PARTS)
         # Past the end the last block's scale serves: nothing there is stored.
@@ -116,7 +119,8 @@ def _feed(
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, (PARTS * BLOCK + (0 if GATED else WGS * ROWS)) * BLOCK)
+            mbarrier.expect(bar, (PARTS * BLOCK + (0 if GATED else WGS * ROWS)) * BLOCK, pred=new | GATED)
+            mbarrier.expect(bar, PARTS * BLOCK * BLOCK, pred=not (new | GATED))
             for i in gl.static_range(PARTS):
                 if GATED:
                     copy_tile(w_desc, [w_row, i * K + k], bar, w_tiles.index(stage * PARTS + i))
@@ -131,7 +135,7 @@ def _feed(
                 if GATED:
                     copy_rows(a_tile, a + k + sources[2 * i], mask=sources[2 * i + 1])
                 else:
-                    copy_tile(a_desc, [(m * WGS + i) * ROWS, k], bar, a_tile)
+                    copy_tile(a_desc, [(m * WGS + i) * ROWS, k], bar, a_tile, pred=new)
             if GATED:
                 async_copy.commit_group()
                 if step > 0:
@@ -307,6 +311,20 @@ def _multiply(
     tma.store_wait(0)
 
 
+@gluon.jit
+def _work(
+    ROLE: gl.constexpr, own, fed, shared, WGS: gl.constexpr, PARTS: gl.constexpr, TOP_K: gl.constexpr,
+    GATED: gl.constexpr, BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr,
+):  # fmt: skip
+    if ROLE < WGS:
+        _multiply(
+            ROLE, own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES, ALPHA, LIMIT
+        )  # fmt: skip
+    else:
+        _feed(fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)
+
+
 @gluon.jit(do_not_specialize=["num_rows", "num_m", "num_n", "row_stride", "group_stride", "scale_stride"])
 def _hopper_kernel(
     a, a_desc, w_desc, out_desc, out_scales, bias, a_scales, w_scales, rows, block_expert, num_m_ptr,
@@ -340,34 +358,12 @@ def _hopper_kernel(
     shared = (tiles, (rows, block_expert, num_m_ptr, num_rows, N, K, num_m, num_n, turns))
     own = (out_desc, out_tiles, out_scales, bias, w_scales, scale_stride)
     fed = (a, a_desc, w_desc, a_scales, w_scales, row_stride, group_stride)
-    if WGS == 2:
-        gl.warp_specialize([
-            (_multiply, (
-                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-                ALPHA, LIMIT,
-            )),
-            (_multiply, (
-                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-                ALPHA, LIMIT,
-            )),
-            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)),
-        ], [4, FEEDERS], [REGS, FEED_REGS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_multiply, (
-                gl.constexpr(0), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-                ALPHA, LIMIT,
-            )),
-            (_multiply, (
-                gl.constexpr(1), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-                ALPHA, LIMIT,
-            )),
-            (_multiply, (
-                gl.constexpr(2), own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES,
-                ALPHA, LIMIT,
-            )),
-            (_feed, (fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)),
-        ], [4, 4, FEEDERS], [REGS, REGS, FEED_REGS])  # fmt: skip
+    gl.warp_specialize(
+        [(_work, (
+            role, own, fed, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES, ALPHA, LIMIT,
+        )) for role in (0, 1, 2, 3)[: WGS + 1]],
+        [4] * (WGS - 1) + [FEEDERS], [REGS] * (WGS - 1) + [FEED_REGS],
+    )  # fmt: skip
 
 
 def product(

@@ -259,6 +259,6 @@ def product(
         TensorDescriptor.from_tensor(out, [64, 64], halves), a_scales, w_scales, partial, counters, num_rows, n, k,
         *strides, WGS=wgs, TOKENS=config.tokens, PARTS=config.parts, STEPS=2 if regs >= 128 and wgs == products else 1,
         SPLIT_K=split_k, W_STAGES=config.w_stages, A_STAGES=config.a_stages, REGS=regs,
-        LATE=overlap["PDL"] and split_k < 4 and tiles * split_k * blocks <= multiprocessors,
+        LATE=overlap["PDL"] and residents == 2 and split_k < 4 and tiles * split_k * blocks <= multiprocessors,
         num_warps=4, maxnreg=512 // residents // (wgs + 1) // 8 * 8, **overlap,
     )  # fmt: skip

@@ -237,7 +237,9 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
     if tiles * blocks <= 132:
         split_k = max(1, min(4, 132 // (tiles * blocks), width // 1536))
         split_k = 1 << (split_k.bit_length() - 1)
-        return FewConfig(1, 1, 2, 8, 5) if blocks == split_k == 1 and width > 8192 else FewConfig(1, 1, split_k)
+        if split_k == 1 and width > (4096 if blocks == 2 else 8192) and blocks < 3:
+            return FewConfig(1, 1, 1, 14, 10) if blocks == 1 else FewConfig(2, 1, 2, 10, 8)
+        return FewConfig(1, 1, split_k)
     three = num_out > 16384 and width >= 1024 and triton.cdiv(num_out, 192) <= 132
     if blocks == 1:
         return FewConfig(1, 3) if three else FewConfig(1, 2, 1, 5, 3) if num_out > 16384 else FewConfig()
@@ -245,7 +247,9 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
         return FewConfig(2, 3, 1, 5, 6) if three and blocks == 2 and width <= 2048 else None
     if width > 8192 and blocks == 2 and tiles <= 132:
         return FewConfig(2, 2, 2, 6, 7)
-    return FewConfig(2, 1, 1, 5, 4) if tiles * triton.cdiv(blocks, 2) <= 132 else None
+    if tiles * triton.cdiv(blocks, 2) <= 132:
+        return FewConfig(2, 1, 1, 10, 8) if width > 4096 else FewConfig(2, 1, 1, 5, 4)
+    return FewConfig(1, 2, 1, 5, 3) if blocks == 3 and triton.cdiv(tiles, 2) <= 44 else None
 
 
 def choose(
@@ -259,7 +263,8 @@ def choose(
     if few and (config := choose_few(num_rows, num_out, width)):
         return config
     if num_rows > 128:
-        return HopperConfig() if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
+        many = HopperConfig(group_m=22 if width <= 512 else 8)  # a divisor of 132: programs stay with a block of rows
+        return many if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
     block_m, tiles = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(num_out, 64)
     if num_out >= 16384 and block_m != 32:
         return Config(block_m, 64, 2, 4, 3, True)
