@@ -36,7 +36,7 @@ from gossamer.ops.norm import add_rms_norm, add_rms_norm_fp8
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
-ROWS = (1, 16, 64, 128, 4096)
+ROWS = (1, 2, 8, 16, 64, 128, 4096)
 TOKENS = (1, 2, 8, 32, 128, 256, 1024, 16384)
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 2048, 768, 128, 8, 3
 Config = kernels.Config

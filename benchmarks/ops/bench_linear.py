@@ -143,7 +143,7 @@ def main() -> None:
         weights = [inputs["qkv"].weights, inputs["o"].weights]
         rows = {}
         for m in (1, 2, 8, 32):
-            for mode in ("library", "separate", "fused")[: 3 if use_fused_norm(m, 2048) else 2]:
+            for mode in ("library", "separate", "fused")[: 3 if use_fused_norm(m, weights[0][0]) else 2]:
                 rows[f"chain M={m} {mode}"] = {f"overlap {on}": chain(m, on, mode, weights) for on in (False, True)}
         common.print_table(rows)
         median["chain"] = {f"{name} {k}": v for name, row in rows.items() for k, v in row.items()}

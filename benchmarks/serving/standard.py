@@ -3,6 +3,7 @@ r"""The standard suite: start-up, decode, prefill, idle time, experts touched, e
     python benchmarks/serving/standard.py [--repeats 3]
     python benchmarks/serving/standard.py --prefix fp8 --engine quantization=fp8
     python benchmarks/serving/standard.py --prefix fp8kv --engine quantization=fp8 --engine kv_cache_dtype=fp8
+    python benchmarks/serving/standard.py --prefix dense --model benchmarks/models/qwen3-8b --engine quantization=fp8
     python benchmarks/serving/standard.py --prefix mla --model benchmarks/models/deepseek-v2-lite
     python benchmarks/serving/standard.py --prefix dsv3 --model benchmarks/models/deepseek-v3-4l \
         --engine quantization=fp8
@@ -33,7 +34,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 READY, RESULT = "READY ", "RESULT "
 
 
-BATCHES = {"fp8": [1, 32, 128, 256], "fp8kv": [128, 256], "mla": [1, 64, 256], "dsv3": [1, 32, 128]}
+BATCHES = {
+    "fp8": [1, 32, 128, 256], "fp8kv": [128, 256], "dense": [1, 2, 8, 32], "mla": [1, 64, 256], "dsv3": [1, 32, 128],
+}  # fmt: skip
 """Of the suites that have batches of their own; with an FP8 KV cache prefill is not measured."""
 
 

@@ -146,12 +146,12 @@ class Fp8Weight(Weight):
         """Whether a token's activations share one scale."""
         return self.kind != "block"
 
-    def folds(self, num_rows: int, width: int) -> bool:
+    def folds(self, num_rows: int) -> bool:
         """Whether the product of few rows quantises them within."""
-        return self.kind == "block" and self.backend != "reference" and use_fused_norm(num_rows, width)
+        return self.kind == "block" and self.backend != "reference" and use_fused_norm(num_rows, self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.folds(*x.shape):
+        if self.folds(x.shape[0]):
             return few_row_linear(x, self.weight, self.bias, fp8=(self.scale, self.ue8m0), backend=self.backend)
         q, scales = quantize_activation(x, per_token=self.per_token, ue8m0=self.ue8m0, backend=self.backend)
         return self.quantized(q, scales, x.dtype)

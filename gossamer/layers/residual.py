@@ -70,7 +70,7 @@ class ResidualStream:
     def product(self, weight: torch.Tensor, linear: Linear) -> torch.Tensor:
         """`linear` of the normed stream."""
         held = linear.weight
-        if isinstance(held, Fp8Weight) and held.folds(*self._x.shape):
+        if isinstance(held, Fp8Weight) and held.folds(self._x.shape[0]):
             return self._folded(weight, held.weight, held.bias, (held.scale, held.ue8m0))
         if isinstance(held, Fp8Weight):
             pending = self._added
@@ -83,7 +83,7 @@ class ResidualStream:
                 per_token=held.per_token, ue8m0=held.ue8m0, backend=self._backend,
             )  # fmt: skip
             return held.quantized(q, scales, self._x.dtype)
-        if isinstance(held, DenseWeight) and held.kernels and use_fused_norm(*self._x.shape):
+        if isinstance(held, DenseWeight) and held.kernels and use_fused_norm(self._x.shape[0], held.weight):
             return self._folded(weight, held.weight, held.bias)
         return linear(self.normed(weight))
 

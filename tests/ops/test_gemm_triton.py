@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.ops.gemm import add_rms_norm_linear, few_row_linear
+from gossamer.ops.gemm import add_rms_norm_linear, few_row_linear, use_fused_norm
 
 pytest.importorskip("triton")
 
@@ -27,6 +27,10 @@ SMALL = [
 LARGE = [
     pytest.param(m, n, k, None, torch.bfloat16, marks=gpu)
     for m, n, k in ((1, 5120, 2048), (2, 1001, 7168), (16, 2048, 4096), (17, 1001, 7168), (64, 128, 2048))
+] + [
+    pytest.param(m, n, k, None, torch.bfloat16, marks=gpu)
+    for m in (1, 2)
+    for n, k in ((32768, 512), (6144, 1024), (1001, 1536), (2048, 4096), (10240, 8192), (1000, 12288))
 ]
 
 
@@ -120,3 +124,33 @@ def test_split_products_are_deterministic() -> None:
     first = kernels.few_row_linear(x, weight, None, torch.float32, config)
     for _ in range(50):
         assert kernels.few_row_linear(x, weight, None, torch.float32, config).equal(first)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shape", "fp8", "fused"),
+    [
+        (1, (5120, 2048), True, True),
+        (1, (24576, 4096), True, False),
+        (1, (24576, 4096), False, True),
+        (1, (10240, 8192), False, False),
+        (2, (1536, 1024), True, True),
+        (2, (5120, 2048), True, False),
+        (2, (5120, 2048), False, False),
+        (3, (1536, 1024), False, False),
+    ],
+)
+def test_the_norm_is_repeated_where_weights_are_small(
+    num_rows: int, shape: tuple[int, int], fp8: bool, fused: bool
+) -> None:
+    """And quantisation, for FP8: every program does it again."""
+    weight = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16, device="meta")
+    assert use_fused_norm(num_rows, weight) == fused
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("width", [512, 1024, 1536, 2048, 4096, 8192, 12288])
+def test_programs_of_short_rows_have_several(num_rows: int, width: int) -> None:
+    """One row of 1 KB a program took four times as long as the library."""
+    config = kernels.choose(num_rows, 32768, width)
+    assert config.block_k == 0
+    assert 3072 <= config.block_n * width <= 12288

@@ -209,8 +209,7 @@ class GQALayer(AttentionLayer):
         o = self.o.weight
         if not isinstance(o, Fp8Weight) or o.ue8m0 or o.per_token or self._config.head_dim != FP8_BLOCK:
             return False
-        fp8_pages = planes[0].dtype == torch.float8_e4m3fn
-        return not fp8_pages and not o.folds(num_tokens, o.weight.shape[1])
+        return planes[0].dtype != torch.float8_e4m3fn and not o.folds(num_tokens)
 
     def attend(self, q: torch.Tensor, plan: PagedPlan, planes: Sequence[torch.Tensor], out: Attended) -> None:
         n, scale, window = plan.num_decode, self._scale, self._window

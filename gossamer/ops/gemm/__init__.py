@@ -52,6 +52,10 @@ def use_few_row(num_rows: int, num_out: int, width: int) -> bool:
     return num_rows <= 64 and width % 64 == 0 and num_out >= 64
 
 
-def use_fused_norm(num_rows: int, width: int) -> bool:
-    """Whether `add_rms_norm_linear` takes this shape and beats `add_rms_norm` followed by a product."""
-    return num_rows <= 2 and width <= 8192
+def use_fused_norm(num_rows: int, weight: torch.Tensor) -> bool:
+    """Whether `add_rms_norm_linear` takes this shape and beats `add_rms_norm` followed by a product.
+
+    Every program repeats the norm, and the quantisation for weights of one byte: that pays where there are few.
+    """
+    most = 1 << (22 if num_rows == 2 else 24 if weight.element_size() == 1 else 62)
+    return num_rows <= 2 and weight.shape[1] <= 4096 and weight.numel() < most

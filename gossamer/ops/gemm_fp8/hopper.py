@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gossamer.ops.activation.triton import gated_activation, swiglu_options
+from gossamer.ops.attention.hopper import new_barriers
 from gossamer.ops.dispatch import overlap_options
 from gossamer.ops.quantize_fp8.hopper import quantize_rows
 
@@ -318,9 +319,7 @@ def _work(
     ALPHA: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
     if ROLE < WGS:
-        _multiply(
-            ROLE, own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES, ALPHA, LIMIT
-        )  # fmt: skip
+        _multiply(ROLE, own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES, ALPHA, LIMIT)
     else:
         _feed(fed, shared, WGS, PARTS, TOP_K, GATED, CHANNEL_STEP, GROUP_M, STAGES)
 
@@ -340,14 +339,8 @@ def _hopper_kernel(
     w_tiles = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK, BLOCK], w_desc.layout)
     a_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * WGS, ROWS], plain)
     w_scale_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * PARTS, 1], plain)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2 if GATED else 33)  # of scales each lane that copied them
-        mbarrier.init(empty.index(i), count=WGS)
-    turns = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(WGS):
-        mbarrier.init(turns.index(i), count=1)
+    full = new_barriers(STAGES, 2 if GATED else 33)  # of scales each lane that copied them
+    empty, turns = new_barriers(STAGES, WGS), new_barriers(WGS, 1)
     mbarrier.arrive(turns.index(0))
     fence_async_shared()
     out_tiles = gl.allocate_shared_memory(out_desc.dtype, [WGS, ROWS, BLOCK], out_desc.layout)

@@ -27,9 +27,9 @@ from gossamer.ops.quantize_fp8 import Quantized
 from gossamer.ops.quantize_fp8.triton import TRITON_DTYPE, fp8_like, quantize_activation, quantize_rows
 
 BLOCK_K = 128
-GEMV_ROWS = 2  # up to here dense products run on the CUDA cores, which start sooner
+GEMV_ROWS = 1  # up to here dense products run on the CUDA cores, which start sooner
 GEMV_TOKENS = 2  # up to here hardly any two tokens share an expert
-GEMV_WIDTH = 16384  # a row of the weight is held in registers
+GEMV_WIDTH = 8192  # a row of the weight is held in registers
 DOT_ROWS, DOT_WIDTH = 8, 4096  # or 16 of them, which tensor cores multiply by up to so many rows
 
 
@@ -372,14 +372,17 @@ def fp8_linear(
     if not out.numel():
         return out
     dot = num_rows > GEMV_ROWS
-    if config is None and promote and num_rows <= DOT_ROWS and width <= (DOT_WIDTH if dot else GEMV_WIDTH):
+    rows = num_rows <= DOT_ROWS and width <= (DOT_WIDTH if dot else GEMV_WIDTH)
+    if config is None and promote and rows and not (dot and (num_out >= 16384 or num_out * width > 1 << 24)):
         groups = triton.cdiv(width, BLOCK_K)
-        block_n = 16 if dot else 1 if num_out <= 4096 or width > 4096 else 2
+        block_n = 16 if dot else min(32, 32768 // triton.next_power_of_2(width))
+        if not dot and num_out < 400 * block_n:  # three programs for each multiprocessor
+            block_n = max(1, block_n // 4)
         _rows_kernel[(triton.cdiv(num_out, block_n),)](
             q, scales, weight, weight_scales, q if bias is None else bias, out, num_rows, num_out, width, groups,
             *_strides(scales), M=DOT_ROWS if dot else num_rows, BLOCK_SCALES=kind == "block",
             CHANNEL_STEP=int(kind == "channel"), BIAS=bias is not None, BLOCK_N=block_n,
-            GROUPS=triton.next_power_of_2(groups), num_warps=8 if dot and groups > 16 else 4, **overlap_options(q),
+            GROUPS=triton.next_power_of_2(groups), num_warps=8 if groups > 16 else 4, **overlap_options(q),
         )  # fmt: skip
         return out
     hopper = promote and out_dtype != torch.float32 and num_out % 8 == 0 and is_hopper(q)
