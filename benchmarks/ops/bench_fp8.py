@@ -50,7 +50,8 @@ FEW_ROWS = [
 FEW_HOPPER = [
     FewConfig(tokens, parts, split, *stages)
     for tokens, parts, *stages in (
-        (1, 1, 7, 6), (1, 1, 8, 5), (1, 2, 5, 3), (1, 3, 7, 6), (2, 1, 5, 4), (2, 2, 6, 7), (2, 3, 5, 6)
+        (1, 1, 7, 6), (1, 1, 8, 5), (1, 1, 14, 10), (1, 2, 5, 3), (1, 3, 7, 6), (2, 1, 5, 4), (2, 1, 10, 8),
+        (2, 2, 6, 7), (2, 3, 5, 6),
     )
     for split in (1, 2, 4)
     if split == 1 or tokens * parts <= 4

@@ -137,6 +137,9 @@ def test_split_products_are_deterministic() -> None:
         (2, (5120, 2048), True, False),
         (2, (5120, 2048), False, False),
         (3, (1536, 1024), False, False),
+        (1, (4096, 4096), True, False),
+        (2, (4096, 1024), True, False),
+        (2, (4095, 1024), False, True),
     ],
 )
 def test_the_norm_is_repeated_where_weights_are_small(
@@ -154,3 +157,5 @@ def test_programs_of_short_rows_have_several(num_rows: int, width: int) -> None:
     config = kernels.choose(num_rows, 32768, width)
     assert config.block_k == 0
     assert 3072 <= config.block_n * width <= 12288
+    few = kernels.choose(num_rows, 500, width)
+    assert few.block_k or few.block_n <= 2, "or programs are too few"

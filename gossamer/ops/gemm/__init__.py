@@ -57,5 +57,5 @@ def use_fused_norm(num_rows: int, weight: torch.Tensor) -> bool:
 
     Every program repeats the norm, and the quantisation for weights of one byte: that pays where there are few.
     """
-    most = 1 << (22 if num_rows == 2 else 24 if weight.element_size() == 1 else 62)
-    return num_rows <= 2 and weight.shape[1] <= 4096 and weight.numel() < most
+    small = weight.numel() < 1 << (24 if num_rows == 1 else 22)
+    return num_rows <= 2 and weight.shape[1] <= 4096 and (small or (num_rows == 1 and weight.element_size() > 1))

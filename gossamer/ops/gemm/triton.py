@@ -150,11 +150,11 @@ def choose(num_rows: int, num_out: int, width: int, itemsize: int = 2, fused: bo
         return Config(block_n, 0, 4, num_registers=96 if num_rows == 1 and width <= 2048 else None)
     if fused or (num_rows <= 2 and itemsize > 2 and width <= 8192):
         return Config(1, 0, 4)
-    whole = triton.next_power_of_2(width)
+    whole, most = triton.next_power_of_2(width), 1 << max(0, (num_out // 128).bit_length() - 1)
     if num_rows == 1 and width * itemsize <= 32768:
-        return Config(8 if whole <= 1024 else 2 if whole == 2048 else 1, 0, 4)
-    if num_rows == 2 and (width <= 4096 or (num_out > 4096 and width <= 16384)):
-        return Config(max(2, 4096 // whole), 0, 4) if whole <= 4096 else Config(1, 0, 8)
+        return Config(min(most, 8 if whole <= 1024 else 2 if whole == 2048 else 1), 0, 4)
+    if num_rows == 2 and itemsize <= 2 and (width <= 4096 or (num_out > 4096 and width <= 16384)):
+        return Config(min(most, 8, max(2, 4096 // whole)), 0, 4) if whole <= 4096 else Config(1, 0, 8)
     if itemsize > 2:
         return Config(32, 64, 4, 3, 4 if num_out <= 4096 else 1)
     if num_out <= 512:

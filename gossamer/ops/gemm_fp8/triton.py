@@ -177,7 +177,7 @@ def _rows_kernel(
     M: tl.constexpr, BLOCK_SCALES: tl.constexpr, CHANNEL_STEP: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N whole rows of the weight times M rows of x on the CUDA cores, or more (up to M) on the tensor cores."""
+    """BLOCK_N whole rows of the weight times a row of x on the CUDA cores, or up to M (8) on the tensor cores."""
     STEP: tl.constexpr = 8 if M >= 8 else 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.arange(0, GROUPS)
@@ -249,7 +249,7 @@ def choose_few(num_rows: int, num_out: int, width: int) -> FewConfig | None:
         return FewConfig(2, 2, 2, 6, 7)
     if tiles * triton.cdiv(blocks, 2) <= 132:
         return FewConfig(2, 1, 1, 10, 8) if width > 4096 else FewConfig(2, 1, 1, 5, 4)
-    return FewConfig(1, 2, 1, 5, 3) if blocks == 3 and triton.cdiv(tiles, 2) <= 44 else None
+    return FewConfig(1, 2, 1, 5, 3) if blocks == 3 and triton.cdiv(tiles, 2) <= 44 and width <= 2048 else None
 
 
 def choose(
@@ -263,7 +263,8 @@ def choose(
     if few and (config := choose_few(num_rows, num_out, width)):
         return config
     if num_rows > 128:
-        many = HopperConfig(group_m=22 if width <= 512 else 8)  # a divisor of 132: programs stay with a block of rows
+        # A divisor of 132: programs stay with a block of rows, whose tiles the ring of four stages keeps.
+        many = HopperConfig(group_m=22 if triton.cdiv(width, 128) == 4 else 8)
         return many if hopper else Config(128, 128, 1, 8, 4, False, 1, width <= 1536)
     block_m, tiles = max(16, triton.next_power_of_2(num_rows)), triton.cdiv(num_out, 64)
     if num_out >= 16384 and block_m != 32:
