@@ -35,7 +35,7 @@ PARTS = {
     "embed": "embedding", "rope": "rope, KV write", "_decode_kernel|prefill_kernel": "attention", "_combine": "combine",
     "_router|_logits|_route_": "router", "_sort_|_rank_|_place_|FillFunctor<int>|Memset": "sort", "rms_norm": "norm",
     "_quantize": "quantise",
-    "_gate_up": "gate, up", "_down": "down", "_experts_kernel": "experts",
+    "_gate_up": "gate, up", "_down": "down", "_experts_kernel": "experts", "index|gather": "gather",
 }  # fmt: skip
 """What kernels' names say. A product is named after where it stands between these."""
 
@@ -52,7 +52,7 @@ def label(kernels: list[dict[str, Any]]) -> Iterator[str]:
             grouped = 2
         if not part and i + 1 < len(named) and named[i + 1].startswith("rope"):
             part = "qkv product"
-        elif not part and "attention" in named[max(0, i - 3) : i] and i <= last + 3:
+        elif not part and "attention" in named[max(0, i - 5) : i] and i <= last + 5:
             part = "o product"
         elif not part and grouped < 2 and re.search("_hopper_kernel|group|product", kernels[i]["name"]):
             part, grouped = ("down" if grouped else "gate, up"), grouped + 1

@@ -70,37 +70,28 @@ SMALL = [
     (40, 300, 272, Config(16, 64, 2, 4, 2, False)),
     (40, 200, 272, Config(16, 128, 1, 4, 2, False, 2)),
 ]
-REAL = (
-    [
-        pytest.param(m, n, k, None, marks=gpu)
-        for n, k in (
-            (2112, 7168),
-            (4096, 7168),
-            (7168, 2048),
-            (24576, 1536),
-            (32768, 512),
-            (5120, 2048),
-            (1536, 8960),
-            (1000, 2064),
-        )
-        for m in (1, 2, 3, 8, 17, 64, 128, 129, 500, 4096)
-    ]
-    + [
-        pytest.param(m, n, k, config, marks=gpu)
-        for config in (HopperConfig(), HopperConfig(2, 2))
-        for m, n, k in ((1, 1000, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
-    ]
-    + [
-        # Programs that stay with a block of rows for a while, to the last of fewer blocks.
-        pytest.param(m, n, k, HopperConfig(*cut), marks=gpu)
-        for cut in ((3, 1, 22), (3, 1, 11), (2, 2, 11))
-        for m, n, k in ((4096, 8192, 512), (9000, 5120, 464), (6500, 4104, 512), (4500, 5120, 256))
-    ]
+WHOLE = (
+    (2112, 7168),
+    (4096, 7168),
+    (7168, 2048),
+    (24576, 1536),
+    (32768, 512),
+    (5120, 2048),
+    (1536, 8960),
+    (1000, 2064),
 )
+MANY = ((1, 1000, 144), (129, 2112, 7168), (500, 1000, 2064), (4096, 7168, 2048), (3000, 5120, 512))
+# Programs that stay with a block of rows for a while, to the last of fewer blocks.
+STAY = ((4096, 8192, 512), (9000, 5120, 464), (6500, 4104, 512), (4500, 5120, 256))
+REAL = [
+    *((m, n, k, None) for n, k in WHOLE for m in (1, 2, 3, 8, 17, 64, 128, 129, 500, 4096)),
+    *((*shape, HopperConfig(*cut)) for cut in ((3, 1), (2, 2)) for shape in MANY),
+    *((*shape, HopperConfig(*cut)) for cut in ((3, 1, 22), (3, 1, 11), (2, 2, 11)) for shape in STAY),
+]
 
 
 @pytest.mark.parametrize("kind", ["block", "channel", "tensor"])
-@pytest.mark.parametrize(("m", "n", "k", "config"), SMALL + REAL)
+@pytest.mark.parametrize(("m", "n", "k", "config"), SMALL + [pytest.param(*case, marks=gpu) for case in REAL])
 def test_fp8_linear(m: int, n: int, k: int, config: Config | HopperConfig | None, kind: str) -> None:
     on_hopper = isinstance(config, HopperConfig)
     if on_hopper and torch.cuda.get_device_capability() != (9, 0):
