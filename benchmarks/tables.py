@@ -94,6 +94,9 @@ def missing(name: str) -> str:
         command = "python benchmarks/serving/standard.py"
     if stem == "standard_mla":
         command = "python benchmarks/serving/standard.py --prefix mla --model benchmarks/models/deepseek-v2-lite"
+    if stem == "standard_dense":
+        options = "--prefix dense --model benchmarks/models/qwen3-8b --engine quantization=fp8"
+        command = f"python benchmarks/serving/standard.py {options}"
     if stem in ("standard_fp8", "standard_fp8kv"):
         options = "--engine quantization=fp8" + " --engine kv_cache_dtype=fp8" * stem.endswith("kv")
         command = f"python benchmarks/serving/standard.py --prefix {stem.removeprefix('standard_')} {options}"

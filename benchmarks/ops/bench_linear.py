@@ -38,7 +38,7 @@ ROWS = (1, 2, 8, 16, 32, 64)
 def candidates(num_rows: int, num_out: int) -> list[kernels.Config]:
     cuts = []
     if num_rows <= 2:
-        cuts += [kernels.Config(n, 0, w) for n, w in ((1, 2), (1, 4), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8))]
+        cuts += [kernels.Config(n, 0, w) for n, w in ((1, 2), (1, 4), (1, 8), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8))]
     block_m = max(16, num_rows)
     tiles = [(16, 256, 1), (16, 256, 2), (32, 256, 4), (64, 128, 4), (64, 256, 4), (128, 64, 4), (128, 128, 8)]
     for (n, k, warps), stages, split in itertools.product(tiles, (3, 5), (1, 2, 4)):

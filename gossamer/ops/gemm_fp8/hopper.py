@@ -318,6 +318,7 @@ def _work(
     GATED: gl.constexpr, BIAS: gl.constexpr, CHANNEL_STEP: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
+    """A warpgroup multiplies; the last role feeds."""
     if ROLE < WGS:
         _multiply(ROLE, own, shared, WGS, PARTS, TOP_K, GATED, BIAS, CHANNEL_STEP, GROUP_M, STAGES, ALPHA, LIMIT)
     else:

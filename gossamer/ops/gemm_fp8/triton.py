@@ -178,7 +178,6 @@ def _rows_kernel(
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N whole rows of the weight times a row of x on the CUDA cores, or up to M (8) on the tensor cores."""
-    STEP: tl.constexpr = 8 if M >= 8 else 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.arange(0, GROUPS)
     k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -190,24 +189,23 @@ def _rows_kernel(
     block = tl.program_id(0) * BLOCK_N // 128 * groups + group[:, None]
     shared = tl.load(w_scales + block, (group < groups)[:, None], 0.0) if BLOCK_SCALES else 1.0
     channel = 1.0 if BLOCK_SCALES else tl.load(w_scales + n * CHANNEL_STEP, n < num_out, 0.0)[:, None]
-    if STEP > 1:  # the warps share the groups of K; fp16 holds every FP8 number
+    if M > 1:  # the warps share the groups of K; fp16 holds every FP8 number
         w = tl.permute(w, (1, 0, 2)).to(tl.float16)
     if PDL:
         gdc_wait()
-    for first in tl.static_range(0, M, STEP):
-        m = first + tl.arange(0, STEP)[None, :]
-        inside = (m < num_rows) & (group < groups)[:, None]
-        x = tl.load(q + m[:, None, :] * width + k[:, :, None], inside[:, None, :] & (k < width)[:, :, None], 0.0)
-        scale = tl.load(scales + m * row_stride + group[:, None] * group_stride, inside, 0.0) * shared
-        if STEP > 1:
-            y = tl.sum(tl.dot(w, x.to(tl.float16)) * scale[:, None, :], 0)
-        else:
-            x = tl.reshape(x.to(tl.float32), [GROUPS, 128]) * scale
-            y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)[:, None]
-        y *= channel
-        if BIAS:
-            y += tl.load(bias + n, n < num_out, 0.0).to(tl.float32)[:, None]
-        tl.store(out + m * num_out + n[:, None], y.to(out.dtype.element_ty), (m < num_rows) & (n < num_out)[:, None])
+    m = tl.arange(0, M)[None, :]
+    inside = (m < num_rows) & (group < groups)[:, None]
+    x = tl.load(q + m[:, None, :] * width + k[:, :, None], inside[:, None, :] & (k < width)[:, :, None], 0.0)
+    scale = tl.load(scales + m * row_stride + group[:, None] * group_stride, inside, 0.0) * shared
+    if M > 1:
+        y = tl.sum(tl.dot(w, x.to(tl.float16)) * scale[:, None, :], 0)
+    else:
+        x = tl.reshape(x.to(tl.float32), [GROUPS, 128]) * scale
+        y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)[:, None]
+    y *= channel
+    if BIAS:
+        y += tl.load(bias + n, n < num_out, 0.0).to(tl.float32)[:, None]
+    tl.store(out + m * num_out + n[:, None], y.to(out.dtype.element_ty), (m < num_rows) & (n < num_out)[:, None])
 
 
 class Config(NamedTuple):
